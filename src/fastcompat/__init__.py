@@ -1,0 +1,1 @@
+"""fastcompat: which response generator will teach a base model best."""

@@ -1,0 +1,405 @@
+"""Load a Hugging Face causal LM safely, and run a prefix forest through its body.
+
+Dimension key: T packed tokens, S scored tokens, D hidden size, V vocabulary.
+
+The Hugging Face module tree stays as it is. Its attention goes through an attention function that is registered here,
+and what a model does between its last hidden state and its loss is read from its configuration. Both are checked
+against the model's own unpacked forward pass when it is loaded (`probe.py`), so that a model that cannot be packed is
+refused with the reason, never scored wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcompat.attention import AttentionPlan, forest_attention
+from fastcompat.errors import ModelError
+from fastcompat.forest import PrefixForest
+from fastcompat.nll import linear_nll
+
+ATTENTION_NAME = "fastcompat_forest"
+
+
+@dataclass(slots=True)
+class _AttentionCalls:
+    """The side channel to the attention layers: some models drop unknown keyword arguments on the way down."""
+
+    plan: AttentionPlan
+    n_calls: int = 0
+    n_windowed: int = 0
+
+
+_current: ContextVar[_AttentionCalls | None] = ContextVar("fastcompat_attention", default=None)
+
+# Keyword arguments that change what attention computes and that forest attention does not know.
+_UNSUPPORTED = ("position_bias", "alibi", "attention_bias", "head_mask", "block_sparse_mask", "cu_seq_lens_q")
+
+
+def _registered_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, H, T, C], key and value [1, K, T, C] -> [1, T, H, C]."""
+    calls = _current.get()
+    name = type(module).__name__
+    if calls is None:
+        raise ModelError(f"{name}: the model was called outside of fastcompat; use CausalLM.forward")
+    refused = [argument for argument in _UNSUPPORTED if kwargs.get(argument) is not None]
+    if attention_mask is not None:
+        refused.append("attention_mask")
+    if key.shape[2] != query.shape[2]:
+        refused.append(f"{key.shape[2]} keys for {query.shape[2]} queries")
+    if getattr(module, "is_causal", True) is False:
+        refused.append("bidirectional attention")
+    if refused:
+        raise ModelError(f"{name} uses what attention over a prefix forest cannot do: {', '.join(refused)}")
+    calls.n_calls += 1
+    calls.n_windowed += sliding_window is not None
+    out = forest_attention(
+        query[0],
+        key[0],
+        value[0],
+        calls.plan,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How a model is loaded. `dtype` "auto": as stored, or float32 where this device is slower in the stored one."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        known = ("auto", "float32", "bfloat16", "float16")
+        if self.dtype not in known:
+            raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CausalLM:
+    """A loaded base model: its body, its LM head and what stands between them and the loss."""
+
+    name: str
+    body: torch.nn.Module
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+    context_length: int | None  # tokens; None: no limit is known
+    rope_boundary: int | None  # above this length the rotary frequencies depend on the longest sequence of a call
+    n_attention_layers: int
+    n_windowed_layers: int
+    full: torch.nn.Module = field(repr=False)  # the whole model, for the probe
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return len(self.weight)
+
+    @torch.no_grad()
+    def forward(self, forest: PrefixForest) -> Tensor:
+        """[T, D] last hidden states, after the final norm."""
+        position_ids = torch.from_numpy(forest.position_ids).to(self.device)
+        plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(self.device))
+        input_ids = torch.from_numpy(forest.input_ids).to(self.device)
+        with _attention_calls(plan) as calls:
+            out = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+        if calls.n_calls != self.n_attention_layers or calls.n_windowed != self.n_windowed_layers:
+            raise ModelError(
+                f"{self.name}: {calls.n_calls} of {self.n_attention_layers} attention layers went through the attention "
+                f"interface ({calls.n_windowed} of {self.n_windowed_layers} with a sliding window). "
+                "This architecture computes attention by itself, so packed sequences would see each other; "
+                "it is not supported."
+            )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """[S] float32 nats: the NLL of target [S] under the LM head on hidden states [S, D]."""
+        return linear_nll(
+            hidden, self.weight, target, bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale
+        )
+
+    def token_nll(self, forest: PrefixForest) -> NDArray[np.float32]:
+        """[S] float32 nats of the forest's scored tokens."""
+        hidden = self.forward(forest)
+        predictors = torch.from_numpy(forest.predictors).to(self.device)
+        nll = self.nll(hidden.index_select(0, predictors), torch.from_numpy(forest.targets).to(self.device))
+        result: NDArray[np.float32] = nll.cpu().numpy()
+        return result
+
+
+@contextmanager
+def _attention_calls(plan: AttentionPlan) -> Iterator[_AttentionCalls]:
+    calls = _AttentionCalls(plan)
+    token = _current.set(calls)
+    try:
+        yield calls
+    finally:
+        _current.reset(token)
+
+
+def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalLM:
+    """Load `model`, a hub id or a directory, for scoring. Safetensors only, no remote code.
+
+    Raises ModelError, in one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of
+    an architecture that cannot be packed correctly.
+    """
+    # Late: importing transformers' modelling code takes seconds.
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    from fastcompat.probe import probe
+
+    settings = settings or ModelSettings()
+    config = load_config(model, settings.revision)
+    refuse_unsupported(model, config)
+    _refuse_pickle(model)
+    device = _device(settings.device)
+    AttentionInterface.register(ATTENTION_NAME, _registered_attention)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        full = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=settings.revision,
+            dtype=_dtype(settings.dtype, config, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION_NAME,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{model}: cannot be loaded as a causal language model: {first_sentence(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    loaded = wrap(model, full.to(device).eval())
+    probe(loaded)
+    return loaded
+
+
+def wrap(name: str, full: Any) -> CausalLM:
+    """A transformers `*ForCausalLM` that is already in memory as a `CausalLM` (not probed)."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _registered_attention)
+    config = full.config
+    refuse_unsupported(name, config, full)
+    if config._attn_implementation != ATTENTION_NAME:
+        full.set_attn_implementation(ATTENTION_NAME)
+    head = full.get_output_embeddings()
+    if head is None or full.base_model is full:
+        raise ModelError(f"{name}: {type(full).__name__} has no LM head on a separate body; is it a causal LM?")
+    text = config.get_text_config()
+    layer_types = getattr(text, "layer_types", None)
+    n_layers = int(text.num_hidden_layers)
+    if layer_types is not None:
+        n_windowed = sum(kind == "sliding_attention" for kind in layer_types)
+    else:
+        n_windowed = n_layers if getattr(text, "sliding_window", None) else 0
+    context_length, rope_boundary = _lengths(text)
+    return CausalLM(
+        name=name,
+        body=full.base_model,
+        weight=head.weight.detach(),
+        bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        softcap=getattr(text, "final_logit_softcapping", None),
+        logit_scale=_logit_scale(text),
+        context_length=context_length,
+        rope_boundary=rope_boundary,
+        n_attention_layers=n_layers,
+        n_windowed_layers=n_windowed,
+        full=full,
+    )
+
+
+def load_config(model: str, revision: str | None) -> Any:
+    """The model's configuration, or a ModelError that says which of the usual mistakes this is."""
+    from transformers import AutoConfig
+
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ModelError(f"{model}: no such directory; give a model directory or a hub id such as Qwen/Qwen2.5-0.5B")
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ModelError(f"{model}: this directory has no config.json, so it is not a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise ModelError(
+                f"{model}: this model needs code from its own repository, which fastcompat never runs; "
+                "use a model of an architecture that transformers has"
+            ) from error
+        raise ModelError(f"{model}: cannot be read: {first_sentence(error)}") from error
+
+
+def refuse_unsupported(name: str, config: Any, full: Any = None) -> None:
+    """ModelError for architectures that would be wrong when packed, told from the configuration or the class."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name}: an encoder-decoder ({config.model_type}) has no causal loss over one sequence")
+    text = config.get_text_config()
+    if full is None:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(f"{name}: transformers has no causal language model for type {config.model_type!r}")
+        full = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(full, "_is_stateful", False):
+        raise ModelError(
+            f"{name}: {config.model_type} carries a recurrent state (a state-space or hybrid model), which leaks from "
+            "one packed sequence into the next; it is not supported"
+        )
+    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise ModelError(
+            f"{name}: layers of type {', '.join(sorted(other))} cannot be computed over a prefix forest; not supported"
+        )
+
+
+def fingerprint(model: str, revision: str | None = None) -> str:
+    """SHA-256 over the content of a model's config.json and safetensors files, wherever they lie."""
+    directory = Path(model)
+    if not directory.is_dir():
+        from transformers.utils import cached_file
+
+        directory = Path(cached_file(model, "config.json", revision=revision)).parent
+    total = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        # The hub's cache names a large file's blob after its SHA-256: no need to read gigabytes again.
+        blob = path.resolve().name
+        digest = blob if path.is_symlink() and len(blob) == 64 else _sha256(path)
+        total.update(f"{path.name} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of a library's error, without its trailing explanation."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(". ")
+
+
+def _refuse_pickle(model: str) -> None:
+    directory = Path(model)
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{model}: holds only pickled weights ({pickled[0]}), which can run code when they are loaded; "
+                "convert them with save_pretrained(safe_serialization=True)"
+            )
+        raise ModelError(f"{model}: this directory has no *.safetensors weights")
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} is not available: {first_sentence(error)}") from error
+    return chosen
+
+
+def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    stored = config.dtype
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    stored = stored or torch.float32
+    if device.type == "cpu" and (stored == torch.float16 or (stored == torch.bfloat16 and not native_bfloat16())):
+        return torch.float32  # torch's float16, and bfloat16 without the instruction, are slower than float32 on a CPU
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512-BF16, AMX or Arm's BF16 extension)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _logit_scale(config: Any) -> float:
+    """What multiplies the logits between head and loss: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
+    if getattr(config, "logit_scale", None):
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def _lengths(config: Any) -> tuple[int | None, int | None]:
+    """(context length, rope boundary) of a text configuration.
+
+    LongRoPE takes its long factors for the whole call once one sequence passes the original context: such a sequence
+    is computed alone, as the plain loop would. Dynamic NTK keeps a state between calls, so that a length beyond the
+    original context has no one value: it ends there.
+    """
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    kinds = {str(value.get("rope_type", "default")) for value in nested}
+    original = [value.get("original_max_position_embeddings") for value in nested]
+    original += [getattr(config, "original_max_position_embeddings", None), context]
+    boundary = next((int(value) for value in original if value), None)
+    if any("dynamic" in kind for kind in kinds):
+        return boundary, None
+    return (int(context) if context else None), (boundary if "longrope" in kinds else None)
+
+
+def settings_of(loaded: CausalLM) -> dict[str, object]:
+    """What of a loaded model belongs in a scorer's record: enough to say why two runs differ."""
+    config = json.loads(loaded.full.config.to_json_string(use_diff=True))
+    return {
+        "architecture": type(loaded.full).__name__,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "vocabulary": loaded.vocabulary,
+        "context_length": loaded.context_length,
+        "n_parameters": sum(p.numel() for p in loaded.full.parameters()),
+        "model_type": config.get("model_type"),
+    }
