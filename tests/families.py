@@ -115,7 +115,7 @@ def _qwen3_moe(**changes: Any) -> Any:
 def _cohere(**changes: Any) -> Any:
     from transformers import CohereConfig, CohereForCausalLM
 
-    return CohereForCausalLM(CohereConfig(**(_LLAMA_SHAPE | {"logit_scale": 0.25} | changes)))
+    return CohereForCausalLM(CohereConfig(**(_LLAMA_SHAPE | {"logit_scale": 0.8} | changes)))
 
 
 def _granite(**changes: Any) -> Any:

@@ -9,7 +9,7 @@ token paths in one row of T tokens. A query i sees a key j exactly when `j <= i 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,10 @@ class PrefixForest:
         """[S] packed index of the token whose hidden state predicts each scored token."""
         predictors: NDArray[np.int32] = self.parent[self.scored]
         return predictors
+
+    def renumbered(self, members: Sequence[int]) -> PrefixForest:
+        """The same pack for a caller whose sequence n is the packer's sequence `members.index(n)`."""
+        return replace(self, sequences=np.array(members, np.int64)[self.sequences])
 
 
 def pack_forest(

@@ -192,7 +192,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     config = load_config(model, settings.revision)
     refuse_unsupported(model, config)
     _refuse_pickle(model)
-    device = _device(settings.device)
+    device = resolve_device(settings.device)
     AttentionInterface.register(ATTENTION_NAME, _registered_attention)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -200,7 +200,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
         full = AutoModelForCausalLM.from_pretrained(
             model,
             revision=settings.revision,
-            dtype=_dtype(settings.dtype, config, device),
+            dtype=resolve_dtype(settings.dtype, config, device),
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=ATTENTION_NAME,
@@ -233,7 +233,7 @@ def wrap(name: str, full: Any) -> CausalLM:
         n_windowed = sum(kind == "sliding_attention" for kind in layer_types)
     else:
         n_windowed = n_layers if getattr(text, "sliding_window", None) else 0
-    context_length, rope_boundary = _lengths(text)
+    context_length, rope_boundary = model_lengths(config)
     return CausalLM(
         name=name,
         body=full.base_model,
@@ -330,7 +330,8 @@ def _refuse_pickle(model: str) -> None:
         raise ModelError(f"{model}: this directory has no *.safetensors weights")
 
 
-def _device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda:1" ... names. Raises ModelError where there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -341,7 +342,8 @@ def _device(device: str) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype that a model is loaded in; "auto": as stored, or float32 where this device is slower in that."""
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
@@ -372,13 +374,14 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def _lengths(config: Any) -> tuple[int | None, int | None]:
-    """(context length, rope boundary) of a text configuration.
+def model_lengths(config: Any) -> tuple[int | None, int | None]:
+    """(context length, rope boundary) of a configuration, in tokens; None where there is none.
 
     LongRoPE takes its long factors for the whole call once one sequence passes the original context: such a sequence
     is computed alone, as the plain loop would. Dynamic NTK keeps a state between calls, so that a length beyond the
     original context has no one value: it ends there.
     """
+    config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

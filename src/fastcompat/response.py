@@ -70,9 +70,12 @@ class Response:
 
 def prompt_id(prompt: Sequence[Message]) -> str:
     """BLAKE2b-128 of the prompt's roles and texts, in hexadecimal; the same on every machine."""
-    payload = json.dumps([list(message) for message in prompt], ensure_ascii=True, separators=(",", ":"))
+    # The JSON of a list of [role, content] lists, put together by hand: json.dumps would double a corpus's reading time.
+    payload = "[" + ",".join([f"[{_quoted(role)},{_quoted(content)}]" for role, content in prompt]) + "]"
     return hashlib.blake2b(payload.encode("ascii"), digest_size=16).hexdigest()
 
+
+_quoted = json.encoder.encode_basestring_ascii
 
 MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
 

@@ -1,0 +1,408 @@
+"""The command line. It reads options, calls the library and shows what came back; torch is loaded by none but `score`.
+
+Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its template; 5 the run directory;
+130 interrupted, everything finished kept.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fastcompat.errors import FastcompatError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from fastcompat.corpus import CorpusSummary
+    from fastcompat.store import Run
+
+app = typer.Typer(
+    name="fastcompat",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Which response generator will teach a base model best, told before any training.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one message and an exit code, never a traceback."""
+    # A model's weights load with a bar of their own, and warnings that a scorer's user can do nothing about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except FastcompatError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as `head` does
+        sys.exit(0)
+
+
+class Turns(StrEnum):
+    last = "last"
+    all = "all"
+
+
+class Bos(StrEnum):
+    auto = "auto"
+    one = "one"
+    none = "none"
+
+
+class Average(StrEnum):
+    response = "response"
+    token = "token"
+
+
+class TableFormat(StrEnum):
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),
+]
+Template = Annotated[str, typer.Option(help="auto, chatml, alpaca, plain or a Jinja FILE.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut.", show_default="the model's context")]
+
+
+@app.command()
+def score(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT...", help="Files, directories, globs or hf:// ids. None: resume RUN."),
+    ] = None,
+    base_model: Annotated[
+        list[str] | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Repeatable.")
+    ] = None,
+    mapping: Map = None,
+    template: Template = "auto",
+    turns: Annotated[Turns, typer.Option(help="The assistant turns that are scored.")] = Turns.last,
+    score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
+    bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a pack.", show_default="4096, on a GPU 32768")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the models on the hub.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Add INPUTs that RUN does not have yet.")] = False,
+    worker: Annotated[
+        str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
+    ] = "1/1",
+) -> None:
+    """Score a corpus: the base model's loss on every response, into a run directory.
+
+    The same command resumes a run that was interrupted, and adds another model, template or setting beside what is
+    finished. Rows that cannot be scored stay in the output with the reason.
+    """
+    from fastcompat.session import CorpusSettings, prepare_run
+
+    share = parse_worker(worker)
+    settings = CorpusSettings(overrides=parse_mapping(mapping), strict=strict)
+    with stopping() as stop:
+        started = time.monotonic()
+
+        def preparing(*_: object) -> None:
+            if stop():
+                raise Interrupted("interrupted while the corpus was prepared; give the same command again")
+
+        run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
+        if summary is not None:
+            show_corpus(summary, time.monotonic() - started)
+        if not base_model:
+            raise UsageError("name a base model: --base-model ID_OR_DIR")
+        for model in base_model:
+            score_model(
+                run,
+                model,
+                stop,
+                share,
+                template=template,
+                turns=str(turns),
+                score_eos=score_eos,
+                bos=str(bos),
+                max_length=max_length,
+                device=device,
+                dtype=dtype,
+                token_budget=token_budget,
+                revision=revision,
+            )
+    console.print(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]", highlight=False, soft_wrap=True)
+
+
+def score_model(run: Run, model: str, stop: Callable[[], bool], share: object, *, token_budget: int | None, **settings: object) -> None:
+    """Work off one base model, with its progress on the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    from fastcompat.display import ScoringDisplay, duration, figures_of, saved_share, statuses_line
+    from fastcompat.engine import Progress
+    from fastcompat.scorer import Scorer
+    from fastcompat.session import open_scorer, score_corpus
+
+    transformers_logging.disable_progress_bar()
+    scorer = Scorer(model, token_budget=token_budget, **settings)  # type: ignore[arg-type]
+    store, budget = open_scorer(run, scorer, token_budget=token_budget)
+    identity = scorer.identity
+    say(f"\n[bold]{escape(scorer.name)}[/] · {identity['dtype']} on {scorer.device} · template: {escape(scorer.tokenizer.description)}")
+    display = ScoringDisplay(console, scorer.name)
+    progress = Progress(notify=display.update)
+    started = time.monotonic()
+    try:
+        with display.showing():
+            score_corpus(run, scorer, store, token_budget=budget, worker=share, progress=progress, stop=stop)  # type: ignore[arg-type]
+    except Interrupted:
+        say(figures_of(progress, time.monotonic() - started))
+        raise Interrupted(
+            f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
+        ) from None
+    if not progress.n_rows:
+        say(f"all {progress.n_rows_total:,} responses were scored before")
+        return
+    seconds = time.monotonic() - started
+    say(
+        f"{progress.n_rows:,} responses in {duration(seconds)} · {progress.n_tokens / seconds:,.0f} tokens/s · "
+        f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
+        + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
+    )
+    say(statuses_line(progress.statuses))
+
+
+@app.command()
+def rank(
+    directory: RunDirectory,
+    by: Annotated[str, typer.Option(help="The column whose values are ranked.")] = "generator",
+    average: Annotated[Average, typer.Option(help="Mean over responses or over tokens.")] = Average.response,
+    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+    format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
+) -> None:
+    """Rank the generators of a run by mean loss, the most compatible first."""
+    from fastcompat.ranking import rank as rank_scores
+    from fastcompat.store import open_run
+
+    run = open_run(directory)
+    scores = run.scores()
+    if not scores.num_rows:
+        raise UsageError(f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR")
+    ranking = rank_scores(scores, by=by, average=average.value, draws=draws)
+    write_ranking(ranking, by, average.value, draws, format)
+    n_pending = sum(run.n_rows - sum(u.n_rows for u in run.units if u.name in s.finished()) for s in run.scorers())
+    if n_pending:
+        errors.print(f"[yellow]note:[/] {n_pending:,} responses are not scored yet", highlight=False)
+
+
+def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: TableFormat) -> None:
+    """A ranking in one of the formats."""
+    from fastcompat.display import ranking_table
+
+    if format is TableFormat.table:
+        console.print(ranking_table(ranking, by=by))
+        over = "responses" if average == "response" else "tokens"
+        say(
+            f"[dim]loss: mean NLL in nats a token, averaged over {over}; 95% interval from {draws:,} bootstrap draws "
+            "clustered by prompt;\nneighbours that the draws do not tell apart share a rank.[/]"
+        )
+    elif format is TableFormat.json:
+        import json
+
+        print(json.dumps(ranking.to_pylist(), indent=2))
+    elif format is TableFormat.csv:
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(ranking, sys.stdout.buffer)
+    else:
+        names = ranking.column_names
+        print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+        for row in ranking.to_pylist():
+            cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+
+@app.command()
+def status(directory: RunDirectory) -> None:
+    """What a run holds, how far each scorer is, and what could not be scored."""
+    from fastcompat.display import statuses_line
+    from fastcompat.store import open_run
+    from fastcompat.verification import scorer_progress
+
+    run = open_run(directory)
+    n_files = sum(len(generation.files) for generation in run.generations)
+    say(f"{run.n_rows:,} rows from {n_files:,} files in {len(run.units):,} units of work")
+    for entry in scorer_progress(run):
+        state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
+        say(f"[bold]{escape(entry.name)}[/]: {state} · {entry.n_rows:,}/{run.n_rows:,} responses · {statuses_line(entry.statuses)}")
+    if not run.scorers():
+        say("no scorer yet")
+
+
+@app.command()
+def verify(directory: RunDirectory) -> None:
+    """Check every file of a run against its manifest: exit code 0 when all is whole, 5 with a list when not."""
+    from fastcompat.errors import RunError
+    from fastcompat.store import open_run
+    from fastcompat.verification import find_damage
+
+    run = open_run(directory)
+    damage = find_damage(run)
+    for line in damage:
+        errors.print(f"[red]damaged:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    if damage:
+        raise RunError(f"{len(damage)} of the files of {directory} are damaged")
+    n_parts = sum(len(scorer.finished()) for scorer in run.scorers())
+    say(f"whole: {run.n_rows:,} rows in {len(run.units):,} units, {n_parts:,} parts of {len(run.scorers())} scorers")
+
+
+@app.command()
+def inspect(
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="A file, directory, glob or hf:// id.")],
+    base_model: Annotated[str, typer.Option("--base-model", metavar="ID_OR_DIR")],
+    row: Annotated[int, typer.Option(min=0, help="Which response, counted from 0 over all files.")] = 0,
+    mapping: Map = None,
+    template: Template = "auto",
+    turns: Annotated[Turns, typer.Option(help="The assistant turns that are scored.")] = Turns.last,
+    score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
+    bos: Annotated[Bos, typer.Option(help="auto, one or none.")] = Bos.auto,
+    max_length: MaxLength = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Also list the token ids.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Show one row, its tokens, and which of them are scored."""
+    from itertools import islice
+
+    from fastcompat.corpus import iter_responses
+    from fastcompat.inspection import render_inspection
+    from fastcompat.model import load_config, model_lengths
+    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+
+    response = next(islice(iter_responses([input], overrides=parse_mapping(mapping)), row, None), None)
+    if response is None:
+        raise UsageError(f"{input} has no row {row}: rows are counted from 0")
+    context_length, _ = model_lengths(load_config(base_model, revision))
+    tokenizer = ConversationTokenizer.from_pretrained(
+        base_model,
+        TokenizationSettings(
+            template=template, turns=turns.value, score_eos=score_eos, bos=bos.value, max_length=max_length
+        ),
+        revision=revision,
+        context_length=context_length,
+    )
+    (sequence,) = tokenizer([response])
+    console.print(render_inspection(response, sequence, tokenizer, ids=ids))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="RUN", help="Keep the run here.", show_default="a temporary one")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts; each is answered by every generator.")] = 500,
+) -> None:
+    """Score the embedded corpus with the embedded model: offline, in about a minute."""
+    from fastcompat.demo import model_directory
+    from fastcompat.demo.corpus import write_corpus
+
+    directory = output or Path(tempfile.mkdtemp(prefix="fastcompat-demo-")) / "run"
+    corpus = directory.parent / f"{directory.name}-corpus"
+    if not (directory / "manifest.json").exists():
+        write_corpus(corpus, n_prompts=prompts)
+    model = str(model_directory())
+    say(
+        "What Python's standard library says about itself, answered by several response generators;\n"
+        "which of them does the small base model find most compatible?\n"
+    )
+    say(f"[bold]$ fastcompat score {escape(str(corpus))} --base-model {escape(model)} -o {escape(str(directory))}[/]")
+    score(directory, inputs=[str(corpus)], base_model=[model])
+    say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
+    rank(directory)
+    say(
+        "\nOn your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
+        "then [bold]fastcompat rank RUN[/].\n"
+        f"One row and its scored tokens: [bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
+    )
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a question that the engine asks after every pack; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        errors.print("finishing the pack at hand, then stopping (Ctrl-C again: at once)", highlight=False)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def show_corpus(summary: CorpusSummary, seconds: float) -> None:
+    """What was read and how it was understood."""
+    from fastcompat.display import duration, statuses_line
+
+    mappings: dict[str, list[str]] = {}
+    for file in summary.files:
+        mappings.setdefault(file.mapping, []).append(file.label)
+    for mapping, labels in mappings.items():
+        more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
+        say(f"{escape(labels[0])}{more}: {escape(mapping)}")
+    n_rows = sum(summary.statuses.values())
+    say(
+        f"{n_rows:,} responses of {len(summary.generators):,} generators from {len(summary.files):,} files, "
+        f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
+    )
+
+
+def parse_mapping(values: list[str] | None) -> dict[str, str]:
+    """--map NAME=COLUMN, repeated."""
+    pairs = [value.partition("=") for value in values or []]
+    for name, equals, column in pairs:
+        if not (name and equals and column):
+            raise UsageError(f"--map {name}{equals}{column}: write NAME=COLUMN, for example --map response=answer")
+    return {name: column for name, _, column in pairs}
+
+
+def parse_worker(text: str) -> object:
+    """--worker I/N."""
+    from fastcompat.session import Worker
+
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal()):
+        raise UsageError(f"--worker {text}: write I/N, for example 1/4")
+    return Worker(index=int(first) - 1, count=int(second))
+
+
+def say(text: str) -> None:
+    """One message, never cut at the terminal's width."""
+    console.print(text, highlight=False, soft_wrap=True)

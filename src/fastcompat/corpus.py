@@ -1,0 +1,329 @@
+"""Files -> normalised rows, partitioned by prompt into Parquet shards whose row groups are the units of work.
+
+Two passes, both in memory that does not grow with the corpus. The first streams the files' records, makes rows of
+them and partitions the rows by prompt into temporary files; the second sorts one bucket at a time and writes it as a
+shard. Equal prompts meet in one shard, whichever files they come from. The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import pyarrow.parquet as pq
+
+from fastcompat.containers import SourceReader
+from fastcompat.errors import CorpusError, SchemaError
+from fastcompat.formats import SAMPLE_RECORDS, Overrides, RecordReader
+from fastcompat.partition import Partition, writing
+from fastcompat.records import Broken, Record, Unreadable
+from fastcompat.response import ROW_SCHEMA, Message, Response, Status, prompt_id
+from fastcompat.sources import Source, find_sources
+from fastcompat.summary import CorpusSummary, FileSummary, InputDifference, ShardSummary, compare_inputs
+
+__all__ = [
+    "CorpusSummary",
+    "FileSummary",
+    "InputDifference",
+    "PreparationProgress",
+    "ShardSummary",
+    "compare_inputs",
+    "iter_responses",
+    "prepare",
+]
+
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+_TEMPORARY = ".partition"
+_SHARD_NAME = re.compile(r"shard-(\d+)\.parquet")
+_MAX_BUCKETS = 1024
+_STAGE_BYTES = 48 << 20
+# Where records are large or broken, the mapping is chosen from what this many batches hold.
+_SAMPLE_BATCHES = 4
+# Text against bytes on disk, roughly; it only decides the number of buckets.
+_EXPANSION = {".gz": 4, ".zst": 4, ".zstd": 4, ".parquet": 3, ".pq": 3}
+
+
+class PreparationProgress(NamedTuple):
+    """How far a preparation is: `done` of `total` (bytes of the inputs while reading, rows while writing).
+
+    `source` and `mapping` name the file being read and how ("" before its first records); `rows` counts all so far.
+    """
+
+    phase: str
+    done: int
+    total: int
+    rows: int
+    source: str = ""
+    mapping: str = ""
+
+
+OnProgress = Callable[[PreparationProgress], None]
+
+
+def prepare(
+    inputs: Inputs,
+    directory: str | os.PathLike[str],
+    *,
+    overrides: Overrides | None = None,
+    strict: bool = False,
+    filesystem: Any = None,
+    target_unit_chars: int = 1 << 20,
+    max_unit_rows: int = 4096,
+    target_shard_bytes: int = 64 << 20,
+    first_shard: int = 0,
+    on_progress: OnProgress | None = None,
+) -> CorpusSummary:
+    """Write `directory/shard-00000.parquet` ... (numbered from `first_shard`, `ROW_SCHEMA`) and say what they hold.
+
+    A row group is a unit of work: about `target_unit_chars` characters of text and at most `max_unit_rows` rows; a
+    prompt's rows are split only where they alone are more. `target_shard_bytes` is the text of a shard, roughly.
+    Shards appear by rename once all are written; those of this number or higher that a killed preparation left are
+    replaced. `filesystem` is an fsspec filesystem for hf:// inputs.
+
+    Raises CorpusError (no such input, with `strict` the first row that cannot be read), SchemaError (no file has a
+    known schema), UsageError (an override of nothing), RunError (the directory cannot be written).
+    """
+    sources = find_sources(inputs, filesystem=filesystem)
+    directory = Path(directory)
+    temporary = directory / _TEMPORARY
+    report = on_progress or (lambda progress: None)
+    with writing(directory):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        n_buckets = _number_of_buckets(sources, target_shard_bytes)
+        partition = Partition(temporary, n_buckets=n_buckets, stage_bytes=_STAGE_BYTES)
+        files, generators = _read(sources, partition, overrides, strict, report)
+        labels = [source.label for source in sources]
+        partition.finish()
+        shards = _write_shards(partition, labels, first_shard, target_unit_chars, max_unit_rows, report)
+        with writing(directory):
+            _move_in(shards, temporary, directory, first_shard)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return CorpusSummary(
+        files=tuple(files), shards=tuple(shards), generators=generators, overrides=dict(overrides or {})
+    )
+
+
+def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesystem: Any = None) -> Iterator[Response]:
+    """The rows of the inputs in their order, one by one, without a directory: for looking at a corpus."""
+    known = False
+    sources = find_sources(inputs, filesystem=filesystem)
+    for number, source in enumerate(sources):
+        rows = _SourceRows(source, overrides)
+        for row_index, readings, _ in rows:
+            if not known:
+                known = _check_schema(rows, sources[number + 1 :], overrides)
+            for response_index, (messages, generator, status, detail) in enumerate(readings):
+                yield Response(
+                    messages=messages,
+                    generator=generator or source.generator,
+                    source=source.label,
+                    row_index=row_index,
+                    response_index=response_index,
+                    status=status,
+                    detail=detail,
+                )
+
+
+# --- the first pass
+
+
+class _SourceRows:
+    """The readings of a file's records with their row index, and what is to be said about the file afterwards."""
+
+    def __init__(self, source: Source, overrides: Overrides | None) -> None:
+        self._source = source
+        self._overrides = overrides
+        self.container = SourceReader(source)
+        self.reader: RecordReader | None = None
+        self.n_records = 0
+        self.n_valid = 0
+
+    def __iter__(self) -> Iterator[tuple[int, list[Any], int]]:
+        held: list[tuple[list[Record | Broken | Unreadable], int]] = []
+        sample: list[Record] = []
+        for records, position in self.container:
+            if self.reader is None:
+                held.append((records, position))
+                sample.extend(record for record in records if type(record) is dict)
+                if len(sample) < SAMPLE_RECORDS and len(held) < _SAMPLE_BATCHES:
+                    continue
+                yield from self._read_held(sample, held)
+                held, sample = [], []
+            else:
+                yield from self._readings(records, position)
+        if self.reader is None:
+            yield from self._read_held(sample, held)
+
+    def _read_held(
+        self, sample: list[Record], held: list[tuple[list[Record | Broken | Unreadable], int]]
+    ) -> Iterator[tuple[int, list[Any], int]]:
+        self.reader = RecordReader(sample[:SAMPLE_RECORDS], overrides=self._overrides, label=self._source.label)
+        self.n_valid = len(sample)
+        for records, position in held:
+            yield from self._readings(records, position)
+
+    def _readings(
+        self, records: list[Record | Broken | Unreadable], position: int
+    ) -> Iterator[tuple[int, list[Any], int]]:
+        assert self.reader is not None
+        read = self.reader.read
+        for record in records:
+            yield self.n_records, read(record), position
+            if type(record) is not Unreadable:
+                self.n_records += 1
+
+
+def _read(
+    sources: list[Source], partition: Partition, overrides: Overrides | None, strict: bool, report: OnProgress
+) -> tuple[list[FileSummary], dict[str, int]]:
+    files: list[FileSummary] = []
+    generators: Counter[str] = Counter()
+    known = False
+    total = sum(source.size for source in sources)
+    done = 0
+    for number, source in enumerate(sources):
+        rows = _SourceRows(source, overrides)
+        statuses: Counter[Status] = Counter()
+        reported = -1
+        last_prompt: tuple[Message, ...] | None = None
+        last_id = ""
+        for row_index, readings, position in rows:
+            if not known:
+                known = _check_schema(rows, sources[number + 1 :], overrides)
+            if position != reported:
+                reported = position
+                mapping = rows.reader.mapping.describe() if rows.reader and rows.reader.mapping else ""
+                report(PreparationProgress("reading", done + position, total, partition.n_rows, source.label, mapping))
+            for response_index, (messages, generator, status, detail) in enumerate(readings):
+                if strict and status in (Status.INVALID, Status.UNREADABLE):
+                    _stop(source, row_index, detail)
+                prompt = messages[:-1]
+                # Responses to one prompt often follow one another: hash it once.
+                if prompt != last_prompt:
+                    last_prompt, last_id = prompt, prompt_id(prompt)
+                generator = generator or source.generator
+                partition.add(last_id, number, row_index, response_index, generator, messages, status, detail)
+                statuses[status] += 1
+                generators[generator] += 1
+        reader = rows.reader
+        assert reader is not None
+        done += source.size
+        sha256 = rows.container.sha256()
+        rows.container.close()
+        files.append(
+            FileSummary(
+                label=source.label,
+                size=source.size,
+                mtime_ns=source.mtime_ns,
+                sha256=sha256,
+                oid=source.oid,
+                container=rows.container.container,
+                mapping=reader.mapping.describe() if reader.mapping else "",
+                n_records=rows.n_records,
+                n_rows=statuses.total(),
+                statuses={str(status): count for status, count in sorted(statuses.items())},
+                dropped_turns=reader.tally.dropped_turns,
+                unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
+                other_shapes=dict(sorted(reader.tally.other_shapes.items())),
+            )
+        )
+    return files, dict(sorted(generators.items()))
+
+
+def _check_schema(rows: _SourceRows, others: list[Source], overrides: Overrides | None) -> bool:
+    """Whether some file has a known schema; asked at the first file's first row, so that a hopeless corpus ends soon.
+
+    Raises the first file's SchemaError where neither it nor any other has one.
+    """
+    assert rows.reader is not None
+    if rows.reader.mapping is not None:
+        return True
+    if rows.reader.error is None or not rows.n_valid:
+        return False
+    for source in others:
+        other = _SourceRows(source, overrides)
+        next(iter(other), None)
+        other.container.close()
+        if other.reader is not None and other.reader.mapping is not None:
+            return True
+    more = f"\n({len(others)} more files have none either.)" if others else ""
+    raise SchemaError(f"{rows.reader.error}{more}")
+
+
+def _stop(source: Source, row_index: int, detail: str) -> NoReturn:
+    raise CorpusError(
+        f"{source.label}, record {row_index}: {detail}. Mend it, or leave out --strict to keep it as a row."
+    )
+
+
+def _number_of_buckets(sources: list[Source], target_shard_bytes: int) -> int:
+    text = 0
+    for source in sources:
+        suffix = os.path.splitext(source.label)[1].lower()
+        text += source.size * _EXPANSION.get(suffix, 1)
+    return min(_MAX_BUCKETS, max(1, -(-text // target_shard_bytes)))
+
+
+# --- the second pass
+
+
+def _write_shards(
+    partition: Partition,
+    labels: list[str],
+    first_shard: int,
+    target_unit_chars: int,
+    max_unit_rows: int,
+    report: OnProgress,
+) -> list[ShardSummary]:
+    shards: list[ShardSummary] = []
+    done = 0
+    for number in range(partition.n_buckets):
+        bucket = partition.bucket(number)
+        if bucket.n_rows == 0:
+            continue
+        name = f"shard-{first_shard + len(shards):05d}.parquet"
+        path = partition.directory / name
+        units = []
+        with (
+            writing(partition.directory.parent),
+            pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+        ):
+            for rows in bucket.units(target_chars=target_unit_chars, max_rows=max_unit_rows):
+                writer.write_table(bucket.gather(rows, labels), row_group_size=len(rows))
+                units.append(len(rows))
+        with writing(partition.directory.parent):
+            sha256 = _sync_and_hash(path)
+        done += bucket.n_rows
+        report(PreparationProgress("writing", done, partition.n_rows, partition.n_rows))
+        shards.append(ShardSummary(name=name, sha256=sha256, n_rows=bucket.n_rows, units=tuple(units)))
+    return shards
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_in(shards: list[ShardSummary], temporary: Path, directory: Path, first_shard: int) -> None:
+    for path in directory.iterdir():
+        match = _SHARD_NAME.fullmatch(path.name)
+        if match and int(match[1]) >= first_shard:
+            path.unlink()
+    for shard in shards:
+        (temporary / shard.name).rename(directory / shard.name)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

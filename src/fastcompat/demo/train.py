@@ -1,0 +1,296 @@
+"""Train the demo's base model: `python -m fastcompat.demo.train OUT`.
+
+A byte-level BPE tokenizer and a Llama of 3.4 million parameters, on the documentation and the source of the standard
+library of the running Python, without the held-out modules. About a quarter of an hour on two cores. Nothing imports this
+module: it is here so that anybody can remake the model in fastcompat/demo/model, and see how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import math
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastcompat.demo.corpus import MINIMUM_CHARACTERS, first_paragraph, question
+from fastcompat.demo.library import (
+    HELD_OUT_MODULES,
+    TRAINING_MODULES,
+    Documented,
+    definitions,
+    documentation_text,
+    documented,
+    load,
+)
+
+SEED = 2411_07133
+VOCABULARY = 4096
+BLOCK = 512
+BLOCKS_PER_STEP = 8
+# The logits of two blocks stay in the caches; one pass over all eight takes five times as long.
+BLOCKS_PER_PASS = 2
+PEAK_LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 100
+LOG_EVERY = 100
+# So many blocks of held-out conversations for the log's lines; the last line is about all of them.
+HELD_OUT_BLOCKS = 32
+WEIGHT_DECAY = 0.1
+# The model shall know documentation well and code a little: its texts are documents, and each fourth source file once.
+DOCUMENT_REPEATS = 2
+SOURCE_STRIDE = 4
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def conversations(things: Sequence[Documented]) -> list[str]:
+    """Each thing asked about twice: first all are answered in full, then, not to be copied from there, in short."""
+    return [
+        f"{TURN_START}user\n{question(thing)}{TURN_END}\n{TURN_START}assistant\n{answer}{TURN_END}\n"
+        for answers in ([thing.text for thing in things], [first_paragraph(thing) for thing in things])
+        for thing, answer in zip(things, answers, strict=True)
+    ]
+
+
+def reference_topics() -> list[str]:
+    """The chapters of the language reference that `help()` knows."""
+    topics = getattr(load("pydoc_data.topics"), "topics", {})
+    return [text for _, text in sorted(topics.items())]
+
+
+def source_files() -> Iterator[tuple[str, str]]:
+    """(module, source) of the library without held-out modules, tests, tables, and this machine's configuration."""
+    held_out = {name.split(".")[0] for name in HELD_OUT_MODULES}
+    left_out = held_out | {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if left_out.isdisjoint(parts) and not re.match(r"config-|_sysconfigdata", parts[0]):
+            try:
+                yield ".".join(parts), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def documented_in(module: str, source: str) -> Iterator[Documented]:
+    """What a source file documents, private things included: read, not imported."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a template or a sample of bad syntax
+        return
+    for name, definition in definitions(tree):
+        documentation = documentation_text(ast.get_docstring(definition, clean=False))
+        parameters = "" if isinstance(definition, ast.ClassDef) else f"({ast.unparse(definition.args)})"
+        if len(documentation) >= 40:
+            yield Documented(
+                name=f"{module}.{name}",
+                module=module,
+                signature=f"{module}.{name}{parameters}",
+                documentation=documentation,
+                source="",
+            )
+
+
+def held_out_and_training() -> tuple[list[Documented], list[str]]:
+    """What the model must not see, and the texts that it is trained on, shuffled."""
+    held_out = documented(HELD_OUT_MODULES, minimum_characters=MINIMUM_CHARACTERS)
+    sources = list(source_files())
+    things = {thing.documentation: thing for module, source in sources for thing in documented_in(module, source)}
+    things |= {thing.documentation: thing for thing in documented(TRAINING_MODULES)}
+    documents = [*(thing.text for thing in things.values()), *conversations(list(things.values())), *reference_topics()]
+    # Some modules copy docstrings from others: a text that quotes a held-out one is no training text.
+    unseen = [_spaced(thing.documentation) for thing in held_out]
+
+    def quotes(text: str) -> bool:
+        spaced = _spaced(text)
+        return any(documentation in spaced for documentation in unseen)
+
+    texts = [text for text in documents if not quotes(text)] * DOCUMENT_REPEATS
+    texts += [source for _, source in sources[::SOURCE_STRIDE] if not quotes(source)]
+    random.Random(SEED).shuffle(texts)
+    return held_out, texts
+
+
+def _spaced(text: str) -> str:
+    """The text without its line breaks and indentation."""
+    return " ".join(text.split())
+
+
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, every text round-trips; no BOS, a turn's end is the EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """[blocks, BLOCK + 1] token ids: the texts end to end, each block's last token being the next one's first."""
+    ids = [
+        token
+        for encoding in tokenizer.backend_tokenizer.encode_batch([text + END_OF_TEXT for text in texts])
+        for token in encoding.ids
+    ]
+    n_blocks = max((len(ids) - 1) // BLOCK, 1)
+    return torch.tensor(ids[: n_blocks * BLOCK + 1]).unfold(0, BLOCK + 1, BLOCK)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def mean_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, nats, over the blocks' tokens, each given those before it in its block."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
+    model.eval()
+    losses = [mean_loss(model, part).item() * len(part) for part in torch.split(blocks, BLOCKS_PER_PASS)]
+    model.train()
+    return sum(losses) / len(blocks)
+
+
+def learning_rate(step: int, n_steps: int) -> float:
+    """Linear warm-up, then a cosine to a hundredth of the peak."""
+    if step < WARM_UP_STEPS:
+        return PEAK_LEARNING_RATE * (step + 1) / WARM_UP_STEPS
+    progress = (step - WARM_UP_STEPS) / max(n_steps - WARM_UP_STEPS, 1)
+    return PEAK_LEARNING_RATE * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def save(model: LlamaForCausalLM, out: Path) -> None:
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)  # says only what config.json says
+
+
+def train(out: Path, n_steps: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    held_out, texts = held_out_and_training()
+
+    tokenizer = train_tokenizer(texts)
+    tokenizer.save_pretrained(out)
+    blocks = pack(texts, tokenizer)
+    held_out_documents = pack([thing.text for thing in held_out], tokenizer)
+    held_out_conversations = pack(conversations(held_out), tokenizer)
+    held_out_blocks = f"{len(held_out_documents)} + {len(held_out_conversations)}"
+    print(f"{len(texts)} texts, {len(blocks)} blocks of {BLOCK}; held out {held_out_blocks}", flush=True)
+
+    model = new_model(tokenizer)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    order = torch.Generator().manual_seed(SEED)
+    queue = torch.empty(0, dtype=torch.int64)
+    started = time.perf_counter()
+    with (out / "training_log.jsonl").open("w", encoding="utf-8", newline="\n") as log:
+        recent: list[float] = []
+        for step in range(n_steps):
+            if len(queue) < BLOCKS_PER_STEP:
+                queue = torch.cat([queue, torch.randperm(len(blocks), generator=order)])
+            chosen, queue = queue[:BLOCKS_PER_STEP], queue[BLOCKS_PER_STEP:]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, n_steps)
+            for part in torch.split(blocks[chosen], BLOCKS_PER_PASS):
+                loss = mean_loss(model, part) * len(part) / BLOCKS_PER_STEP
+                loss.backward()  # type: ignore[no-untyped-call]
+                recent.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == n_steps:
+                line = {
+                    "step": step + 1,
+                    "tokens": (step + 1) * BLOCKS_PER_STEP * BLOCK,
+                    "train_loss": round(sum(recent) / (step % LOG_EVERY + 1), 4),
+                    "held_out_loss": round(held_out_loss(model, held_out_conversations[:HELD_OUT_BLOCKS]), 4),
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+                recent.clear()
+                print(json.dumps(line), flush=True)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                save(model, out)
+
+        # The figures below are those of the rounded weights, which are what is shipped.
+        model = model.to(torch.bfloat16)
+        summary = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": n_steps * BLOCKS_PER_STEP * BLOCK,
+            "tokens_per_epoch": len(blocks) * BLOCK,
+            "held_out_documentation_loss": round(held_out_loss(model, held_out_documents), 4),
+            "held_out_conversation_loss": round(held_out_loss(model, held_out_conversations), 4),
+            "seconds": round(time.perf_counter() - started, 1),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sysconfig.get_python_version(),
+        }
+        print(json.dumps(summary), flush=True)
+        log.write(json.dumps(summary) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory that the model is written to")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.out, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Records -> Response rows, through the mapping that fits their file.
+
+A record that the file's mapping does not fit is tried alone against the known shapes; one that fits none becomes an
+`invalid` row that says what is missing. No record ever goes without a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping as AbstractMapping
+
+from fastcompat.detection import Mapping, Overrides, detect, parse_overrides
+from fastcompat.errors import SchemaError
+from fastcompat.records import Broken, Record, Unreadable
+from fastcompat.response import Response, Status
+from fastcompat.sample import form_of
+from fastcompat.shapes import MissingColumnError, Read
+from fastcompat.turns import Reading, Tally, invalid, kind_of, storable
+
+__all__ = [
+    "SAMPLE_RECORDS",
+    "Mapping",
+    "Overrides",
+    "RecordReader",
+    "Tally",
+    "detect",
+    "parse_overrides",
+    "rows_from_records",
+]
+
+# How many valid records of a file decide its mapping.
+SAMPLE_RECORDS = 64
+# Broken records may come first; past this many the mapping is chosen from what there is.
+_SAMPLE_SEARCH = 16384
+_REMEMBERED_SHAPES = 1024
+
+
+class RecordReader:
+    """Reads the records of one file. `mapping` is None where no known shape fits; `error` then says why."""
+
+    def __init__(
+        self, sample: Sequence[Record], *, overrides: Overrides | None = None, label: str = "the records"
+    ) -> None:
+        self.tally = Tally()
+        self.mapping: Mapping | None = None
+        self.error: SchemaError | None = None
+        self._overrides = overrides
+        self._alone: dict[object, Read | None] = {}
+        self._read: Read = self._read_unmapped
+        try:
+            self.mapping = detect(sample, overrides=overrides, label=label)
+            self._read = self.mapping.reader()
+        except SchemaError as error:
+            self.error = error
+
+    def read(self, record: object) -> list[Reading]:
+        """One reading for each response of the record, at least one."""
+        if type(record) is dict:
+            try:
+                readings = self._read(record, self.tally)
+            except MissingColumnError as missing:
+                readings = self._read_alone(record, missing.reading)
+        elif type(record) is Broken:
+            return [invalid(record.reason)]
+        elif type(record) is Unreadable:
+            return [Reading((), None, Status.UNREADABLE, storable(record.reason))]
+        elif isinstance(record, AbstractMapping):
+            return self.read(dict(record))
+        else:
+            return [invalid(f"a record is {kind_of(record)}, not an object")]
+        for reading in readings:
+            if reading.generator is not None and not reading.generator.isascii():
+                return [_with_storable_generator(each) for each in readings]
+        return readings
+
+    def _read_unmapped(self, record: Record, tally: Tally) -> list[Reading]:
+        # The closest shape's lack stands on the line after "Shapes tried".
+        lines = str(self.error).splitlines()
+        detail = lines[2].strip() if len(lines) > 2 else lines[0]
+        found = ", ".join(map(str, list(record)[:12])) or "none"
+        raise MissingColumnError("", invalid(f"no known schema; closest: {detail}; this record has: {found}"))
+
+    def _read_alone(self, record: Record, otherwise: Reading) -> list[Reading]:
+        filled = {name: value for name, value in record.items() if value is not None}
+        key = tuple((name, form_of(value)) for name, value in filled.items())
+        if key not in self._alone:
+            if len(self._alone) >= _REMEMBERED_SHAPES:
+                self._alone.clear()
+            try:
+                self._alone[key] = detect([filled], overrides=self._overrides).reader()
+            except SchemaError:
+                self._alone[key] = None
+        read = self._alone[key]
+        if read is None:
+            return [otherwise]
+        try:
+            readings = read(filled, self.tally)
+        except MissingColumnError:
+            return [otherwise]
+        self.tally.other_shapes[", ".join(sorted(map(str, filled)))] += 1
+        return readings
+
+
+def take_sample(records: Iterable[object]) -> tuple[list[Record], Iterator[object]]:
+    """The first valid records, and all the records from the start."""
+    source = iter(records)
+    seen: list[object] = []
+    sample: list[Record] = []
+    for record in source:
+        seen.append(record)
+        if isinstance(record, AbstractMapping):
+            sample.append(dict(record))
+        if len(sample) >= SAMPLE_RECORDS or len(seen) >= _SAMPLE_SEARCH:
+            break
+    return sample, itertools.chain(seen, source)
+
+
+def rows_from_records(
+    records: Iterable[AbstractMapping[str, object]],
+    *,
+    overrides: Overrides | None = None,
+    source: str = "rows",
+    generator: str = "unknown",
+) -> list[Response]:
+    """The responses of in-memory records, in input order; a record with several responses gives several rows.
+
+    `generator` names those that name none themselves. Raises SchemaError where not one record has a known shape.
+    """
+    sample, every = take_sample(records)
+    reader = RecordReader(sample, overrides=overrides, label=source)
+    rows = [
+        Response(
+            messages=reading.messages,
+            generator=reading.generator or generator,
+            source=source,
+            row_index=row_index,
+            response_index=response_index,
+            status=reading.status,
+            detail=reading.detail,
+        )
+        for row_index, record in enumerate(every)
+        for response_index, reading in enumerate(reader.read(record))
+    ]
+    if reader.error is not None and sample and all(row.status is Status.INVALID for row in rows):
+        raise reader.error
+    return rows
+
+
+def _with_storable_generator(reading: Reading) -> Reading:
+    name = reading.generator
+    if name is None:
+        return reading
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        detail = "an unpaired surrogate in the generator's name"
+        return reading._replace(generator=storable(name), status=Status.INVALID, detail=detail)
+    return reading

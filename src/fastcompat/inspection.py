@@ -1,0 +1,188 @@
+"""What `fastcompat inspect` prints: one row, its tokens, and which of them are scored.
+
+Scored runs stand between ⟦ and ⟧, so that a pipe, or a reader who cannot tell the colours apart, sees them too. Blanks
+and control characters are made visible: a terminal must not run what a corpus contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fastcompat.response import SCORED_STATUSES, Response
+from fastcompat.tokenization import ConversationTokenizer, TokenSequence
+
+SCORED_BEGIN, SCORED_END = "⟦", "⟧"
+
+# Neighbouring tokens alternate, so that their borders show.
+_SCORED_STYLES = ("bold black on green", "bold black on bright_green")
+_PROMPT_STYLES = ("default", "dim")
+_SPECIAL_STYLE = "magenta"
+_VISIBLE = {" ": "·", "\t": "→", "\n": "↵\n", "\r": "␍", "\x7f": "␡"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Neighbouring tokens that make whole characters only together: mostly one token."""
+
+    text: str
+    first: int
+    n_tokens: int
+    is_special: bool
+
+
+def render_inspection(
+    row: Response, sequence: TokenSequence, tokenizer: ConversationTokenizer, *, ids: bool = False
+) -> RenderableType:
+    """A header, the conversation as tokens with the scored ones marked, and with `ids` a table of every token."""
+    parts: list[RenderableType] = [_header(row, sequence, tokenizer)]
+    if len(sequence.input_ids):
+        parts += [Text(), _conversation(sequence, tokenizer.tokenizer)]
+    if ids:
+        parts += [Text(), _id_table(sequence, tokenizer.tokenizer)]
+    return Group(*parts)
+
+
+def visible(text: str) -> str:
+    """`text` with blanks and control characters as printable marks; a line break keeps its effect after its mark."""
+    return "".join(_visible_character(character) for character in text)
+
+
+def _visible_character(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    if character < " ":
+        return chr(0x2400 + ord(character))  # Unicode's pictures of control characters
+    # Marks that combine are printable; direction changes, zero-width and unassigned characters are not.
+    return character if character.isprintable() else f"\\u{{{ord(character):x}}}"
+
+
+def _header(row: Response, sequence: TokenSequence, tokenizer: ConversationTokenizer) -> Table:
+    n_after = len(sequence.input_ids) - sequence.n_prompt_tokens - sequence.n_tokens
+    counts = f"{sequence.n_prompt_tokens} before the response, {sequence.n_tokens} scored"
+    if n_after and sequence.n_tokens:
+        counts += f", {n_after} others"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    limit = "none" if tokenizer.max_length is None else f"{tokenizer.max_length} tokens"
+    status = str(sequence.status) + (f": {sequence.detail}" if sequence.detail else "")
+    for name, value in (
+        ("row", row.row_key),
+        ("generator", row.generator),
+        ("template", tokenizer.description),
+        ("length limit", limit),
+        ("tokens", counts),
+        ("status", status),
+    ):
+        style = "red" if name == "status" and sequence.status not in SCORED_STATUSES else ""
+        shown = "".join(c if c == " " else _visible_character(c) for c in value)
+        table.add_row(name, Text(shown, style=style))
+    return table
+
+
+def _conversation(sequence: TokenSequence, tokenizer: Any) -> Text:
+    text = Text(overflow="fold")
+    pieces = token_pieces(tokenizer, sequence.input_ids.tolist())
+    n_shown = 0
+    for scored, run in groupby(pieces, key=lambda piece: bool(sequence.scored[piece.first])):
+        text.append(SCORED_BEGIN if scored else "")
+        for piece in run:
+            style = (_SCORED_STYLES if scored else _PROMPT_STYLES)[n_shown % 2]
+            if piece.is_special and not scored:
+                style = _SPECIAL_STYLE
+            text.append(visible(piece.text), style=style)
+            n_shown += 1
+        text.append(SCORED_END if scored else "")
+    return text
+
+
+def _id_table(sequence: TokenSequence, tokenizer: Any) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("index", justify="right")
+    table.add_column("id", justify="right")
+    table.add_column("scored")
+    table.add_column("token")
+    surfaces = _surfaces(tokenizer, sequence.input_ids.tolist())
+    for index, (token, scored, surface) in enumerate(zip(sequence.input_ids, sequence.scored, surfaces, strict=True)):
+        mark = Text("yes", style="green") if scored else Text("")
+        table.add_row(str(index), str(token), mark, Text(_one_line(surface)))
+    return table
+
+
+def _one_line(surface: str | bytes) -> str:
+    if isinstance(surface, bytes):
+        try:
+            surface = surface.decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in surface)
+    return visible(surface).replace("\n", "")
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[_Piece]:
+    """The tokens' texts in order; tokens that split a character between them come as one piece.
+
+    Joined, the pieces of a byte-level vocabulary are the tokenised text, byte for byte.
+    """
+    special = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+    first, pending = 0, b""
+    surfaces = _surfaces(tokenizer, ids)
+    for index, surface in enumerate(surfaces):
+        if isinstance(surface, str):
+            if pending:  # a character that never becomes whole
+                yield _Piece(pending.decode(errors="replace"), first, index - first, False)
+            yield _Piece(surface, index, 1, ids[index] in special)
+            first, pending = index + 1, b""
+            continue
+        pending += surface
+        if _is_whole(pending) or index + 1 == len(ids):
+            yield _Piece(pending.decode(errors="replace"), first, index + 1 - first, False)
+            first, pending = index + 1, b""
+
+
+def _is_whole(utf8: bytes) -> bool:
+    try:
+        utf8.decode()
+    except UnicodeDecodeError as error:
+        # Bytes that no further ones can mend are shown as they are.
+        return error.reason != "unexpected end of data"
+    return True
+
+
+def _surfaces(tokenizer: Any, ids: Sequence[int]) -> list[str | bytes]:
+    """What each token stands for: text, or bytes where it may be part of a character."""
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    is_byte_level = _is_byte_level(tokenizer)
+    surfaces: list[str | bytes] = []
+    for index, token in zip(ids, tokens, strict=True):
+        if index in added:
+            surfaces.append(added[index])
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            surfaces.append(bytes([int(token[3:5], 16)]))
+        elif is_byte_level and all(character in _byte_of() for character in token):
+            surfaces.append(bytes(_byte_of()[character] for character in token))
+        else:
+            surfaces.append(token.replace("\u2581", " "))
+    return surfaces
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    if tokenizer.is_fast:
+        return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    return "Ġ" in tokenizer.get_vocab()  # the stand-in for the blank
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the others for 256 and up in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

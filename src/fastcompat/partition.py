@@ -1,0 +1,257 @@
+"""Rows, in any number -> hash buckets of prompts on disk -> the rows of one bucket in order. In bounded memory.
+
+Rows are staged in memory; a full stage is sorted by bucket and written as one *run*: an Arrow file whose batch b
+holds the rows of bucket b. A bucket is read back as the batches b of all runs, memory-mapped: only its keys are
+loaded to be sorted, and rows are gathered a unit at a time, so that one prompt with millions of rows works too.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastcompat.errors import RunError
+from fastcompat.response import MESSAGE_TYPE, ROW_SCHEMA, Message
+
+# A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
+_STAGED_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.int32()),
+        ("row_index", pa.int64()),
+        ("response_index", pa.int32()),
+        ("generator", pa.string()),
+        ("messages", pa.list_(MESSAGE_TYPE)),
+        ("status", pa.string()),
+        ("detail", pa.string()),
+        ("chars", pa.int64()),
+    ]
+)
+# Python objects become Arrow batches this often: they take several times the memory of the text itself.
+_BATCH_ROWS = 8192
+_BATCH_CHARS = 4 << 20
+
+Indices = npt.NDArray[np.int64]
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """What the disk refuses becomes a sentence; nothing that was there before is lost."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        room = " Preparing needs about twice the size of the corpus's text." if full else ""
+        raise RunError(
+            f"{directory} cannot be written: {error.strerror or error}.{room} Mend that, then give the same command again."
+        ) from error
+
+
+class Partition:
+    """Writes runs of rows under `directory`, and reads buckets back once `finish()` was called."""
+
+    def __init__(self, directory: Path, *, n_buckets: int, stage_bytes: int) -> None:
+        self.n_buckets = n_buckets
+        self.n_rows = 0
+        self.directory = directory
+        self._stage_bytes = stage_bytes
+        self._staged: list[pa.RecordBatch] = []
+        self._staged_bytes = 0
+        self._runs: list[Path] = []
+        self._new_columns()
+
+    def _new_columns(self) -> None:
+        self._prompt_ids: list[str] = []
+        self._sources: list[int] = []
+        self._row_indices: list[int] = []
+        self._response_indices: list[int] = []
+        self._generators: list[str] = []
+        self._statuses: list[str] = []
+        self._details: list[str] = []
+        self._chars: list[int] = []
+        self._ends = [0]
+        self._roles: list[str] = []
+        self._contents: list[str] = []
+        self._pending_chars = 0
+
+    def add(
+        self,
+        prompt_id: str,
+        source: int,
+        row_index: int,
+        response_index: int,
+        generator: str,
+        messages: Sequence[Message],
+        status: str,
+        detail: str,
+    ) -> None:
+        """Stage one row. Rows of one source must come in order: equal prompts keep the order of arrival."""
+        chars = 0
+        for role, content in messages:
+            self._roles.append(role)
+            self._contents.append(content)
+            chars += len(content)
+        self._prompt_ids.append(prompt_id)
+        self._sources.append(source)
+        self._row_indices.append(row_index)
+        self._response_indices.append(response_index)
+        self._generators.append(generator)
+        self._statuses.append(status)
+        self._details.append(detail)
+        self._chars.append(chars)
+        self.n_rows += 1
+        self._ends.append(len(self._roles))
+        self._pending_chars += chars
+        if len(self._chars) >= _BATCH_ROWS or self._pending_chars >= _BATCH_CHARS:
+            self._to_batch()
+
+    def finish(self) -> None:
+        """Write what is still staged."""
+        self._to_batch()
+        self._spill()
+
+    def _to_batch(self) -> None:
+        if not self._chars:
+            return
+        turns = pa.StructArray.from_arrays(
+            [pa.array(self._roles, pa.string()), pa.array(self._contents, pa.string())], fields=list(MESSAGE_TYPE)
+        )
+        batch = pa.record_batch(
+            [
+                pa.array(self._prompt_ids, pa.string()),
+                pa.array(self._sources, pa.int32()),
+                pa.array(self._row_indices, pa.int64()),
+                pa.array(self._response_indices, pa.int32()),
+                pa.array(self._generators, pa.string()),
+                pa.ListArray.from_arrays(pa.array(self._ends, pa.int32()), turns),
+                pa.array(self._statuses, pa.string()),
+                pa.array(self._details, pa.string()),
+                pa.array(self._chars, pa.int64()),
+            ],
+            schema=_STAGED_SCHEMA,
+        )
+        self._staged.append(batch)
+        self._staged_bytes += batch.nbytes
+        self._new_columns()
+        if self._staged_bytes >= self._stage_bytes:
+            self._spill()
+
+    def _spill(self) -> None:
+        if not self._staged:
+            return
+        table = pa.Table.from_batches(self._staged)
+        self._staged, self._staged_bytes = [], 0
+        buckets = bucket_of(table["prompt_id"], self.n_buckets)
+        order = np.argsort(buckets, kind="stable")
+        ends = np.searchsorted(buckets[order], np.arange(self.n_buckets + 1))
+        path = self.directory / f"run-{len(self._runs):05d}.arrow"
+        with (
+            writing(self.directory.parent),
+            pa.OSFile(str(path), "wb") as file,
+            pa.ipc.new_file(file, _STAGED_SCHEMA) as writer,
+        ):
+            for bucket in range(self.n_buckets):
+                rows = order[ends[bucket] : ends[bucket + 1]]
+                writer.write_batch(_one_batch(table.take(pa.array(rows))))
+        self._runs.append(path)
+
+    def bucket(self, number: int) -> Bucket:
+        """The rows of one bucket; valid until the partition's directory goes."""
+        batches = []
+        for path in self._runs:
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number)
+            if batch.num_rows:
+                batches.append(batch)
+        return Bucket(batches)
+
+
+class Bucket:
+    """The rows of one bucket, on disk. Orders are indices into all its rows, as they arrived."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self.n_rows = int(self._starts[-1])
+
+    def units(self, *, target_chars: int, max_rows: int) -> Iterator[Indices]:
+        """The bucket's rows by prompt, then as they arrived, cut into units of about `target_chars` characters.
+
+        A prompt's rows are cut only where they alone exceed a unit; they then share their units with no other prompt.
+        """
+        if self.n_rows == 0:
+            return
+        ids = pa.chunked_array([batch["prompt_id"] for batch in self._batches]).combine_chunks()
+        chars = np.concatenate([batch["chars"].to_numpy() for batch in self._batches])
+        # A stable sort: within a prompt the rows stay as they arrived, by source, record and response.
+        order = pc.array_sort_indices(ids).to_numpy().astype(np.int64)
+        ids = ids.take(pa.array(order))
+        new_prompt = np.ones(self.n_rows, dtype=bool)
+        new_prompt[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+        bounds = np.append(np.flatnonzero(new_prompt), self.n_rows)
+        running = np.concatenate([[0], np.cumsum(chars[order])])
+        for start, stop in _unit_bounds(bounds, running, target_chars, max_rows):
+            yield order[start:stop]
+
+    def gather(self, rows: Indices, labels: Sequence[str]) -> pa.Table:
+        """Rows by index, in that order, with `ROW_SCHEMA`; `labels` name the sources."""
+        where = np.searchsorted(self._starts, rows, side="right") - 1
+        parts = []
+        for number in np.unique(where):
+            local = rows[where == number] - self._starts[number]
+            parts.append(pa.Table.from_batches([self._batches[number].take(pa.array(local))]))
+        # Parts come batch by batch; put the rows back in the order asked for.
+        arrived = np.argsort(where, kind="stable")
+        table = pa.concat_tables(parts).take(pa.array(np.argsort(arrived)))
+        return _normalised(table, labels)
+
+
+def bucket_of(prompt_ids: pa.ChunkedArray, n_buckets: int) -> npt.NDArray[np.int64]:
+    """Each prompt's bucket: the first 32 bits of its id, modulo the number of buckets."""
+    text = np.asarray(pc.utf8_slice_codeunits(prompt_ids, 0, 8).to_numpy(), dtype="S8")
+    digits = text.view(np.uint8).reshape(-1, 8).astype(np.int64)
+    values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
+    number: npt.NDArray[np.int64] = (values << np.arange(28, -1, -4)).sum(axis=1)
+    return number % n_buckets
+
+
+def _unit_bounds(bounds: Indices, running: Indices, target_chars: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Cut points, from where prompts begin (`bounds`, with the end) and the characters before each row (`running`)."""
+    begin = 0
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        too_long = running[stop] - running[begin] > target_chars or stop - begin > max_rows
+        if too_long and begin < start:
+            yield begin, start
+            begin = start
+        if running[stop] - running[begin] > target_chars or stop - begin > max_rows:
+            # This prompt alone exceeds a unit: cut it wherever one is full, at least one row each.
+            while begin < stop:
+                full = int(np.searchsorted(running, running[begin] + target_chars, side="right")) - 1
+                end = min(max(full, begin + 1), begin + max_rows, stop)
+                yield begin, end
+                begin = end
+    if begin < bounds[-1]:
+        yield begin, int(bounds[-1])
+
+
+def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:
+    source = pa.array(labels, pa.string()).take(table["source"].combine_chunks())
+    row_key = pc.binary_join_element_wise(source, pc.cast(table["row_index"].combine_chunks(), pa.string()), "#")
+    response = table["response_index"].combine_chunks()
+    suffixed = pc.binary_join_element_wise(row_key, pc.cast(response, pa.string()), "/")
+    columns = {name: table[name] for name in ("row_index", "response_index", "prompt_id", "generator", "messages")}
+    columns |= {name: table[name] for name in ("status", "detail")}
+    columns["row_key"] = pc.if_else(pc.equal(response, 0), row_key, suffixed)
+    columns["source"] = source
+    return pa.table({name: columns[name] for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA).combine_chunks()
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_STAGED_SCHEMA)

@@ -1,0 +1,193 @@
+"""`Scorer`: a base model, its tokenizer and every setting, as one object for libraries and for the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fastcompat import __version__
+from fastcompat.engine import ResponseScores, default_token_budget, score_sequences
+from fastcompat.errors import UsageError
+from fastcompat.formats import rows_from_records
+from fastcompat.model import (
+    CausalLM,
+    ModelSettings,
+    fingerprint,
+    load_causal_lm,
+    load_config,
+    model_lengths,
+    resolve_device,
+    resolve_dtype,
+    settings_of,
+)
+from fastcompat.response import Status, to_table
+from fastcompat.store import SCORE_SCHEMA
+from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
+
+
+class Scorer:
+    """Exact base-model losses of responses.
+
+        scorer = fc.Scorer("Qwen/Qwen2.5-0.5B")
+        table = scorer.score([{"prompt": "What is two plus two?", "response": "Four."}])
+
+    model: a hub id or a directory. Safetensors only; code from a model's repository is never run.
+    device: "auto", "cpu", "cuda", "cuda:1" ...; dtype: "auto" (as stored, where the device is fast in it), "float32",
+    "bfloat16", "float16"; token_budget: tokens of a pack.
+    template: "auto" (the tokenizer's own chat template, else plain), "chatml", "alpaca", "plain" or a Jinja file.
+    turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
+    max_length: tokens, the model's context if not given; longer sequences are cut and say so.
+
+    The weights are loaded when the first response is scored. Raises ModelError or TemplateError with what to do.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        token_budget: int | None = None,
+        template: str = "auto",
+        turns: str = "last",
+        score_eos: bool = True,
+        bos: str = "auto",
+        max_length: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if token_budget is not None and token_budget < 1:
+            raise UsageError(f"token_budget must be at least 1, got {token_budget}")
+        self.source = str(model)
+        self.settings = ModelSettings(device=device, dtype=dtype, revision=revision)
+        self.config = load_config(self.source, revision)
+        self.device = resolve_device(device)
+        self.token_budget = token_budget or default_token_budget(self.device)
+        context_length, _ = model_lengths(self.config)
+        tokenization = TokenizationSettings(
+            template=template,
+            turns=turns,  # type: ignore[arg-type]  # checked at construction
+            score_eos=score_eos,
+            bos=bos,  # type: ignore[arg-type]
+            max_length=max_length,
+        )
+        self.tokenizer = ConversationTokenizer.from_pretrained(
+            self.source, tokenization, revision=revision, context_length=context_length
+        )
+
+    @property
+    def name(self) -> str:
+        """The model's hub id, or its directory's name."""
+        path = Path(self.source)
+        return path.resolve().name if path.is_dir() else self.source
+
+    @cached_property
+    def model(self) -> CausalLM:
+        """The loaded model."""
+        return load_causal_lm(self.source, self.settings)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
+        return {
+            "kind": "base_model",
+            "model_sha256": fingerprint(self.source, self.settings.revision),
+            "tokenization_sha256": self.tokenizer.fingerprint(),
+            "dtype": str(resolve_dtype(self.settings.dtype, self.config, self.device)).removeprefix("torch."),
+        }
+
+    @property
+    def directory_name(self) -> str:
+        """The scorer's name in a run directory: readable, and different for different identities."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        readable = "".join(c if c.isalnum() or c in "._" else "-" for c in self.name.split("/")[-1])
+        return f"{readable}-{digest[:10]}"
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, for the run's scorer.json."""
+        tokenization = self.tokenizer.settings
+        return {
+            "model": self.name,
+            "source": self.source,
+            "revision": self.settings.revision,
+            "template": self.tokenizer.description,
+            "turns": tokenization.turns,
+            "score_eos": tokenization.score_eos,
+            "bos": tokenization.bos,
+            "max_length": self.tokenizer.max_length,
+            "token_budget": self.token_budget,
+            "fastcompat": __version__,
+            **settings_of(self.model),
+        }
+
+    def score(
+        self, rows: Iterable[Mapping[str, Any]] | pa.Table, *, mapping: Mapping[str, str] | None = None
+    ) -> pa.Table:
+        """Score rows of any shape that `fastcompat score` reads; one row per response, in input order.
+
+        mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
+        `Run.scores()`. Raises SchemaError when no response can be found in the rows.
+        """
+        records = rows.to_pylist() if isinstance(rows, pa.Table) else rows
+        responses = rows_from_records(records, overrides=mapping)
+        scores = score_sequences(self.model, self.tokenizer(responses), token_budget=self.token_budget)
+        return self._table(to_table(responses), scores)
+
+    def score_ids(self, input_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> pa.Table:
+        """Score token ids as they are: input_ids[n] is a whole sequence, its first prompt_lengths[n] ids the prompt.
+
+        A sequence's first token is never scored, since nothing predicts it: with a prompt length of 0 the scored
+        tokens begin with the second (put a BOS in front to score all of a response). Same columns as `score`.
+        """
+        if len(input_ids) != len(prompt_lengths):
+            raise UsageError(f"{len(input_ids)} sequences but {len(prompt_lengths)} prompt lengths")
+        sequences = [
+            self._sequence(n, ids, int(prompt_length))
+            for n, (ids, prompt_length) in enumerate(zip(input_ids, prompt_lengths, strict=True))
+        ]
+        scores = score_sequences(self.model, sequences, token_budget=self.token_budget)
+        index = np.arange(len(sequences))
+        prompts = [
+            hashlib.blake2b(sequence.input_ids[: sequence.n_prompt_tokens].tobytes(), digest_size=16).hexdigest()
+            for sequence in sequences
+        ]
+        rows = {
+            "row_key": pa.array([f"ids#{n}" for n in index], pa.string()),
+            "source": pa.array(["ids"] * len(index), pa.string()),
+            "row_index": pa.array(index, pa.int64()),
+            "prompt_id": pa.array(prompts, pa.string()),
+            "generator": pa.array(["ids"] * len(index), pa.string()),
+        }
+        return self._table(pa.table(rows), scores)
+
+    def _sequence(self, n: int, ids: Sequence[int], prompt_length: int) -> TokenSequence:
+        values = np.asarray(ids)
+        if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
+            raise UsageError(f"input_ids[{n}] must be a list of integers")
+        if len(values) and int(values.min()) < 0:
+            raise UsageError(f"input_ids[{n}] holds {int(values.min())}: leave padding and masks out")
+        if not 0 <= prompt_length <= len(values):
+            raise UsageError(f"prompt_lengths[{n}] is {prompt_length}, outside of 0..{len(values)}")
+        scored = np.arange(len(values)) >= max(prompt_length, 1)
+        status, detail = Status.OK, ""
+        limit = self.tokenizer.max_length
+        if not scored.any():
+            status, detail = Status.EMPTY, "no token after the prompt"
+        elif limit is not None and len(values) > limit:
+            status, detail = Status.TRUNCATED, f"{len(values)} tokens, cut at {limit}"
+            values, scored = values[:limit], scored[:limit]
+            if not scored.any():
+                status, detail = Status.PROMPT_TOO_LONG, f"the prompt's {prompt_length} tokens leave none of {limit}"
+        return TokenSequence(input_ids=values.astype(np.int64), scored=scored, status=status, detail=detail)
+
+    def _table(self, rows: pa.Table, scores: ResponseScores) -> pa.Table:
+        columns = {name: rows[name] for name in SCORE_SCHEMA.names if name in rows.column_names}
+        columns.pop("response_index", None)
+        own = scores.columns()
+        return pa.table(columns | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())} | own)

@@ -1,0 +1,327 @@
+"""From what a user names (file, directory, glob, `datasets` directory, hf:// id) to the files that will be read.
+
+A `Source` is one file with its label, which is the path as the user gave it: it stays the same when the corpus is
+named again from the same place, and it is what every row's `source` column says. Sources come in the order
+of the inputs, and sorted within a directory or a pattern.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath, PurePosixPath
+from typing import IO, Any, cast
+
+from fastcompat.errors import CorpusError
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd")
+COLUMNAR_SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
+KNOWN_SUFFIXES = (*JSON_SUFFIXES, *COLUMNAR_SUFFIXES)
+
+# What `datasets` keeps beside the data, and its cache of transformed copies.
+_BOOKKEEPING = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|cache-.*\.arrow")
+_SHARD_NUMBER = re.compile(r"[-_.]\d{3,}([-_]of[-_]\d{3,})?$")
+# Names that say which part of a data set a file is, never who generated it.
+_PART_NAMES = frozenset(
+    f"{part}{use}"
+    for part in ("data", "train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "default")
+    for use in ("", "_sft", "_gen", "_prefs")
+)
+_HUB = "hf://"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file of a corpus. `size` in bytes; `mtime_ns` is 0 and `oid` the content's id where the file is remote."""
+
+    label: str
+    path: str
+    generator: str
+    size: int
+    mtime_ns: int = 0
+    oid: str = ""
+    filesystem: Any = None  # an fsspec filesystem; None is this machine's own
+
+    @property
+    def remote(self) -> bool:
+        """Whether the file is reached through fsspec."""
+        return self.filesystem is not None
+
+    def open(self) -> IO[bytes]:
+        """The file's bytes, seekable. Raises OSError (local) or CorpusError (remote)."""
+        if self.filesystem is None:
+            return open(self.path, "rb", buffering=0)
+        try:
+            return cast("IO[bytes]", _RemoteFile(self.filesystem.open(self.path, "rb"), self.label))
+        except Exception as error:  # fsspec and the hub raise what they like
+            raise CorpusError(f"cannot open {self.label}: {_reason(error)}.") from error
+
+
+def find_sources(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, filesystem: Any = None
+) -> list[Source]:
+    """The files behind `inputs`, each once, in the order given.
+
+    `filesystem` replaces the hub's fsspec filesystem for hf:// inputs. Raises CorpusError for an input that names
+    nothing, with the nearest names there are.
+    """
+    found: dict[tuple[bool, str], Source] = {}
+    for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        text = os.fspath(item)
+        if text.startswith(_HUB):
+            sources = _remote_sources(text, filesystem)
+        elif "://" in text and not os.path.exists(text):
+            raise CorpusError(f"cannot read {text}: only hf:// addresses and local paths are known; download it first.")
+        else:
+            sources = _local_sources(text)
+        for source in sources:
+            identity = source.path if source.remote else os.path.abspath(source.path)
+            found.setdefault((source.remote, identity), source)
+    if not found:
+        raise CorpusError("no input was named: give files, directories, globs or hf://datasets/ids.")
+    return _with_unique_labels(list(found.values()))
+
+
+def has_known_suffix(name: str) -> bool:
+    """Whether the name ends like a corpus file: .jsonl, .json.gz, .parquet, ..."""
+    return bool(_split_suffixes(name)[1]) and not name.startswith(".")
+
+
+def generator_name(label: str) -> str:
+    """The file's stem; for numbered parts (`data-00000-of-00002`) the nearest name above that is not just "train"."""
+    path = PurePosixPath(label.removeprefix(_HUB).replace("\\", "/"))
+    stem = _split_suffixes(path.name)[0]
+    base = _SHARD_NUMBER.sub("", stem)
+    if base == stem or not base:
+        return stem
+    for name in (base, *reversed(path.parts[:-1])):
+        name = name.partition("@")[0]
+        if name.lower() not in _PART_NAMES and name.strip("./~"):
+            return name
+    return base
+
+
+def _split_suffixes(name: str) -> tuple[str, str]:
+    """("alpaca", ".jsonl.gz") of alpaca.jsonl.gz; the suffix is empty where it is not one of ours."""
+    stem, compression = name, ""
+    for suffix in COMPRESSION_SUFFIXES:
+        if stem.lower().endswith(suffix):
+            stem, compression = stem[: -len(suffix)], stem[-len(suffix) :]
+            break
+    for suffix in JSON_SUFFIXES if compression else KNOWN_SUFFIXES:
+        if stem.lower().endswith(suffix) and len(stem) > len(suffix):
+            return stem[: -len(suffix)], stem[-len(suffix) :] + compression
+    return PurePath(stem).stem or name, ""
+
+
+def _with_unique_labels(sources: Sequence[Source]) -> list[Source]:
+    # File names need not be UTF-8; two of them may look alike once they are made storable.
+    seen: dict[str, int] = {}
+    unique = []
+    for source in sources:
+        label = source.label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] > 1:
+            label = f"{label}~{seen[label]}"
+        generator = source.generator.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        unique.append(replace(source, label=label, generator=generator))
+    return unique
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file behind a network, whose failures are errors: they say nothing about what is in the file."""
+
+    def __init__(self, file: IO[bytes], label: str) -> None:
+        self._file = file
+        self._label = label
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:
+            raise CorpusError(f"reading {self._label} failed: {_reason(error)}. Run the command again.") from error
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+# --- this machine's files
+
+
+def _local_sources(text: str) -> list[Source]:
+    # An existing path is meant literally, whatever brackets or stars its name has.
+    if os.path.isdir(text):
+        files = list(_walk(text, set()))
+        if not files:
+            known = " ".join((*KNOWN_SUFFIXES, "(.gz and .zst of the JSON ones)"))
+            raise CorpusError(f"the directory {text} holds no corpus file; known endings: {known}.")
+        return [_local_source(path) for path in files]
+    if os.path.exists(text):
+        if not os.path.isfile(text):
+            raise CorpusError(
+                f"{text} is not a regular file; write it to a file first, since it is read more than once."
+            )
+        return [_local_source(text)]
+    if glob.has_magic(text):
+        return [_local_source(path) for path in _glob(text)]
+    raise CorpusError(_no_such_file(text))
+
+
+def _local_source(path: str) -> Source:
+    label = PurePath(path).as_posix()
+    try:
+        status = os.stat(path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+    except OSError:
+        # Named by a data set's state.json but not there: reading it gives one `unreadable` row that says so.
+        size, mtime_ns = 0, 0
+    return Source(label=label, path=path, generator=generator_name(label), size=size, mtime_ns=mtime_ns)
+
+
+def _walk(directory: str, visited: set[str]) -> Iterator[str]:
+    # Links to directories are followed; `visited` ends their loops.
+    identity = os.path.realpath(directory)
+    if identity in visited:
+        return
+    visited.add(identity)
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise CorpusError(f"cannot list the directory {directory}: {error.strerror}.") from error
+    named = _saved_files(directory)
+    if named is not None:
+        yield from (os.path.join(directory, name) for name in named)
+        return
+    for name in names:
+        path = os.path.join(directory, name)
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            yield from _walk(path, visited)
+        elif has_known_suffix(name) and not _BOOKKEEPING.fullmatch(name) and os.path.isfile(path):
+            yield path
+
+
+def _saved_files(directory: str) -> list[str] | None:
+    """The data files that state.json names, where `datasets.save_to_disk` wrote this directory; else None."""
+    try:
+        with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+            entries = json.load(file)["_data_files"]
+        return [entry["filename"] for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _glob(pattern: str) -> list[str]:
+    matches = sorted(glob.glob(pattern, recursive=True))
+    files = [path for path in matches if os.path.isfile(path) and not _BOOKKEEPING.fullmatch(os.path.basename(path))]
+    # A directory is entered only where no deeper pattern (**) already lists what is in it.
+    directories = [path for path in matches if os.path.isdir(path)] if "**" not in pattern else []
+    chosen = [path for path in files if has_known_suffix(os.path.basename(path))]
+    for directory in directories:
+        chosen.extend(_walk(directory, set()))
+    # Foreign endings are left out of a broad pattern, but a pattern that asks for nothing else means them.
+    chosen = chosen or files
+    if not chosen:
+        raise CorpusError(f"no file matches {pattern}; quote the pattern, and check it with ls.")
+    return chosen
+
+
+def _no_such_file(text: str) -> str:
+    parent, name = os.path.split(os.path.normpath(text))
+    parent = parent or "."
+    if not os.path.isdir(parent):
+        return f"{text} does not exist: there is no directory {parent}."
+    names = os.listdir(parent)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    shown = [os.path.join(parent, match) if parent != "." else match for match in near]
+    return f"{text} does not exist." + (
+        f" Did you mean {' or '.join(shown)}?" if shown else f" {parent} holds no similar name."
+    )
+
+
+# --- the hub's files
+
+
+def _remote_sources(address: str, filesystem: Any) -> list[Source]:
+    path = address.removeprefix(_HUB).rstrip("/")
+    if not path.startswith("datasets/"):
+        raise CorpusError(
+            f"cannot read {address}: data sets are addressed as hf://datasets/ORG/NAME[@REVISION][/PATH]."
+        )
+    if filesystem is None:
+        from huggingface_hub import HfFileSystem
+
+        filesystem = HfFileSystem()
+    try:
+        entries = _remote_entries(path, filesystem)
+    except FileNotFoundError as error:
+        raise CorpusError(
+            f"{address} does not exist on the hub (or is private: log in with `hf auth login`)."
+        ) from error
+    except Exception as error:  # network errors come as the types of whichever client is underneath
+        raise CorpusError(
+            f"cannot list {address}: {_reason(error)}. Is the hub reachable? If not, download the files and name them."
+        ) from error
+    if not entries:
+        raise CorpusError(f"{address} holds no corpus file; known endings: {' '.join(KNOWN_SUFFIXES)}.")
+    return [_remote_source(entry, filesystem) for entry in entries]
+
+
+def _remote_entries(path: str, filesystem: Any) -> list[dict[str, Any]]:
+    if not glob.has_magic(path):
+        info = filesystem.info(path)
+        if info["type"] == "file":
+            return [info]
+        listed = filesystem.find(path, detail=True)
+    else:
+        listed = filesystem.glob(path, detail=True)
+    root = PurePosixPath(path).parts
+    entries = []
+    for name, info in sorted(listed.items()):
+        parts = PurePosixPath(name.lstrip("/")).parts
+        hidden = any(part.startswith(".") for part in parts[len(root) - 1 :])
+        base = parts[-1]
+        if info["type"] == "file" and not hidden and has_known_suffix(base) and not _BOOKKEEPING.fullmatch(base):
+            entries.append(info)
+    return entries
+
+
+def _remote_source(info: dict[str, Any], filesystem: Any) -> Source:
+    name = str(info["name"])
+    label = _HUB + name.lstrip("/")
+    large = info.get("lfs") or {}
+    oid = large.get("sha256") or large.get("oid") or info.get("blob_id") or info.get("ETag") or ""
+    return Source(
+        label=label,
+        path=name,
+        generator=generator_name(label),
+        size=int(info.get("size") or 0),
+        oid=str(oid),
+        filesystem=filesystem,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".")

@@ -1,0 +1,170 @@
+"""What a prepared corpus is made of: its files with their hashes, its shards with their units, and its fingerprint.
+
+A summary is stored with a run. Given the inputs again, `compare_inputs` says whether they are still that corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fastcompat.containers import file_sha256
+from fastcompat.sources import Source, find_sources
+
+# Raised when the same files come to give other rows: part of the fingerprint.
+NORMALISATION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSummary:
+    """One input file. `size` in bytes; `sha256` of its bytes as they lie on disk ("" where it cannot be opened, the
+    hub's id of the content for remote columnar files); `mapping` is "" where no record could be read.
+    """
+
+    label: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    oid: str = ""
+    container: str
+    mapping: str
+    n_records: int
+    n_rows: int
+    statuses: Mapping[str, int]
+    dropped_turns: int = 0
+    unknown_roles: Mapping[str, int] = field(default_factory=dict)
+    other_shapes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no record at all."""
+        return self.n_records == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSummary:
+    """One shard file: `units[g]` is the number of rows of its row group g."""
+
+    name: str
+    sha256: str
+    n_rows: int
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSummary:
+    """A prepared corpus. `generators` counts rows by generator; `overrides` are those that the rows were read with."""
+
+    files: tuple[FileSummary, ...]
+    shards: tuple[ShardSummary, ...]
+    generators: Mapping[str, int]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    normalisation: int = NORMALISATION
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all files, those that cannot be scored included."""
+        return sum(shard.n_rows for shard in self.shards)
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Rows by status, over all files."""
+        counts: dict[str, int] = {}
+        for file in self.files:
+            for status, count in file.statuses.items():
+                counts[status] = counts.get(status, 0) + count
+        return counts
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the files' labels and contents and over what else decides the rows; not over their order."""
+        files = sorted((file.label, file.sha256) for file in self.files)
+        payload = json.dumps([self.normalisation, sorted(self.overrides.items()), files], separators=(",", ":"))
+        return hashlib.sha256(payload.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; `fingerprint` is among them for readers."""
+        return {**asdict(self), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CorpusSummary:
+        """The inverse of `to_json`."""
+        return cls(
+            files=tuple(FileSummary(**file) for file in value["files"]),
+            shards=tuple(ShardSummary(**{**shard, "units": tuple(shard["units"])}) for shard in value["shards"]),
+            generators=value["generators"],
+            overrides=value["overrides"],
+            normalisation=value["normalisation"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputDifference:
+    """How inputs differ from a prepared corpus, by label. False where they do not. `settings` is a sentence or ""."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    settings: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed or self.settings)
+
+    def describe(self) -> str:
+        """One line for each kind of difference."""
+        kinds = (("new", self.added), ("no longer there", self.removed), ("changed", self.changed))
+        lines = [f"  {kind}: {_shown(labels)}" for kind, labels in kinds if labels]
+        return "\n".join([*lines, f"  {self.settings}"] if self.settings else lines)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+    return ", ".join(labels[:8]) + more
+
+
+def compare_inputs(
+    prepared: CorpusSummary | Iterable[CorpusSummary],
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    overrides: Mapping[str, str] | None = None,
+    filesystem: Any = None,
+) -> InputDifference:
+    """What `inputs` add to, lack or change of a prepared corpus (several summaries: as prepared, then extended).
+
+    A file of equal size and time is taken as unchanged; otherwise its content decides. `added` labels can be given
+    to `prepare` as inputs. With `overrides` None they are not compared. Raises CorpusError like `find_sources`.
+    """
+    summaries = [prepared] if isinstance(prepared, CorpusSummary) else list(prepared)
+    known = {file.label: file for summary in summaries for file in summary.files}
+    sources = {source.label: source for source in find_sources(inputs, filesystem=filesystem)}
+    settings = ""
+    used = {tuple(sorted(summary.overrides.items())) for summary in summaries}
+    if overrides is not None and any(tuple(sorted(overrides.items())) != given for given in used):
+        before = "; ".join(" ".join(f"--map {a}={b}" for a, b in given) or "no --map" for given in sorted(used))
+        now = " ".join(f"--map {a}={b}" for a, b in sorted(overrides.items())) or "no --map"
+        settings = f"columns: the corpus was read with {before}, now with {now}"
+    return InputDifference(
+        added=tuple(label for label in sources if label not in known),
+        removed=tuple(label for label in known if label not in sources),
+        changed=tuple(label for label, source in sources.items() if label in known and _changed(known[label], source)),
+        settings=settings,
+    )
+
+
+def _changed(file: FileSummary, source: Source) -> bool:
+    if file.size != source.size:
+        return True
+    if file.oid and source.oid:
+        return file.oid != source.oid
+    if source.mtime_ns and file.mtime_ns == source.mtime_ns:
+        return False
+    return file_sha256(source) != file.sha256
+
+
+def with_shards(summary: CorpusSummary, shards: Iterable[ShardSummary]) -> CorpusSummary:
+    """The summary with its shards, once they are written."""
+    return replace(summary, shards=tuple(shards))

@@ -1,0 +1,325 @@
+"""Chat templates: a conversation becomes one string, and the characters of it that are scored.
+
+`ChatTemplate.render` is what `apply_chat_template(tokenize=False)` gives; `ChatTemplate.scored_text` also finds the
+assistant's turns in it. The text is never searched for the response, because a prompt may quote it, a template may trim
+it, and a response may contain the end marker. Instead the surroundings of a turn are rendered without it:
+
+    before + after      the conversation with a sentinel in the place of the turn's content
+    generation prefix   the messages before the turn, with `add_generation_prompt=True`
+
+Where both ends of the whole render equal these, the turn is what lies between, whatever a template did to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcompat.errors import TemplateError
+from fastcompat.response import Message, Status
+
+# Plain text for base models that have never seen a chat: prompt, blank line, response, end of sequence.
+_PLAIN = """\
+{%- for message in messages -%}
+{{- message['content'] -}}
+{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- if not loop.last or add_generation_prompt -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+# ChatML, the format of OpenAI's chat models as Qwen and others adopted it; no default system message.
+_CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+# Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca). A system message takes the preamble's place.
+_ALPACA = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+{{- messages[0]['content'] -}}
+{%- else -%}
+{{- 'Below is an instruction that describes a task. ' -}}
+{{- 'Write a response that appropriately completes the request.' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '\\n\\n### Response:\\n' + message['content'] -}}{{- eos_token -}}
+{%- elif message['role'] == 'user' -%}
+{{- '\\n\\n### Instruction:\\n' + message['content'] -}}
+{%- elif message['role'] != 'system' -%}
+{{- '\\n\\n### Input:\\n' + message['content'] -}}
+{%- elif not loop.first -%}
+{{- '\\n\\n' + message['content'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
+"""
+
+BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+
+# Llama-3.2's, Mistral's and others' templates print today's date. A run that is resumed tomorrow must give the same
+# ids, so the date is that which Llama-3's own template falls back to.
+PINNED_DATE = datetime(2024, 7, 26)
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SENTINEL = "fastcompat0the0response0stands0here"
+
+Turns = Literal["last", "all"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedConversation:
+    """`text` is the whole conversation; `spans` are its scored character ranges [start, end), in order, not empty."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+class ConversationRefusedError(Exception):
+    """One conversation cannot be rendered, or its response cannot be found in the render. Never leaves the package."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What surrounds the turn after some messages; a part that the template cannot give is None."""
+
+    generation_prefix: str | None  # the messages with add_generation_prompt=True
+    has_generation_prompt: bool  # False where the prefix lacks the turn's header: add_generation_prompt is ignored
+    before: str | None  # the messages and a sentinel turn, up to the sentinel
+    after: str | None  # and from the sentinel on
+    n_generation_blocks: int | None  # `{% generation %}` blocks in the messages, None if that was not asked
+    end_marker: str  # how `after` ends the turn
+
+
+Frames = dict[tuple[Message, ...], _Frame]
+
+
+def template_source(name: str, own_template: str | None) -> tuple[str, str]:
+    """Jinja text and description of `name`: auto, a built-in template, or the path of a Jinja file.
+
+    `own_template` is the tokenizer's chat template, if it has one. Raises `TemplateError` for an unreadable file.
+    """
+    if name == "auto":
+        if own_template is not None:
+            return own_template, "the tokenizer's own chat template"
+        return BUILT_IN_TEMPLATES["plain"], "plain (the tokenizer has no chat template)"
+    if name in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[name], f"{name} (built in)"
+    try:
+        return Path(name).read_text(encoding="utf-8"), f"the Jinja file {name}"
+    except FileNotFoundError:
+        choices = ", ".join(["auto", *BUILT_IN_TEMPLATES])
+        raise TemplateError(f"No template {name!r}: give one of {choices}, or the path of a Jinja file.") from None
+    except OSError as error:
+        raise TemplateError(f"The template file {name!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise TemplateError(f"The template file {name!r} is not UTF-8 text (line {line}).") from error
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    `variables` are the names that a template can use beside the messages (`bos_token`, `eos_token`, ...);
+    `special_tokens` the strings among which a turn's end marker is looked for. Raises `TemplateError`, with the line,
+    where `source` is not valid Jinja.
+    """
+
+    def __init__(
+        self, source: str, *, description: str, variables: Mapping[str, Any], special_tokens: Iterable[str]
+    ) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.source, n_dates = _DATE_CALL.subn(_pinned_date, source)
+        self.description = description
+        if n_dates:
+            self.description += f", its date pinned to {PINNED_DATE:%d %b %Y}"
+        self._variables = dict(variables)
+        longest_first = sorted({token for token in special_tokens if token}, key=len, reverse=True)
+        self._special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Few texts end a turn, and a vocabulary can have thousands of added tokens to look for.
+        self._end_marker = lru_cache(maxsize=256)(self._find_end_marker)
+        self._has_generation_blocks = _GENERATION_BLOCK.search(source) is not None
+        self._render_jinja: Callable[..., tuple[list[str], list[list[Span]]]] = render_jinja_template
+        self._check_syntax()
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text that `apply_chat_template(tokenize=False)` gives. Raises what the template raises."""
+        return self._render(messages, add_generation_prompt)[0]
+
+    def scored_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        turns: Turns = "last",
+        score_eos: bool = True,
+        frames: Frames | None = None,
+    ) -> RenderedConversation:
+        """Render `messages`, whose last one is the assistant's, and find the characters that are scored.
+
+        A scored turn begins where the generation prefix ends, so that what a template puts after it (Qwen3's empty
+        <think> block) counts as it would in a trainer's loss. If the whole render does not begin with that prefix, or
+        if the template ignores `add_generation_prompt`, so that its header would be scored, it begins at its content.
+        It ends after its content, with `score_eos` after the end marker: the first special token that follows the
+        content, or a marker in plain text. A template with `{% generation %}` blocks says it itself.
+
+        `frames` keeps the surroundings of prompts between calls: rows that share a prompt render it once.
+        Raises `ConversationRefusedError`, never a guess.
+        """
+        frames = {} if frames is None else frames
+        try:
+            text, blocks = self._render(messages, False)
+        except Exception as error:  # a template raises anything: its own messages, undefined names, type errors
+            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {_sentence(error)}") from error
+        last = len(messages) - 1
+        indices = [last]
+        if turns == "all":
+            indices = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        # A turn before the last one may render to nothing (dropped by the template); the last one may not.
+        found = [self._turn(text, messages, index, score_eos, frames) for index in indices]
+        if found[-1] is None:
+            raise ConversationRefusedError(Status.EMPTY, "the chat template leaves nothing of the response")
+        turn_spans = [turn for turn in found if turn is not None]
+        if blocks:
+            n_earlier = 0 if turns == "all" else self._frame(messages[:last], frames).n_generation_blocks
+            own = None if n_earlier is None else _spans_of_blocks(blocks[n_earlier:], turn_spans, score_eos)
+            if own is not None:
+                return RenderedConversation(text=text, spans=own)
+        return RenderedConversation(text=text, spans=tuple((turn.start, turn.end) for turn in turn_spans))
+
+    def _turn(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        index: int,
+        score_eos: bool,
+        frames: Frames,
+    ) -> _Turn | None:
+        """Where the turn `messages[index]` lies in `text`; None if nothing is left of it."""
+        frame = self._frame(messages[:index], frames)
+        if index == len(messages) - 1:
+            before, after = frame.before, frame.after
+        else:
+            before, after = self._surroundings(messages, index)
+        if after is None or not text.endswith(after):
+            raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
+        end_of_content = len(text) - len(after)
+        content = None
+        if before is not None and text.startswith(before) and len(before) <= end_of_content:
+            content = len(before)
+        start = content
+        prefix = frame.generation_prefix
+        if prefix is not None and len(prefix) <= end_of_content and text.startswith(prefix):
+            inserted = None if content is None else text[len(prefix) : content]
+            if frame.has_generation_prompt or (inserted is not None and not inserted.strip()):
+                start = len(prefix)
+        if start is None:
+            raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
+        if not text[start:end_of_content] or content == end_of_content:
+            return None
+        marker = frame.end_marker
+        end = end_of_content + (len(marker) if score_eos and after.startswith(marker) else 0)
+        return _Turn(start, end_of_content if content is None else content, end_of_content, end)
+
+    def _frame(self, prompt: Sequence[Message], frames: Frames) -> _Frame:
+        key = tuple(prompt)
+        if key not in frames:
+            frames[key] = self._new_frame(key)
+        return frames[key]
+
+    def _new_frame(self, prompt: tuple[Message, ...]) -> _Frame:
+        before, after = self._surroundings((*prompt, Message("assistant", "")), len(prompt))
+        prefix: str | None = None
+        has_generation_prompt, n_blocks = True, None
+        try:  # many templates cannot render an empty prompt, or one without the answer
+            prefix = self.render(prompt, add_generation_prompt=True)
+            is_next_to_content = before is not None and before.startswith(prefix) and not before[len(prefix) :].strip()
+            if self._has_generation_blocks or not is_next_to_content:
+                without, blocks = self._render(prompt, False)
+                has_generation_prompt, n_blocks = prefix != without, len(blocks)
+        except Exception:
+            prefix = None
+        return _Frame(prefix, has_generation_prompt, before, after, n_blocks, self._end_marker(after or ""))
+
+    def _surroundings(self, messages: Sequence[Message], index: int) -> tuple[str | None, str | None]:
+        """What stands before and after the content of `messages[index]`; (None, None) if that cannot be told."""
+        sentinel = _SENTINEL
+        while any(sentinel in message.content or sentinel in message.role for message in messages):
+            sentinel += "0"
+        replaced = list(messages)
+        replaced[index] = Message(messages[index].role, sentinel)
+        try:
+            before, *rest = self.render(replaced).split(sentinel)
+        except Exception:
+            return None, None
+        return (before, rest[0]) if len(rest) == 1 else (None, None)
+
+    def _find_end_marker(self, after: str) -> str:
+        """The part of what follows a last turn that ends it: to the first special token, else all but final blanks."""
+        match = self._special_token.search(after)
+        return after[: match.end()] if match else after.rstrip()
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        texts, blocks = self._render_jinja(
+            conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+            chat_template=self.source,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=self._has_generation_blocks,
+            **self._variables,
+        )
+        return texts[0], blocks[0] if blocks else []
+
+    def _check_syntax(self) -> None:
+        import jinja2
+
+        try:
+            self.render([Message("user", "Hello")])
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"{self.description}: line {error.lineno}: {error.message}") from error
+        except Exception:
+            return  # a template may refuse this conversation; whether it refuses a row's is told with the row
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    start: int
+    content: int  # where the content begins; its end where that is not known
+    end_of_content: int
+    end: int
+
+
+def _spans_of_blocks(blocks: Sequence[Span], turns: Sequence[_Turn], score_eos: bool) -> tuple[Span, ...] | None:
+    """The template's own `{% generation %}` spans; None where they do not hold the turns, as inside a Jinja macro."""
+    for turn in turns:
+        if not any(start <= turn.content and turn.end_of_content <= end for start, end in blocks):
+            return None
+    if score_eos:
+        return tuple(block for block in blocks if block[0] < block[1])
+    ends = [turn.end_of_content for turn in turns]
+    clipped = [(start, min([end, *(e for e in ends if start < e <= end)])) for start, end in blocks]
+    return tuple(block for block in clipped if block[0] < block[1])
+
+
+def _pinned_date(call: re.Match[str]) -> str:
+    return repr(PINNED_DATE.strftime(call["format"]))
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _cannot_find(index: int) -> str:
+    return f"the place of message {index} in the rendered conversation cannot be told"

@@ -1,0 +1,366 @@
+"""Response rows -> token sequences: the only home of templates, BOS, EOS and length limits.
+
+A conversation is rendered and tokenised once, whole, as a trainer does (`apply_chat_template(tokenize=False)`, then the
+tokenizer with `add_special_tokens=False`); the tokens that count are those whose characters overlap the response. The
+prompt is never tokenised apart: a merge across the boundary would shift it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcompat.alignment import Alignment, AlignmentError, FastAligner, aligner, covering
+from fastcompat.errors import ModelError, UsageError
+from fastcompat.response import Message, Response, Status
+from fastcompat.templates import (
+    ChatTemplate,
+    ConversationRefusedError,
+    Frames,
+    RenderedConversation,
+    Span,
+    Turns,
+    template_source,
+)
+
+Bos = Literal["auto", "one", "none"]
+
+# Part of every fingerprint: raise it when the same settings come to give other ids or another scored part.
+_FORMAT = 1
+
+# How far the tokens that are kept stay from the place where an overlong text is cut before it is tokenised.
+_MARGIN_TOKENS = 512
+_CHARACTERS_PER_TOKEN = 8
+# A long text of which this much gives too few tokens (50 MB of blanks, or of an unknown script) is not read to its end.
+_MOST_CHARACTERS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenSequence:
+    """The tokens of one row, and which of them count.
+
+    input_ids: [n] int32, the whole conversation; empty where the row cannot be scored.
+    scored: [n] bool, True where the token's NLL counts. `scored[0]` is always False: nothing predicts it.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    scored: npt.NDArray[np.bool_]
+    status: Status
+    detail: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(np.count_nonzero(self.scored))
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """Number of tokens before the first scored one; all of them when none is scored."""
+        return int(self.scored.argmax()) if self.scored.any() else len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizationSettings:
+    """How conversations become tokens. Raises `UsageError` for a value out of range.
+
+    template: "auto" (the tokenizer's own chat template, else "plain"), "chatml", "alpaca", "plain", or a Jinja file.
+    turns: "last" scores the last assistant turn, "all" every one.
+    score_eos: whether the marker that ends a scored turn counts.
+    bos: "auto" follows the tokenizer: a BOS if it adds one itself or if the template writes one, and never two.
+        "one": exactly one, if the tokenizer has a BOS token. "none": no BOS. Whatever is set, a sequence whose first
+        token is scored (empty prompt, plain template) gets a BOS, or an EOS where there is no BOS token, because
+        something has to predict it.
+    max_length: most tokens of a sequence; None, or more than the model's context: the model's context.
+    """
+
+    template: str = "auto"
+    turns: Turns = "last"
+    score_eos: bool = True
+    bos: Bos = "auto"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.template:
+            raise UsageError(
+                "The template has an empty name: give auto, chatml, alpaca, plain or the path of a Jinja file."
+            )
+        for name, value, choices in (("turns", self.turns, get_args(Turns)), ("bos", self.bos, get_args(Bos))):
+            if value not in choices:
+                raise UsageError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max_length={self.max_length} leaves no token: give 1 or more.")
+
+
+class ConversationTokenizer:
+    """Tokenises rows with a Hugging Face tokenizer, fast or slow.
+
+    `context_length` is the most tokens the model can read, None if it has no limit. Raises `TemplateError` if the
+    template cannot be read or compiled.
+
+    tokenizer, settings: as given.
+    description: the choice of template in words.
+    max_length: the limit in force, None if there is none.
+    """
+
+    def __init__(self, tokenizer: Any, settings: TokenizationSettings, *, context_length: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        limits = [limit for limit in (settings.max_length, context_length) if limit is not None]
+        self.max_length = min(limits, default=None)
+        source, description = template_source(settings.template, _own_template(tokenizer, settings.template))
+        added = tokenizer.added_tokens_decoder
+        self.template = ChatTemplate(
+            source,
+            description=description,
+            variables=tokenizer.special_tokens_map,
+            special_tokens=[
+                *tokenizer.all_special_tokens,
+                *(token.content for token in added.values() if token.content.strip()),
+            ],
+        )
+        self.description = self.template.description
+        self._align = aligner(tokenizer)
+        # Added tokens that take the blanks beside them along: {id: (on the left, on the right)}.
+        self._stripping = {
+            index: (token.lstrip, token.rstrip) for index, token in added.items() if token.lstrip or token.rstrip
+        }
+        self._bos_id: int | None = tokenizer.bos_token_id
+        self._adds_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        settings: TokenizationSettings,
+        *,
+        revision: str | None = None,
+        context_length: int | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The tokenizer of a model id or directory. Code from the repository is never run.
+
+        Raises `ModelError` if there is no tokenizer, or if it wants code of its own; `TemplateError` as above.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+            )
+        except Exception as error:  # the loaders raise OSError, ValueError, KeyError, JSON errors, backend errors ...
+            raise ModelError(_cannot_load(model, error)) from error
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ModelError(f"{model!r} holds no tokenizer: its vocabulary is empty.")
+        return cls(tokenizer, settings, context_length=context_length)
+
+    def __call__(self, rows: Sequence[Response]) -> list[TokenSequence]:
+        """One sequence for each row, in order. A row that cannot be scored gets a status; no row affects another."""
+        found: list[TokenSequence | None] = [None] * len(rows)
+        frames: Frames = {}
+        rendered: dict[int, RenderedConversation] = {}
+        for index, row in enumerate(rows):
+            try:
+                rendered[index] = self._render(row, frames)
+            except ConversationRefusedError as refusal:
+                found[index] = _nothing(refusal.status, refusal.detail)
+        whole = [index for index, conversation in rendered.items() if not self._is_overlong(conversation.text)]
+        for index, alignment in zip(whole, self._align([rendered[i].text for i in whole]), strict=True):
+            found[index] = self._sequence(rendered[index], alignment)
+        for index, conversation in rendered.items():
+            if found[index] is None:
+                found[index] = self._overlong_sequence(conversation)
+        return [sequence for sequence in found if sequence is not None]
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.
+
+        Covers the tokenizer's content (not its path), the template's text, the settings and the length limit.
+        """
+        settings = self.settings
+        choices = [_FORMAT, settings.turns, settings.score_eos, settings.bos, self.max_length, self._adds_bos]
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        digest = hashlib.sha256(json.dumps([choices, special, self.template.source]).encode())
+        for part in self._tokenizer_content():
+            digest.update(b"\0" + part)
+        return digest.hexdigest()
+
+    def _tokenizer_content(self) -> Iterable[bytes]:
+        if isinstance(self._align, FastAligner):
+            yield self._align.backend.to_str().encode()
+            yield str(self._align.backend.encode_special_tokens).encode()
+            return
+        tokenizer = self.tokenizer
+        yield f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}".encode()
+        yield json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        yield repr(sorted((index, repr(token)) for index, token in tokenizer.added_tokens_decoder.items())).encode()
+        # What else decides the ids (merges, normalisation) has no common home in slow tokenizers: probe it.
+        yield json.dumps(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]).encode()
+        yield repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items())).encode()
+
+    def _render(self, row: Response, frames: Frames) -> RenderedConversation:
+        if row.status is not Status.OK:
+            raise ConversationRefusedError(row.status, row.detail)
+        _check_messages(row.messages)
+        return self.template.scored_text(
+            row.messages, turns=self.settings.turns, score_eos=self.settings.score_eos, frames=frames
+        )
+
+    def _is_overlong(self, text: str) -> bool:
+        return self.max_length is not None and len(text) > _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN_TOKENS)
+
+    def _overlong_sequence(self, conversation: RenderedConversation) -> TokenSequence:
+        """As `_sequence`, without reading 50 MB to keep 4,096 tokens.
+
+        A cut of the text changes tokens near it only: pre-tokens are split from left to right, and no token of a
+        pre-token that ends before the cut depends on what was cut off. So a piece is taken that gives 512 tokens more
+        than are kept. Where all of these are one pre-token (SentencePiece models that do not split at blanks) that is
+        no proof, so a second piece, a little longer, must agree with the first on all but its last 256 tokens. Where
+        they do not agree, or a piece has too few tokens, four times as much is read, to a limit.
+        """
+        assert self.max_length is not None
+        text = conversation.text
+        n_needed = self.max_length + _MARGIN_TOKENS
+        n_checked = n_needed - _MARGIN_TOKENS // 2
+        size = _CHARACTERS_PER_TOKEN * n_needed
+        while size + 101 < len(text):
+            first, second = self._align([text[:size], text[: size + 101]])
+            if isinstance(first, AlignmentError) or isinstance(second, AlignmentError):
+                break  # the whole may fail too, and says why
+            if len(first.ids) >= n_needed and first.ids[:n_checked] == second.ids[:n_checked]:
+                return self._sequence(RenderedConversation(text=text[:size], spans=conversation.spans), first)
+            size *= 4
+            if size > max(_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN**2 * n_needed):
+                detail = f"{len(text)} characters, of which the first {size // 4} make only {len(first.ids)} tokens"
+                return _nothing(Status.INVALID, detail)
+        (alignment,) = self._align([text])
+        return self._sequence(conversation, alignment)
+
+    def _sequence(self, conversation: RenderedConversation, alignment: Alignment | AlignmentError) -> TokenSequence:
+        """Ids and scored mask of a render; spans that end beyond `conversation.text` have been cut off."""
+        text, spans = conversation.text, conversation.spans
+        if isinstance(alignment, AlignmentError):
+            return _nothing(Status.INVALID, str(alignment))
+        ids = np.array(alignment.ids, dtype=np.int32)
+        scored = np.zeros(len(ids), dtype=np.bool_)
+        try:
+            for span in spans:
+                first, stop = self._tokens_of(span, text, alignment)
+                scored[first:stop] = True
+        except AlignmentError as error:
+            return _nothing(Status.INVALID, str(error))
+        if not scored.any() and spans[-1][1] <= len(text):
+            return _nothing(Status.EMPTY, "the tokenizer has no token for the response")
+        ids, scored, detail = self._with_bos(ids, scored)
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return TokenSequence(input_ids=ids, scored=scored, status=Status.OK, detail=detail)
+        is_partial = bool(scored[limit:].any()) or spans[-1][1] > len(text)
+        ids, scored = ids[:limit].copy(), scored[:limit].copy()
+        if not scored.any():
+            detail = f"the length limit of {limit} tokens leaves no token of the response"
+            return TokenSequence(input_ids=ids, scored=scored, status=Status.PROMPT_TOO_LONG, detail=detail)
+        if not is_partial:  # what was cut off follows the response: the loss is whole
+            return TokenSequence(input_ids=ids, scored=scored, status=Status.OK, detail=detail)
+        detail = f"cut at the length limit of {limit} tokens"
+        return TokenSequence(input_ids=ids, scored=scored, status=Status.TRUNCATED, detail=detail)
+
+    def _tokens_of(self, span: Span, text: str, alignment: Alignment) -> tuple[int, int]:
+        """Tokens [first, stop) of the characters `span`, without a marker beside it that takes blanks of it along."""
+        start, end = span
+        first, stop = covering(alignment, start, end)
+        if not self._stripping or first == stop:
+            return first, stop
+        token_start, token_end = alignment.extent(first)
+        _, strips_right = self._stripping.get(alignment.ids[first], (False, False))
+        if strips_right and token_start + len(text[token_start:token_end].rstrip()) <= start:
+            first += 1
+        if first < stop:
+            token_start, token_end = alignment.extent(stop - 1)
+            strips_left, _ = self._stripping.get(alignment.ids[stop - 1], (False, False))
+            if strips_left and token_end - len(text[token_start:token_end].lstrip()) >= end:
+                stop -= 1
+        return first, stop
+
+    def _with_bos(
+        self, ids: npt.NDArray[np.int32], scored: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], str]:
+        """Put BOS right as `TokenizationSettings.bos` says; the third value tells if the first token goes unscored."""
+        n_bos = 0
+        while n_bos < len(ids) and ids[n_bos] == self._bos_id and not scored[n_bos]:
+            n_bos += 1
+        wanted = {"auto": self._adds_bos or n_bos > 0, "one": True, "none": False}[self.settings.bos]
+        start: int | None = self._bos_id if wanted else None
+        ids, scored = ids[n_bos:], scored[n_bos:]
+        if start is None and scored[:1].any():
+            start = self._bos_id if self._bos_id is not None else self.tokenizer.eos_token_id
+        if start is not None:
+            return np.insert(ids, 0, start), np.insert(scored, 0, False), ""
+        if scored[:1].any():
+            scored[0] = False
+            return (
+                ids,
+                scored,
+                "the first token is not scored: the tokenizer has neither BOS nor EOS to predict it from",
+            )
+        return ids, scored, ""
+
+
+_PROBE = " Hello,\tWORLD  it's 12345\n\nnaïve café — 東京 😀 é ﬁ <s></s>"
+
+
+def _own_template(tokenizer: Any, name: str) -> str | None:
+    """The tokenizer's chat template, where it is asked for; of several the one called "default"."""
+    own = getattr(tokenizer, "chat_template", None)
+    if name != "auto" or not own:
+        return None
+    if isinstance(own, dict):
+        if "default" not in own:
+            raise UsageError(
+                f"The tokenizer has the chat templates {', '.join(sorted(own))} and no default: "
+                "save the one to use as a Jinja file and give its path as the template."
+            )
+        own = own["default"]
+    return str(own)
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ConversationRefusedError(Status.INVALID, "the conversation has no messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message.content, str) or not isinstance(message.role, str):
+            raise ConversationRefusedError(Status.INVALID, f"message {index} is not text")
+    if messages[-1].role != "assistant":
+        raise ConversationRefusedError(
+            Status.INVALID, f"the last message is of role {messages[-1].role!r}, not assistant"
+        )
+    if not messages[-1].content:
+        raise ConversationRefusedError(Status.EMPTY, "the response has no characters")
+
+
+def _nothing(status: Status, detail: str) -> TokenSequence:
+    return TokenSequence(
+        input_ids=np.zeros(0, dtype=np.int32), scored=np.zeros(0, dtype=np.bool_), status=status, detail=detail
+    )
+
+
+def _cannot_load(model: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"The tokenizer of {model!r} wants to run code from its repository, which fastcompat never does."
+    if Path(model).is_dir():
+        if not any(
+            (Path(model) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        ):
+            return (
+                f"The directory {model!r} holds no tokenizer: no tokenizer.json, tokenizer.model or vocabulary in it."
+            )
+    elif Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:
+        return f"There is no directory {model!r}."
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    return f"No tokenizer could be loaded from {model!r}: {first_line.rstrip('.')}."

@@ -1,0 +1,85 @@
+"""`status` and `verify`: how far a run is, and whether every file is what it should be. Reads, never writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastcompat.errors import RunError
+from fastcompat.response import SCORED_STATUSES
+from fastcompat.store import Run, ScorerStore, Unit, read_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerProgress:
+    """How far one scorer is: rows committed, and their statuses."""
+
+    name: str
+    n_rows: int
+    statuses: dict[str, int]
+
+
+def scorer_progress(run: Run) -> list[ScorerProgress]:
+    """Every scorer's progress, in the order of first use."""
+    found = []
+    for scorer in run.scorers():
+        finished = scorer.finished()
+        units = [unit for unit in run.units if unit.name in finished]
+        statuses: Counter[str] = Counter()
+        for unit in units:
+            for count in pc.value_counts(read_part(scorer.part(unit))["status"]).to_pylist():
+                statuses[count["values"]] += count["counts"]
+        found.append(
+            ScorerProgress(name=scorer.name, n_rows=sum(unit.n_rows for unit in units), statuses=dict(statuses))
+        )
+    return found
+
+
+def find_damage(run: Run) -> list[str]:
+    """One line for everything in a run that is missing, damaged or does not belong; empty when all is whole."""
+    damage = []
+    for generation in run.generations:
+        for shard in generation.shards:
+            path = run.directory / "corpus" / shard.name
+            if not path.is_file():
+                damage.append(f"{path} is missing")
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard.sha256:
+                damage.append(f"{path} is not what was prepared (its SHA-256 differs)")
+    for scorer in run.scorers():
+        damage.extend(_damaged_parts(run, scorer))
+    return damage
+
+
+def _damaged_parts(run: Run, scorer: ScorerStore) -> Iterator[str]:
+    finished = scorer.finished()
+    units = {unit.name: unit for unit in run.units}
+    for name in sorted(finished - set(units)):
+        yield f"{scorer.directory / f'part-{name}.parquet'} belongs to no unit of this run"
+    for name in sorted(finished & set(units)):
+        try:
+            yield from _damage(run, scorer, units[name])
+        except RunError as error:
+            yield str(error)
+
+
+def _damage(run: Run, scorer: ScorerStore, unit: Unit) -> Iterator[str]:
+    path = scorer.part(unit)
+    part = read_part(path)
+    rows = run.unit_rows(unit)
+    if not part["row_key"].equals(rows["row_key"]):
+        yield f"{path} does not hold the rows of its unit; delete it and score again"
+        return
+    scored = pc.is_in(part["status"], value_set=_SCORED)
+    if not pc.all(pc.equal(scored, pc.is_valid(part["nll_sum"]))).as_py():
+        yield f"{path} has a status without its loss, or a loss without its status; delete it and score again"
+
+
+_SCORED = pa.array([str(status) for status in SCORED_STATUSES])
