@@ -1,4 +1,4 @@
-"""What `inspect` prints shows exactly the scored tokens, with and without colour, and nothing that a terminal would run."""
+"""What `inspect` prints marks exactly the scored tokens, in colour and without, and runs no escape sequence."""
 
 from __future__ import annotations
 

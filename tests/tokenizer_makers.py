@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained on the spot, and chat templates in the manner of the well-known families."""
+"""Small tokenizers of every kind, trained on the spot; chat templates in the manner of well-known families; rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+from fastcompat.response import Message, Response
+from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 
 MARKERS = [
     *("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>"),
@@ -35,7 +38,8 @@ INST = (
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -85,6 +89,22 @@ FAMILIES = {
     "drops_reasoning": (DROPS_REASONING, "{}<|endoftext|>"),
     "without_generation_prompt": (WITHOUT_GENERATION_PROMPT, "{}<|im_end|>"),
 }
+
+ODD_TEXTS = {
+    "plain": "It is a function call.",
+    "emoji": "Yes 👩‍👩‍👧 and 🇯🇵!",
+    "combining": "e\u0301a\u0323\u0301 naïve",
+    "cjk": "東京は日本の首都です。",
+    "right_to_left": "שלום עולם",
+    "code": "def f(x):\n\treturn x  # done\n\n\n",
+    "controls": "a\x00b\u200bc\ufeffd",
+    "replacement": "\ufffd at both ends \ufffd",
+    "special": "<s> and </s>, <unk>",
+    "markers": "He said <|im_end|>\n<|im_start|>user\nand <end_of_turn> and <|eot_id|>.",
+    "headers": "### Response:\nquoted [/INST] and ### Instruction:",
+}
+AS_RENDERED = {"llama3": str.strip, "gemma": str.strip}  # what these families' templates do to the response
+
 
 _TEXT = [text for _, text in sorted(topics.items())[:24]]
 
@@ -194,13 +214,36 @@ def make_tokenizer(
 ) -> Any:
     """A Hugging Face tokenizer of one of the `BACKENDS`; `adds_bos` as Llama's, which begins every text with BOS."""
     backend = Tokenizer.from_str(BACKENDS[kind]().to_str())
-    special: dict[str, Any] = {"unk_token": "<unk>", "extra_special_tokens": [*MARKERS[3:], *STRIPPING_MARKERS]}
+    special: dict[str, Any] = {"unk_token": "<unk>", "extra_special_tokens": MARKERS[3:]}
     special |= {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
-    if slow:
-        return SlowTokenizer(backend, chat_template=chat_template, **special)
     if adds_bos:
         assert bos is not None
         steps = [backend.post_processor] if backend.post_processor else []
         template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
         backend.post_processor = processors.Sequence([*steps, template])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **special)
+    tokenizer: Any
+    if slow:
+        tokenizer = SlowTokenizer(backend, chat_template=chat_template, **special)
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **special)
+    tokenizer.add_tokens(STRIPPING_MARKERS)
+    return tokenizer
+
+
+def row(*contents: str, roles: tuple[str, ...] = (), **fields: Any) -> Response:
+    """Turns of user and assistant in alternation, unless `roles` says otherwise."""
+    roles = roles or ("user", "assistant") * (len(contents) // 2)
+    messages = tuple(Message(role, content) for role, content in zip(roles, contents, strict=True))
+    return Response(messages=messages, generator="g", source="s", row_index=0, **fields)
+
+
+def tokenize(tokenizer: Any, *rows: Response, context_length: int | None = None, **kwargs: Any) -> list[TokenSequence]:
+    return ConversationTokenizer(tokenizer, TokenizationSettings(**kwargs), context_length=context_length)(rows)
+
+
+def scored_text(tokenizer: Any, sequence: TokenSequence) -> str:
+    return tokenizer.decode(sequence.input_ids[sequence.scored], clean_up_tokenization_spaces=False)
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split()).replace("##", "")

@@ -11,6 +11,7 @@ import copy
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,9 @@ import numpy.typing as npt
 
 # Encodings of a batch live at once, at some 200 bytes a token: a batch of characters that keeps them near 100 MB.
 _CHARACTERS_PER_CALL = 1_000_000
+
+# A text on which tokenizers differ.
+PROBE = " Hello,\tWORLD  it's 12345\n\nnaïve café — 東京 😀 e\u0301 ﬁ <s></s>"
 
 
 class AlignmentError(Exception):
@@ -43,7 +47,12 @@ class Aligner(Protocol):
 
 def aligner(tokenizer: Any) -> Aligner:
     """The aligner that fits a Hugging Face tokenizer."""
-    return FastAligner(tokenizer) if tokenizer.is_fast else SlowAligner(tokenizer)
+    if tokenizer.is_fast:
+        fast = FastAligner(tokenizer)
+        # A few classes rewrite the text in Python before their backend sees it; offsets would be in another text.
+        if fast.backend.encode(PROBE, add_special_tokens=False).ids == _encode(tokenizer, PROBE):
+            return fast
+    return SlowAligner(tokenizer)
 
 
 def covering(alignment: Alignment, start: int, end: int) -> tuple[int, int]:
@@ -160,6 +169,7 @@ class SlowAligner:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._added = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+        self._is_byte_level = is_byte_level(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[Alignment | AlignmentError]:
         for text in texts:
@@ -171,7 +181,7 @@ class SlowAligner:
                 yield _failure(error)
 
     def _one(self, text: str) -> Alignment:
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _encode(self._tokenizer, text)
         if _decode(self._tokenizer, ids) == text:
             decoded = _DecodedAlignment(self._tokenizer, ids, text)
             try:
@@ -183,59 +193,94 @@ class SlowAligner:
         return _SurfaceAlignment(ids, self._match_surfaces(ids, text))
 
     def _match_surfaces(self, ids: list[int], text: str) -> npt.NDArray[np.int64]:
-        extents = np.zeros((len(ids), 2), dtype=np.int64)
+        data = text.encode()
+        lowered = text.lower().encode()
+        readings = (data, lowered if len(lowered) == len(data) else data)
+        extents = np.zeros((len(ids), 2), dtype=np.int64)  # in bytes
         cursor = 0
-        pending = b""  # bytes that are still missing of the character at the cursor
         for index, (token, surface) in enumerate(zip(ids, self._tokenizer.convert_ids_to_tokens(ids), strict=True)):
-            byte = None if token in self._added else _BYTE_TOKEN.fullmatch(surface)
-            if byte is not None and (pending or text[cursor : cursor + 1]):
-                pending = pending or text[cursor].encode()
-                if pending[0] != int(byte[1], 16):
-                    raise AlignmentError(f"token {surface!r} is not a byte of character {cursor} of the text")
-                extents[index] = cursor, cursor + 1
-                pending = pending[1:]
-                cursor += not pending
-                continue
-            spellings = (surface,) if token in self._added else _spellings(surface)
-            placed = _place(spellings, text, cursor)
+            placed = _place(self._spellings(token, surface), readings, cursor)
             if placed is None and token == self._tokenizer.unk_token_id:
                 raise AlignmentError("the tokenizer gives no offsets, and does not know some characters of the text")
-            if pending or placed is None:
-                raise AlignmentError(
-                    f"the tokenizer gives no offsets, and token {surface!r} does not stand in the text"
-                )
+            if placed is None:
+                raise AlignmentError(f"the tokenizer gives no offsets, and token {surface!r} is not found in the text")
             extents[index] = placed
             cursor = placed[1]
-        if pending or text[cursor:].strip():
+        if _blanks_end(data, cursor) < len(data):
             raise AlignmentError("the tokenizer gives no offsets, and its tokens end before the text does")
-        return extents
+        for index in range(len(ids) - 2, -1, -1):  # a blank that the tokenizer put in belongs to what follows
+            if extents[index, 0] == extents[index, 1]:
+                extents[index] = extents[index + 1, 0]
+        is_first_byte = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
+        n_begun = np.concatenate([[0], np.cumsum(is_first_byte)])  # characters begun in the first b bytes
+        begins_inside = ~np.append(is_first_byte, True)[extents[:, 0]]
+        ends = np.where(extents[:, 0] < extents[:, 1], n_begun[extents[:, 1]], n_begun[extents[:, 0]])
+        return np.stack([n_begun[extents[:, 0]] - begins_inside, ends], axis=1)
+
+    def _spellings(self, token: int, surface: str) -> tuple[bytes, ...]:
+        """What a token of any kind of vocabulary can stand for in the text, the likeliest first."""
+        if token in self._added:
+            return (surface.encode(),)
+        if byte := _BYTE_TOKEN.fullmatch(surface):
+            return (bytes([int(byte[1], 16)]), surface.encode())
+        if self._is_byte_level:
+            return (byte_level_bytes(surface),)
+        text = surface.replace("\u2581", " ")
+        texts = [text, text.removeprefix("##"), text.removesuffix("</w>"), text.removesuffix("@@")]
+        as_bytes = [surface.encode("latin-1")] if len(surface) == 1 and surface < "\u0100" else []  # ByT5
+        return (*(spelling.encode() for spelling in texts), *as_bytes)
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BLANKS = re.compile(rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe3\x80\x80)*")
 
 
-def _spellings(surface: str) -> tuple[str, ...]:
-    """The texts that a token of a SentencePiece, WordPiece or BPE vocabulary can stand for, the likeliest first."""
-    text = surface.replace("\u2581", " ")
-    return (text, text.removeprefix("##"), text.removesuffix("</w>"), text.removesuffix("@@"))
+def _blanks_end(data: bytes, cursor: int) -> int:
+    match = _BLANKS.match(data, cursor)
+    return match.end() if match else cursor
 
 
-def _place(spellings: Sequence[str], text: str, cursor: int) -> tuple[int, int] | None:
+def _place(spellings: Sequence[bytes], readings: Sequence[bytes], cursor: int) -> tuple[int, int] | None:
     """Where one of `spellings` stands: at the cursor as it is, else after the blanks there and without its own."""
     for spelling in spellings:
-        if spelling and text.startswith(spelling, cursor):
+        if spelling and any(reading.startswith(spelling, cursor) for reading in readings):
             return cursor, cursor + len(spelling)
-    after_blanks = cursor
-    while text[after_blanks : after_blanks + 1].isspace():
-        after_blanks += 1
+    after_blanks = _blanks_end(readings[0], cursor)
     for spelling in spellings:
         bare = spelling.strip()
         if not bare:
             return cursor, cursor  # a blank that the tokenizer put in
-        end = after_blanks + len(bare)
-        if text[after_blanks:end] == bare or text[after_blanks:end].lower() == bare:
-            return after_blanks, end
+        if any(reading.startswith(bare, after_blanks) for reading in readings):
+            return after_blanks, after_blanks + len(bare)
     return None
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether the vocabulary is GPT-2's kind, whose tokens spell bytes in printable characters."""
+    if tokenizer.is_fast:
+        return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    return "\u0120" in tokenizer.get_vocab()  # the blank
+
+
+def byte_level_bytes(surface: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary spells; of an added token, the bytes of its text."""
+    stand_ins = _byte_of()
+    if any(character not in stand_ins for character in surface):
+        return surface.encode()
+    return bytes(stand_ins[character] for character in surface)
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """GPT-2's stand-ins for bytes: printable Latin-1 is itself, the others are the characters from 256 on, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -128,6 +128,7 @@ def score_run(
             if stop():
                 raise Interrupted("interrupted; everything finished is kept")
         scorer.commit(unit, _score_table(rows, scores))
+        run.log("commit", scorer=scorer.name, unit=unit.name, rows=unit.n_rows)
         _count_rows(progress, scores)
         if stop():
             raise Interrupted("interrupted; everything finished is kept")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastcompat.alignment import byte_level_bytes, is_byte_level
 from fastcompat.response import SCORED_STATUSES, Response
 from fastcompat.tokenization import ConversationTokenizer, TokenSequence
 
@@ -160,29 +160,15 @@ def _surfaces(tokenizer: Any, ids: Sequence[int]) -> list[str | bytes]:
     """What each token stands for: text, or bytes where it may be part of a character."""
     tokens: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-    is_byte_level = _is_byte_level(tokenizer)
+    spells_bytes = is_byte_level(tokenizer)
     surfaces: list[str | bytes] = []
     for index, token in zip(ids, tokens, strict=True):
         if index in added:
             surfaces.append(added[index])
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             surfaces.append(bytes([int(token[3:5], 16)]))
-        elif is_byte_level and all(character in _byte_of() for character in token):
-            surfaces.append(bytes(_byte_of()[character] for character in token))
+        elif spells_bytes:
+            surfaces.append(byte_level_bytes(token))
         else:
             surfaces.append(token.replace("\u2581", " "))
     return surfaces
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    if tokenizer.is_fast:
-        return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
-    return "Ġ" in tokenizer.get_vocab()  # the stand-in for the blank
-
-
-@cache
-def _byte_of() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the others for 256 and up in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -92,7 +92,7 @@ class Sample:
         found = []
         for name in self.names:
             values = [record[name] for record in self._records if isinstance(record.get(name), dict)]
-            if values and name not in _NOT_GENERATORS and all("content" in value for value in values):
+            if values and name not in _NOT_GENERATORS and any("content" in value for value in values):
                 found.append(name)
         return tuple(found)
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from fastcompat.errors import TemplateError
@@ -69,6 +70,8 @@ BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "
 PINNED_DATE = datetime(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# transformers records the blocks in the compiled template, which all of a process share.
+_RECORDING_BLOCKS = Lock()
 _SENTINEL = "fastcompat0the0response0stands0here"
 
 Turns = Literal["last", "all"]
@@ -97,7 +100,7 @@ class _Frame:
     """What surrounds the turn after some messages; a part that the template cannot give is None."""
 
     generation_prefix: str | None  # the messages with add_generation_prompt=True
-    has_generation_prompt: bool  # False where the prefix lacks the turn's header: add_generation_prompt is ignored
+    closed: str | None  # the messages alone; None where the prefix leads up to the content and nothing is left to tell
     before: str | None  # the messages and a sentinel turn, up to the sentinel
     after: str | None  # and from the sentinel on
     n_generation_blocks: int | None  # `{% generation %}` blocks in the messages, None if that was not asked
@@ -151,7 +154,7 @@ class ChatTemplate:
         longest_first = sorted({token for token in special_tokens if token}, key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # Few texts end a turn, and a vocabulary can have thousands of added tokens to look for.
-        self._end_marker = lru_cache(maxsize=256)(self._find_end_marker)
+        self._end_markers: dict[str, str] = {}
         self._has_generation_blocks = _GENERATION_BLOCK.search(source) is not None
         self._render_jinja: Callable[..., tuple[list[str], list[list[Span]]]] = render_jinja_template
         self._check_syntax()
@@ -224,7 +227,13 @@ class ChatTemplate:
         prefix = frame.generation_prefix
         if prefix is not None and len(prefix) <= end_of_content and text.startswith(prefix):
             inserted = None if content is None else text[len(prefix) : content]
-            if frame.has_generation_prompt or (inserted is not None and not inserted.strip()):
+            has_generation_prompt = frame.closed is None or prefix != frame.closed
+            if content is not None and len(prefix) > content:
+                # Either a generation prompt opens a <think> block as this response does, or the messages alone already
+                # reach into the response, because the template leaves them out and the response quotes them.
+                if frame.closed is not None and len(frame.closed) <= content and prefix.startswith(frame.closed):
+                    start = len(prefix)
+            elif has_generation_prompt or (inserted is not None and not inserted.strip()):
                 start = len(prefix)
         if start is None:
             raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
@@ -243,16 +252,16 @@ class ChatTemplate:
     def _new_frame(self, prompt: tuple[Message, ...]) -> _Frame:
         before, after = self._surroundings((*prompt, Message("assistant", "")), len(prompt))
         prefix: str | None = None
-        has_generation_prompt, n_blocks = True, None
+        closed, n_blocks = None, None
         try:  # many templates cannot render an empty prompt, or one without the answer
             prefix = self.render(prompt, add_generation_prompt=True)
             is_next_to_content = before is not None and before.startswith(prefix) and not before[len(prefix) :].strip()
             if self._has_generation_blocks or not is_next_to_content:
-                without, blocks = self._render(prompt, False)
-                has_generation_prompt, n_blocks = prefix != without, len(blocks)
+                closed, blocks = self._render(prompt, False)
+                n_blocks = len(blocks)
         except Exception:
             prefix = None
-        return _Frame(prefix, has_generation_prompt, before, after, n_blocks, self._end_marker(after or ""))
+        return _Frame(prefix, closed, before, after, n_blocks, self._end_marker(after or ""))
 
     def _surroundings(self, messages: Sequence[Message], index: int) -> tuple[str | None, str | None]:
         """What stands before and after the content of `messages[index]`; (None, None) if that cannot be told."""
@@ -267,19 +276,24 @@ class ChatTemplate:
             return None, None
         return (before, rest[0]) if len(rest) == 1 else (None, None)
 
-    def _find_end_marker(self, after: str) -> str:
+    def _end_marker(self, after: str) -> str:
         """The part of what follows a last turn that ends it: to the first special token, else all but final blanks."""
-        match = self._special_token.search(after)
-        return after[: match.end()] if match else after.rstrip()
+        if after not in self._end_markers:
+            if len(self._end_markers) >= 256:
+                self._end_markers.clear()
+            match = self._special_token.search(after)
+            self._end_markers[after] = after[: match.end()] if match else after.rstrip()
+        return self._end_markers[after]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
-        texts, blocks = self._render_jinja(
-            conversations=[[{"role": message.role, "content": message.content} for message in messages]],
-            chat_template=self.source,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=self._has_generation_blocks,
-            **self._variables,
-        )
+        with _RECORDING_BLOCKS if self._has_generation_blocks else nullcontext():
+            texts, blocks = self._render_jinja(
+                conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=self._has_generation_blocks,
+                **self._variables,
+            )
         return texts[0], blocks[0] if blocks else []
 
     def _check_syntax(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fastcompat.alignment import Alignment, AlignmentError, FastAligner, aligner, covering
+from fastcompat.alignment import PROBE, Alignment, AlignmentError, FastAligner, aligner, covering
 from fastcompat.errors import ModelError, UsageError
 from fastcompat.response import Message, Response, Status
 from fastcompat.templates import (
@@ -201,7 +201,7 @@ class ConversationTokenizer:
         yield json.dumps(sorted(tokenizer.get_vocab().items())).encode()
         yield repr(sorted((index, repr(token)) for index, token in tokenizer.added_tokens_decoder.items())).encode()
         # What else decides the ids (merges, normalisation) has no common home in slow tokenizers: probe it.
-        yield json.dumps(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]).encode()
+        yield json.dumps(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).encode()
         yield repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items())).encode()
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
@@ -310,9 +310,6 @@ class ConversationTokenizer:
                 "the first token is not scored: the tokenizer has neither BOS nor EOS to predict it from",
             )
         return ids, scored, ""
-
-
-_PROBE = " Hello,\tWORLD  it's 12345\n\nnaïve café — 東京 😀 é ﬁ <s></s>"
 
 
 def _own_template(tokenizer: Any, name: str) -> str | None:
