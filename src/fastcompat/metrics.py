@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+# Bootstrap weights held at once: 128 MiB.
+WEIGHTS_PER_STEP = 1 << 24
+
 
 def clustered_bootstrap_means(
     numerator: FloatArray, denominator: FloatArray, *, draws: int = 1000, seed: int = 0
@@ -24,7 +27,7 @@ def clustered_bootstrap_means(
     generator = np.random.default_rng(seed)
     n_prompts, n_generators = numerator.shape
     replicates = np.empty((draws, n_generators))
-    step = max(1, (1 << 24) // max(n_prompts, 1))  # weights of a step: at most 128 MiB
+    step = max(1, WEIGHTS_PER_STEP // max(n_prompts, 1))
     for begin in range(0, draws, step):
         rows = min(step, draws - begin)
         weights = generator.poisson(1.0, size=(rows, n_prompts)).astype(np.float64)
@@ -32,7 +35,3 @@ def clustered_bootstrap_means(
             replicates[begin : begin + rows] = (weights @ numerator) / (weights @ denominator)
     return replicates
 
-
-def perplexity(loss: FloatArray) -> FloatArray:
-    """exp(loss): loss in nats a token."""
-    return np.exp(loss)

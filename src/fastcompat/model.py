@@ -205,7 +205,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
             trust_remote_code=False,
             attn_implementation=ATTENTION_NAME,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
         raise ModelError(f"{model}: cannot be loaded as a causal language model: {first_sentence(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

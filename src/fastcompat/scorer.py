@@ -28,7 +28,7 @@ from fastcompat.model import (
     settings_of,
 )
 from fastcompat.response import Status, to_table
-from fastcompat.store import SCORE_SCHEMA
+from fastcompat.store import SCORES_SCHEMA
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 
 
@@ -187,7 +187,5 @@ class Scorer:
         return TokenSequence(input_ids=values.astype(np.int64), scored=scored, status=status, detail=detail)
 
     def _table(self, rows: pa.Table, scores: ResponseScores) -> pa.Table:
-        columns = {name: rows[name] for name in SCORE_SCHEMA.names if name in rows.column_names}
-        columns.pop("response_index", None)
-        own = scores.columns()
-        return pa.table(columns | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())} | own)
+        columns = scores.columns() | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())}
+        return pa.table([columns[name] if name in columns else rows[name] for name in SCORES_SCHEMA.names], schema=SCORES_SCHEMA)

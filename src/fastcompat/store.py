@@ -52,6 +52,10 @@ SCORE_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
+# What `Run.scores()` and `Scorer.score()` return: with whose figure it is, without what only keeps the order.
+SCORES_SCHEMA = SCORE_SCHEMA.remove(SCORE_SCHEMA.get_field_index("response_index")).insert(
+    SCORE_SCHEMA.get_field_index("generator"), pa.field("base_model", pa.string())
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -177,8 +181,8 @@ class Run:
         return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
 
     def scores(self) -> pa.Table:
-        """All committed scores, one row per response and scorer: `SCORE_SCHEMA` without `response_index`, and
-        `base_model` after `generator`. Scorers in the order of their first use, rows in input order.
+        """All committed scores, one row per response and scorer (`SCORES_SCHEMA`): scorers in the order of their first
+        use, rows in input order.
         """
         sources = [file.label for generation in self.generations for file in generation.files]
         tables = []
@@ -191,9 +195,8 @@ class Run:
             table = table.append_column("_order", order)
             table = table.sort_by([(key, "ascending") for key in ("_order", "row_index", "response_index")])
             model = pa.repeat(pa.scalar(labels[store.name], pa.string()), table.num_rows)
-            index = table.schema.get_field_index("n_prompt_tokens")
-            tables.append(table.drop_columns(["_order", "response_index"]).add_column(index, "base_model", model))
-        return pa.concat_tables(tables).combine_chunks() if tables else _scores_schema().empty_table()
+            tables.append(table.append_column("base_model", model).select(SCORES_SCHEMA.names))
+        return pa.concat_tables([SCORES_SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines."""
@@ -203,12 +206,6 @@ class Run:
             os.write(descriptor, (line + "\n").encode())
         finally:
             os.close(descriptor)
-
-
-def _scores_schema() -> pa.Schema:
-    fields = [field for field in SCORE_SCHEMA if field.name != "response_index"]
-    index = next(k for k, field in enumerate(fields) if field.name == "n_prompt_tokens")
-    return pa.schema([*fields[:index], pa.field("base_model", pa.string()), *fields[index:]])
 
 
 def open_run(directory: str | os.PathLike[str]) -> Run:

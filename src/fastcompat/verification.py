@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,27 +43,34 @@ def scorer_progress(run: Run) -> list[ScorerProgress]:
 
 def find_damage(run: Run) -> list[str]:
     """One line for everything in a run that is missing, damaged or does not belong; empty when all is whole."""
-    damage = []
-    for generation in run.generations:
-        for shard in generation.shards:
-            path = run.directory / "corpus" / shard.name
-            if not path.is_file():
-                damage.append(f"{path} is missing")
-                continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != shard.sha256:
-                damage.append(f"{path} is not what was prepared (its SHA-256 differs)")
+    shards = {
+        run.directory / "corpus" / shard.name: shard.sha256
+        for generation in run.generations
+        for shard in generation.shards
+    }
+    damaged = {path: why for path, sha256 in shards.items() if (why := _shard_damage(path, sha256))}
+    damage = [f"{path} {why}" for path, why in damaged.items()]
+    # A part is checked against its unit's rows, which a damaged shard cannot tell.
+    checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
     for scorer in run.scorers():
-        damage.extend(_damaged_parts(run, scorer))
+        damage.extend(_damaged_parts(run, scorer, checkable))
     return damage
 
 
-def _damaged_parts(run: Run, scorer: ScorerStore) -> Iterator[str]:
+def _shard_damage(path: Path, sha256: str) -> str:
+    if not path.is_file():
+        return "is missing; prepare the corpus in a new run"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+            return ""
+    return "is not what was prepared (its SHA-256 differs); prepare the corpus in a new run"
+
+
+def _damaged_parts(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> Iterator[str]:
     finished = scorer.finished()
-    units = {unit.name: unit for unit in run.units}
-    for name in sorted(finished - set(units)):
+    for name in sorted(finished - {unit.name for unit in run.units}):
         yield f"{scorer.directory / f'part-{name}.parquet'} belongs to no unit of this run"
+    units = {unit.name: unit for unit in checkable}
     for name in sorted(finished & set(units)):
         try:
             yield from _damage(run, scorer, units[name])

@@ -1,0 +1,246 @@
+"""The command line as a user meets it: what each mistake says, and what is kept when input is bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from corpora import rows_of, save_small_model, write_corpus, write_jsonl
+from fastcompat.cli import app
+from fastcompat.errors import CorpusError, FastcompatError, ModelError, RunError, SchemaError, UsageError
+from fastcompat.store import open_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model") / "small")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = invoke(*arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(kind: type[FastcompatError], *arguments: object) -> str:
+    """The one message of a failing command; anything but a FastcompatError would be a traceback."""
+    result = invoke(*arguments)
+    assert isinstance(result.exception, kind), (result.exception, result.output)
+    assert str(result.exception).strip()
+    return str(result.exception)
+
+
+def test_score_rank_status_verify_on_a_users_files(tmp_path, model):
+    write_corpus(tmp_path / "corpus", generators=3, n_prompts=8)
+    run = tmp_path / "run"
+    output = succeed("score", tmp_path / "corpus", "--base-model", model, "-o", run)
+    assert "24 responses of 3 generators from 3 files" in output
+    assert "prompt" in output
+    assert "the tokenizer's own chat template" in output
+    assert "ok 24" in output
+    assert f"fastcompat rank {run}" in output
+    ranking = json.loads(succeed("rank", run, "--format", "json"))
+    assert sorted(row["generator"] for row in ranking) == ["generator-0", "generator-1", "generator-2"]
+    assert all(row["loss_low"] <= row["loss"] <= row["loss_high"] for row in ranking)
+    assert ranking == sorted(ranking, key=lambda row: row["loss"])
+    for format in ("table", "md", "csv"):
+        assert "generator-1" in succeed("rank", run, "--format", format)
+    assert "finished · 24/24" in succeed("status", run)
+    assert "whole: 24 rows" in succeed("verify", run)
+
+
+def test_every_kind_of_bad_row_is_kept_with_a_reason(tmp_path, model):
+    lines = [
+        json.dumps({"prompt": "p", "response": "the list of files"}),
+        '{"prompt": "broken", "response": ',
+        json.dumps({"prompt": "null", "response": None}),
+        json.dumps({"prompt": "empty", "response": ""}),
+        json.dumps({"prompt": "number", "response": 17}),
+        '{"prompt": "surrogate", "response": "a\\ud800b"}',
+        json.dumps({"prompt": "word " * 4000, "response": "after a prompt that is too long"}),
+        json.dumps({"prompt": "cut", "response": "word " * 4000}),
+        json.dumps({"prompt": "p", "response": "the list of files"}),
+    ]
+    corpus = tmp_path / "bad.jsonl"
+    corpus.write_text("\n".join(lines) + "\n")
+    output = succeed("score", corpus, "--base-model", model, "-o", tmp_path / "run")
+    scores = open_run(tmp_path / "run").scores().to_pylist()
+    assert [row["row_index"] for row in scores] == list(range(9))
+    wanted = ["ok", "invalid", "empty", "empty", "invalid", "invalid", "prompt_too_long", "truncated", "ok"]
+    assert [row["status"] for row in scores] == wanted
+    for row in scores:
+        carries = row["status"] in ("ok", "truncated")
+        assert (row["loss"] is not None) == (row["nll_sum"] is not None) == carries
+        assert carries or row["detail"]
+    assert scores[0]["nll_sum"] == scores[8]["nll_sum"]
+    assert scores[7]["n_prompt_tokens"] + scores[7]["n_tokens"] == 512
+    assert "invalid 3" in output
+    strict = fail(CorpusError, "score", corpus, "--base-model", model, "-o", tmp_path / "strict", "--strict")
+    assert "bad.jsonl" in strict
+
+
+def test_damaged_files_keep_what_comes_before_the_damage(tmp_path, model):
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    write_jsonl(directory / "a.jsonl", rows_of("a", n_prompts=5))
+    whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows_of("b", n_prompts=4000)))
+    (directory / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    pq.write_table(pa.Table.from_pylist(rows_of("c", n_prompts=5)), directory / "c.parquet")
+    data = (directory / "c.parquet").read_bytes()
+    (directory / "c.parquet").write_bytes(data[: len(data) // 2])
+    (directory / "d.jsonl").write_text("")
+    write_jsonl(directory / "e.jsonl", [{"prompt": "p", "note": "no response here"}])
+    succeed("score", directory, "--base-model", model, "-o", tmp_path / "run", "--max-length", 64)
+    scores = open_run(tmp_path / "run").scores().to_pylist()
+    by_file: dict[str, list[str]] = {}
+    for row in scores:
+        by_file.setdefault(Path(row["source"]).name, []).append(row["status"])
+    assert by_file["a.jsonl"] == ["ok"] * 5
+    assert by_file["b.jsonl.gz"].count("unreadable") == 1
+    assert by_file["b.jsonl.gz"].count("ok") > 100
+    assert by_file["c.parquet"] == ["unreadable"]
+    assert "d.jsonl" not in by_file
+    assert by_file["e.jsonl"] == ["invalid"]
+
+
+def test_unknown_columns_say_what_was_found_and_what_to_set(tmp_path, model):
+    corpus = write_jsonl(tmp_path / "odd.jsonl", [{"ask": "p", "reply": "the list"}])
+    message = fail(SchemaError, "score", corpus, "--base-model", model, "-o", tmp_path / "run")
+    for expected in ("ask", "reply", "--map", "messages"):
+        assert expected in message
+    succeed("score", corpus, "--base-model", model, "-o", tmp_path / "run", "--map", "prompt=ask", "--map", "response=reply")
+    wrong = fail(SchemaError, "score", corpus, "--base-model", model, "-o", tmp_path / "other", "--map", "response=rply")
+    assert "rply" in wrong
+    assert "reply" in wrong
+
+
+def test_wrong_models_get_one_sentence(tmp_path, model):
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+
+    def refused(directory: Path) -> str:
+        message = fail(ModelError, "score", corpus, "--base-model", directory, "-o", tmp_path / "run")
+        assert "\n" not in message
+        return message
+
+    assert "no such directory" in refused(tmp_path / "nowhere")
+    assert "config.json" in refused(tmp_path)
+    pickled = shutil.copytree(model, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    assert "pickle" in refused(pickled)
+    (pickled / "pytorch_model.bin").unlink()
+    assert "safetensors" in refused(pickled)
+    remote = shutil.copytree(model, tmp_path / "remote")
+    config = json.loads((remote / "config.json").read_text())
+    config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    assert "code" in refused(remote)
+    truncated = shutil.copytree(model, tmp_path / "truncated")
+    data = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[:1000])
+    assert "cannot be loaded" in refused(truncated)
+    wordless = shutil.copytree(model, tmp_path / "wordless")
+    for path in wordless.glob("*token*"):
+        path.unlink()
+    assert "tokenizer" in refused(wordless)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_sentence(tmp_path):
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+    message = fail(ModelError, "score", corpus, "--base-model", "nobody/nothing", "-o", tmp_path / "run")
+    assert "nobody/nothing" in message
+    assert "\n" not in message
+
+
+def test_options_that_make_no_sense(tmp_path, model):
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+    run = tmp_path / "run"
+    assert "--base-model" in fail(UsageError, "score", corpus, "-o", run)
+    assert "I/N" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "x")
+    assert "1 to" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "3/2")
+    assert "NAME=COLUMN" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--map", "response")
+    fail(CorpusError, "score", tmp_path / "none.jsonl", "--base-model", model, "-o", tmp_path / "new")
+    assert "manifest.json" in fail(RunError, "rank", tmp_path)
+    assert "name the files" in fail(UsageError, "score", "--base-model", model, "-o", tmp_path / "unmade")
+    assert invoke("score", corpus, "--no-such-option").exit_code == 2
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, model):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.tex").write_text("words")
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+    assert "not a run" in fail(RunError, "score", corpus, "--base-model", model, "-o", tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter-1.tex"]
+
+
+def test_another_model_or_template_stands_beside_what_is_finished(tmp_path, model):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, generators=2, n_prompts=4)
+    run = tmp_path / "run"
+    other = save_small_model(tmp_path / "other", seed=5)
+    succeed("score", corpus, "--base-model", model, "--base-model", other, "-o", run)
+    scores = open_run(run).scores()
+    assert sorted(set(scores["base_model"].to_pylist())) == ["other", "small"]
+    assert scores.num_rows == 16
+    succeed("score", "-o", run, "--base-model", model, "--template", "alpaca")
+    assert len(open_run(run).scorers()) == 3
+    assert len(set(open_run(run).scores()["base_model"].to_pylist())) == 3
+    # The same content from another place is the same scorer.
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert "scored before" in succeed("score", "-o", run, "--base-model", moved)
+    assert len(open_run(run).scorers()) == 3
+
+
+def test_verify_names_what_is_damaged_and_scoring_again_mends_it(tmp_path, model):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, generators=2, n_prompts=4)
+    run = tmp_path / "run"
+    succeed("score", corpus, "--base-model", model, "-o", run)
+    whole = open_run(run).scores()
+    (part,) = run.glob("scores/*/part-*")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    part.write_bytes(data)
+    result = invoke("verify", run)
+    assert isinstance(result.exception, RunError)
+    part.unlink()
+    succeed("score", "-o", run, "--base-model", model)
+    assert open_run(run).scores().equals(whole)
+    shard = run / "corpus" / "shard-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    assert "1 of" in fail(RunError, "verify", run)
+
+
+def test_inspect_marks_the_scored_tokens(tmp_path, model):
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why so?", "response": "Because it is."}])
+    output = succeed("inspect", corpus, "--base-model", model)
+    marked = output[output.index("⟦") : output.index("⟧")].replace("\n", "")
+    assert "Because" in marked
+    assert "<|im_end|>" in marked
+    assert "Why" not in marked
+    assert "no row 7" in fail(UsageError, "inspect", corpus, "--base-model", model, "--row", 7)
+
+
+def test_wide_records_and_preferences_end_as_one_row_per_response(tmp_path, model):
+    wide = [{"uuid": "1", "instruction": "Say it.", "gemma": {"content": "the list"}, "qwen": {"content": "a file"}}]
+    table = pa.Table.from_pylist(wide)
+    pq.write_table(table, tmp_path / "zoo.parquet")
+    succeed("score", tmp_path / "zoo.parquet", "--base-model", model, "-o", tmp_path / "run")
+    scores = open_run(tmp_path / "run").scores()
+    assert scores["generator"].to_pylist() == ["gemma", "qwen"]
+    assert len(set(scores["prompt_id"].to_pylist())) == 1
+    assert len(set(scores["row_key"].to_pylist())) == 2
