@@ -66,7 +66,9 @@ def _padded_batch(model: Any, batch: Sequence[TokenSequence], *, response_logits
     target, chosen = ids[:, 1:], scored[:, 1:]
     if response_logits_only:
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        nll = F.cross_entropy(model.get_output_embeddings()(hidden[:, :-1][chosen]).float(), target[chosen], reduction="none")
+        nll = F.cross_entropy(
+            model.get_output_embeddings()(hidden[:, :-1][chosen]).float(), target[chosen], reduction="none"
+        )
         counts = chosen.sum(1).tolist()
         return [float(part.mean()) for part in nll.split(counts)]
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -89,12 +91,12 @@ def useful_flops(model: CausalLM, sequences: Sequence[TokenSequence]) -> float:
     tied = model.weight.data_ptr() == model.full.get_input_embeddings().weight.data_ptr()
     total = sum(parameter.numel() for parameter in model.full.parameters())
     body = total - embedding - (0 if tied else head)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     pairs = int((forest.position_ids + 1).sum())
     return (
-        2.0 * body * forest.n_tokens
-        + 2.0 * head * len(forest.scored)
-        + 4.0 * pairs * width * config.num_hidden_layers
+        2.0 * body * forest.n_tokens + 2.0 * head * len(forest.scored) + 4.0 * pairs * width * config.num_hidden_layers
     )
 
 
@@ -158,10 +160,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--token-budget", type=int, default=CPU_TOKEN_BUDGET)
     arguments = parser.parse_args()
-    result = measure(
-        arguments.shape, arguments.workload, rounds=arguments.rounds, token_budget=arguments.token_budget
-    )
-    print(f"{result['shape']}, {result['workload']}, {result['n_tokens']:,} tokens, {result['product_gflop_per_s']:.0f} GFLOP/s")
+    result = measure(arguments.shape, arguments.workload, rounds=arguments.rounds, token_budget=arguments.token_budget)
+    rate = result["product_gflop_per_s"]
+    print(f"{arguments.shape}, {arguments.workload}, {result['n_tokens']:,} tokens; product at {rate:.0f} GFLOP/s")
     for name, entry in result["scorers"].items():
         print(
             f"{entry['seconds']:8.2f} s  {entry['efficiency']:6.1%} of the product's rate  "

@@ -24,7 +24,22 @@ from typing import Any
 from hardware import machine
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = "the list of a file returns one new value object when string path is not given raises error if it".split()
+WORDS = (
+    "the",
+    "list",
+    "of",
+    "a",
+    "file",
+    "returns",
+    "one",
+    "new",
+    "value",
+    "object",
+    "when",
+    "string",
+    "path",
+    "given",
+)
 SAMPLE_SECONDS = 0.5
 CURVE_POINTS = 60
 
@@ -132,9 +147,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "preparation_memory.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     seconds = result["read_seconds"] + result["write_seconds"]
-    print(
-        f"{result['rows']:,} rows in {seconds:.1f} s: {result['rows_per_second']:,} rows/s on {result['machine']['processor']}"
-    )
+    speed = f"{result['rows_per_second']:,} rows/s"
+    print(f"{result['rows']:,} rows in {seconds:.1f} s, {speed}, on {result['machine']['processor']}")
     print(f"{result['shards']} shards, {result['units']} units, {result['bytes_of_shards'] / 2**20:.0f} MiB")
     print(f"peak memory: {result['peak_rss_anon_mib']} MiB owned, {result['peak_vm_rss_mib']} MiB with mapped files")
     print(f"peak owned memory by quarter of the run: {result['peak_rss_anon_mib_by_quarter']}")

@@ -8,11 +8,34 @@ import shutil
 from pathlib import Path
 
 from families import small_model
+
 from fastcompat.corpus import prepare
 from fastcompat.demo import model_directory
 from fastcompat.store import Run, add_generation
 
-WORDS = "the list of a file returns one new value object when string path is not given raises error if it".split()
+WORDS = [
+    *[
+        "the",
+        "list",
+        "of",
+        "a",
+        "file",
+        "returns",
+        "one",
+        "new",
+        "value",
+        "object",
+        "when",
+        "string",
+        "path",
+        "is",
+        "not",
+        "given",
+        "raises",
+        "an",
+        "error",
+    ]
+]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

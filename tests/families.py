@@ -121,14 +121,25 @@ def _cohere(**changes: Any) -> Any:
 def _granite(**changes: Any) -> Any:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    shape = {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 4.0}
+    shape = {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 4.0,
+    }
     return GraniteForCausalLM(GraniteConfig(**(_LLAMA_SHAPE | shape | changes)))
 
 
 def _gpt_oss(**changes: Any) -> Any:
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    shape = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "num_hidden_layers": 4}
+    shape = {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+        "num_hidden_layers": 4,
+    }
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     return GptOssForCausalLM(GptOssConfig(**(_LLAMA_SHAPE | shape | {"rope_parameters": rope} | changes)))
 
@@ -136,7 +147,9 @@ def _gpt_oss(**changes: Any) -> Any:
 def _starcoder2(**changes: Any) -> Any:
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-    return Starcoder2ForCausalLM(Starcoder2Config(**(_LLAMA_SHAPE | {"sliding_window": 24, "use_bias": True} | changes)))
+    return Starcoder2ForCausalLM(
+        Starcoder2Config(**(_LLAMA_SHAPE | {"sliding_window": 24, "use_bias": True} | changes))
+    )
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {

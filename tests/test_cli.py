@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from corpora import rows_of, save_small_model, write_corpus, write_jsonl
 from typer.testing import CliRunner, Result
 
-from corpora import rows_of, save_small_model, write_corpus, write_jsonl
 from fastcompat.cli import app
 from fastcompat.errors import CorpusError, FastcompatError, ModelError, RunError, SchemaError, UsageError
 from fastcompat.store import open_run
@@ -122,8 +122,12 @@ def test_unknown_columns_say_what_was_found_and_what_to_set(tmp_path, model):
     message = fail(SchemaError, "score", corpus, "--base-model", model, "-o", tmp_path / "run")
     for expected in ("ask", "reply", "--map", "messages"):
         assert expected in message
-    succeed("score", corpus, "--base-model", model, "-o", tmp_path / "run", "--map", "prompt=ask", "--map", "response=reply")
-    wrong = fail(SchemaError, "score", corpus, "--base-model", model, "-o", tmp_path / "other", "--map", "response=rply")
+    succeed(
+        "score", corpus, "--base-model", model, "-o", tmp_path / "run", "--map", "prompt=ask", "--map", "response=reply"
+    )
+    wrong = fail(
+        SchemaError, "score", corpus, "--base-model", model, "-o", tmp_path / "other", "--map", "response=rply"
+    )
     assert "rply" in wrong
     assert "reply" in wrong
 

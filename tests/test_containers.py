@@ -283,6 +283,24 @@ def test_foreign_content_is_one_marker(name: str, content: bytes, reason: str) -
     assert reason in marker.reason
 
 
+def test_times_without_an_equivalent_in_python_cost_nothing() -> None:
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("timestamp", pa.timestamp("ns", "Mars/Base"))])
+    table = pa.table(
+        {
+            "messages": pa.array([[{"role": "user", "content": "a", "timestamp": None}]], pa.list_(turn)),
+            "at": pa.array([10**18 + 1], pa.int64()).cast(pa.timestamp("ns", "Mars/Base")),
+            "day": pa.array([5], pa.date32()),
+            "price": pa.array([1], pa.decimal128(4, 2)),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    (record,) = read(write("a.arrow", bytes(sink.getvalue())))
+    assert record["messages"] == [{"role": "user", "content": "a", "timestamp": None}]
+    assert (record["at"], record["day"]) == (10**18 + 1, 5)
+
+
 def test_columns_of_numbers_are_not_unfolded_and_bad_text_costs_its_row() -> None:
     texts = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
     table = pa.table({"text": texts, "embedding": [[0.5] * 4] * 3})

@@ -45,6 +45,10 @@ def test_shape(shape: str) -> None:
             {"messages": turns((USER, "a"), (ASSISTANT, "b")), "model": "m"},
             "messages (role/content); generator from column `model`",
         ),
+        (
+            {"conversation": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "conversation (from/value); generator from the file's name",
+        ),
         ({"question": "a", "answer": "b"}, "question + answer; generator from the file's name"),
         (
             {"instruction": "a", "input": "b", "output": "c"},
@@ -206,6 +210,17 @@ def test_records_with_several_responses_never_vanish() -> None:
         good = {"instruction": "x", key: [{"model": "m", "response": "a"}] if key == "completions" else ["a"]}
         rows = read(good, *({"instruction": "x", key: value} for value in values))
         assert [str(row.status) for row in rows] == ["ok", "empty", "empty"]
+
+
+def test_a_generator_that_comes_late_is_read() -> None:
+    records = [{"instruction": "x", "m": {"content": "a"}}] * 100
+    rows = read(
+        *records, {"instruction": "x", "m": {"content": "a"}, "late": {"content": "b"}, "metadata": {"content": 1}}
+    )
+    assert [(row.row_index, row.response_index, row.generator) for row in rows[100:]] == [
+        (100, 0, "m"),
+        (100, 1, "late"),
+    ]
 
 
 def test_half_a_preference_pair() -> None:

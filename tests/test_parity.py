@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from families import FAMILIES, VOCABULARY, small_model
+
 from fastcompat.engine import score_sequences
 from fastcompat.errors import ModelError
 from fastcompat.model import refuse_unsupported, wrap
@@ -134,7 +134,9 @@ def test_models_that_ignore_the_attention_interface_are_refused():
 def test_state_space_and_hybrid_models_are_refused():
     from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-    mamba = Mamba2ForCausalLM(Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16))
+    mamba = Mamba2ForCausalLM(
+        Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16)
+    )
     refused(mamba, "recurrent state")
     refused(Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE, num_experts=4)), "recurrent state")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
 from corpora import prepare_small_units, save_small_model, write_corpus, write_jsonl
+
 from fastcompat.store import Run, open_run
 
 N_KILLS = 20
@@ -111,7 +111,7 @@ def test_a_signal_keeps_the_pack_at_hand_and_the_rest_is_equal(tmp_path, corpus,
     assert "Traceback" not in output
     (begun,) = directory.glob("scores/*/begun-*")
     kept = pq.read_table(begun)["nll_sum"].drop_null()
-    assert 0 < len(kept)
+    assert len(kept) > 0
     finish(directory, model)
     assert not list(directory.glob("scores/*/begun-*"))
     undisturbed_too = tmp_path / "whole"

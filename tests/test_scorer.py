@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpora import write_jsonl
 
 import fastcompat as fc
-from corpora import write_jsonl
 from fastcompat.demo import model_directory
 from fastcompat.errors import ModelError, SchemaError, UsageError
 from fastcompat.session import CorpusSettings, prepare_run
@@ -76,7 +76,7 @@ def test_messages_conversations_and_mappings_give_the_same_figures(scorer):
     assert scorer.score([{"messages": messages}])["nll_sum"] == want
     assert scorer.score([{"conversations": turns}])["nll_sum"] == want
     assert scorer.score([{"q": prompt, "a": response}], mapping={"prompt": "q", "response": "a"})["nll_sum"] == want
-    with pytest.raises(SchemaError, match="--map|mapping"):
+    with pytest.raises(SchemaError, match="--map"):
         scorer.score([{"q": prompt, "a": response}])
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastcompat.errors import FastcompatError
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -24,8 +26,6 @@ _HOMES = {
 }
 
 __all__ = ["FastcompatError", "Run", "Scorer", "__version__", "linear_nll", "open_run", "rank"]
-
-from fastcompat.errors import FastcompatError
 
 if TYPE_CHECKING:
     from fastcompat.nll import linear_nll

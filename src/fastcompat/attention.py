@@ -1,9 +1,9 @@
 """Attention over a prefix forest: one narrow function, and the plan that is made once a pack and used by every layer.
 
-Dimension key: T packed tokens, Q queries of a block, J keys that a block sees, H query heads, K key heads, C head width.
+Dimension key: T packed tokens, Q queries and J keys of a block, H query heads, K key heads, C head width.
 
 The torch backend cuts the T queries into blocks of some hundred tokens, gathers the keys that any query of a block
-sees (its ancestors and the block itself) and calls `scaled_dot_product_attention` on each block. No [T, T] mask exists.
+sees (its ancestors and the block itself) and calls `scaled_dot_product_attention` on each. No [T, T] mask exists.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-# A block closes at the end of a chain once it has MIN_BLOCK queries, and anywhere at MAX_BLOCK. Small blocks waste calls,
-# large ones compute masked pairs.
+# A block closes at the end of a chain once it has MIN_BLOCK queries, and anywhere at MAX_BLOCK. Small blocks waste
+# calls, large ones compute masked pairs.
 MIN_BLOCK = 64
 MAX_BLOCK = 256
 # Masks up to this many elements a pack are kept for all layers; a longer pack makes each again in every layer.
@@ -26,7 +26,7 @@ CACHED_MASK_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Queries [begin, end) and the packed indices of every key that one of them sees, ascending and ending with `end - 1`.
+    """Queries [begin, end) and the packed indices of every key that one of them sees, ascending, the last `end - 1`.
 
     `keys` is a slice where they lie together, which spares the gather.
     """
@@ -56,9 +56,8 @@ class AttentionPlan:
     def blocks_for(self, sliding_window: int | None) -> list[Block]:
         """The blocks under a window; None, and any window that no position reaches, is full attention."""
         if sliding_window not in self.blocks:
-            self.blocks[sliding_window] = _cut_blocks(
-                self.position_ids.cpu().numpy(), self.subtree_end.cpu().numpy(), sliding_window, self.position_ids.device
-            )
+            position, subtree_end = self.position_ids.cpu().numpy(), self.subtree_end.cpu().numpy()
+            self.blocks[sliding_window] = _cut_blocks(position, subtree_end, sliding_window, self.position_ids.device)
         return self.blocks[sliding_window]
 
     def mask(self, index: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
@@ -88,7 +87,7 @@ def _cut_blocks(
 ) -> list[Block]:
     n_tokens = len(position)
     # A chain ends where the next token does not continue it: a leaf, or a token whose child begins elsewhere.
-    chain_ends = (np.flatnonzero(np.diff(position) != 1) + 1).tolist() + [n_tokens]
+    chain_ends = [*(np.flatnonzero(np.diff(position) != 1) + 1).tolist(), n_tokens]
     blocks = []
     begin = 0
     for chain_end in chain_ends:
@@ -123,9 +122,7 @@ def _block(
         keys = torch.from_numpy(np.concatenate([before, np.arange(begin, end)])).to(device)
     one_chain = bool((subtree_end[begin:end] >= end).all())
     in_window = sliding_window is None or end - begin <= sliding_window
-    return Block(
-        begin=begin, end=end, keys=keys, n_keys=n_keys, causal=len(before) == 0 and one_chain and in_window
-    )
+    return Block(begin=begin, end=end, keys=keys, n_keys=n_keys, causal=len(before) == 0 and one_chain and in_window)
 
 
 def forest_attention(

@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from fastcompat.display import TableFormat, console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from fastcompat.corpus import CorpusSummary
+    from fastcompat.session import Worker
     from fastcompat.store import Run
 
 app = typer.Typer(
@@ -38,8 +36,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which response generator will teach a base model best, told before any training.",
 )
-console = Console()
-errors = Console(stderr=True)
 
 
 def main() -> None:
@@ -70,13 +66,6 @@ class Bos(StrEnum):
 class Average(StrEnum):
     response = "response"
     token = "token"
-
-
-class TableFormat(StrEnum):
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
 
 
 Map = Annotated[
@@ -123,6 +112,7 @@ def score(
     The same command resumes a run that was interrupted, and adds another model, template or setting beside what is
     finished. Rows that cannot be scored stay in the output with the reason.
     """
+    from fastcompat.display import show_corpus
     from fastcompat.session import CorpusSettings, prepare_run
 
     share = parse_worker(worker)
@@ -155,10 +145,12 @@ def score(
                 token_budget=token_budget,
                 revision=revision,
             )
-    console.print(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]", highlight=False, soft_wrap=True)
+    say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
 
 
-def score_model(run: Run, model: str, stop: Callable[[], bool], share: object, *, token_budget: int | None, **settings: object) -> None:
+def score_model(
+    run: Run, model: str, stop: Callable[[], bool], worker: Worker, *, token_budget: int | None, **settings: Any
+) -> None:
     """Work off one base model, with its progress on the screen."""
     from transformers.utils import logging as transformers_logging
 
@@ -168,16 +160,18 @@ def score_model(run: Run, model: str, stop: Callable[[], bool], share: object, *
     from fastcompat.session import open_scorer, score_corpus
 
     transformers_logging.disable_progress_bar()
-    scorer = Scorer(model, token_budget=token_budget, **settings)  # type: ignore[arg-type]
+    scorer = Scorer(model, token_budget=token_budget, **settings)
     store, budget = open_scorer(run, scorer, token_budget=token_budget)
-    identity = scorer.identity
-    say(f"\n[bold]{escape(scorer.name)}[/] · {identity['dtype']} on {scorer.device} · template: {escape(scorer.tokenizer.description)}")
-    display = ScoringDisplay(console, scorer.name)
+    say(
+        f"\n[bold]{escape(scorer.name)}[/] · {scorer.identity['dtype']} on {scorer.device} · "
+        f"template: {escape(scorer.tokenizer.description)}"
+    )
+    display = ScoringDisplay(scorer.name)
     progress = Progress(notify=display.update)
     started = time.monotonic()
     try:
         with display.showing():
-            score_corpus(run, scorer, store, token_budget=budget, worker=share, progress=progress, stop=stop)  # type: ignore[arg-type]
+            score_corpus(run, scorer, store, token_budget=budget, worker=worker, progress=progress, stop=stop)
     except Interrupted:
         say(figures_of(progress, time.monotonic() - started))
         raise Interrupted(
@@ -204,6 +198,7 @@ def rank(
     format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
 ) -> None:
     """Rank the generators of a run by mean loss, the most compatible first."""
+    from fastcompat.display import write_ranking
     from fastcompat.ranking import rank as rank_scores
     from fastcompat.store import open_run
 
@@ -218,33 +213,6 @@ def rank(
         errors.print(f"[yellow]note:[/] {n_pending:,} responses are not scored yet", highlight=False)
 
 
-def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: TableFormat) -> None:
-    """A ranking in one of the formats."""
-    from fastcompat.display import ranking_table
-
-    if format is TableFormat.table:
-        console.print(ranking_table(ranking, by=by))
-        over = "responses" if average == "response" else "tokens"
-        say(
-            f"[dim]loss: mean NLL in nats a token, averaged over {over}; 95% interval from {draws:,} bootstrap draws "
-            "clustered by prompt;\nneighbours that the draws do not tell apart share a rank.[/]"
-        )
-    elif format is TableFormat.json:
-        import json
-
-        print(json.dumps(ranking.to_pylist(), indent=2))
-    elif format is TableFormat.csv:
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(ranking, sys.stdout.buffer)
-    else:
-        names = ranking.column_names
-        print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-        for row in ranking.to_pylist():
-            cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-
-
 @app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
@@ -257,7 +225,8 @@ def status(directory: RunDirectory) -> None:
     say(f"{run.n_rows:,} rows from {n_files:,} files in {len(run.units):,} units of work")
     for entry in scorer_progress(run):
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
-        say(f"[bold]{escape(entry.name)}[/]: {state} · {entry.n_rows:,}/{run.n_rows:,} responses · {statuses_line(entry.statuses)}")
+        say(f"[bold]{escape(entry.name)}[/]: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
+        say(f"  {statuses_line(entry.statuses)}")
     if not run.scorers():
         say("no scorer yet")
 
@@ -320,7 +289,8 @@ def inspect(
 @app.command()
 def demo(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="RUN", help="Keep the run here.", show_default="a temporary one")
+        Path | None,
+        typer.Option("--output", "-o", metavar="RUN", help="Keep the run here.", show_default="a temporary one"),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts; each is answered by every generator.")] = 500,
 ) -> None:
@@ -367,23 +337,6 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def show_corpus(summary: CorpusSummary, seconds: float) -> None:
-    """What was read and how it was understood."""
-    from fastcompat.display import duration, statuses_line
-
-    mappings: dict[str, list[str]] = {}
-    for file in summary.files:
-        mappings.setdefault(file.mapping, []).append(file.label)
-    for mapping, labels in mappings.items():
-        more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
-        say(f"{escape(labels[0])}{more}: {escape(mapping)}")
-    n_rows = sum(summary.statuses.values())
-    say(
-        f"{n_rows:,} responses of {len(summary.generators):,} generators from {len(summary.files):,} files, "
-        f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
-    )
-
-
 def parse_mapping(values: list[str] | None) -> dict[str, str]:
     """--map NAME=COLUMN, repeated."""
     pairs = [value.partition("=") for value in values or []]
@@ -393,7 +346,7 @@ def parse_mapping(values: list[str] | None) -> dict[str, str]:
     return {name: column for name, _, column in pairs}
 
 
-def parse_worker(text: str) -> object:
+def parse_worker(text: str) -> Worker:
     """--worker I/N."""
     from fastcompat.session import Worker
 
@@ -401,8 +354,3 @@ def parse_worker(text: str) -> object:
     if not (first.isdecimal() and second.isdecimal()):
         raise UsageError(f"--worker {text}: write I/N, for example 1/4")
     return Worker(index=int(first) - 1, count=int(second))
-
-
-def say(text: str) -> None:
-    """One message, never cut at the terminal's width."""
-    console.print(text, highlight=False, soft_wrap=True)

@@ -30,14 +30,14 @@ class Batch(NamedTuple):
     position: int
 
 
-class _OpaqueList:
-    """Stands for a value that no response can be made of and that is costly to convert: a list of numbers."""
+class Opaque:
+    """Stands for a value that no response can be made of and that is costly, or impossible, to convert."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
 
     def __repr__(self) -> str:
-        return "a list of numbers"
-
-
-OPAQUE_LIST = _OpaqueList()
+        return self._kind
 
 
 class SourceReader:
@@ -223,12 +223,34 @@ def _to_records_singly(batch: pa.RecordBatch) -> list[Record | Broken | Unreadab
 
 def _to_values(column: pa.Array) -> list[Any]:
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        element = kind.value_type
-        if pa.types.is_integer(element) or pa.types.is_floating(element):
-            return [OPAQUE_LIST] * len(column)
-    values: list[Any] = column.to_pylist()
+    if _is_list(kind) and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
+        return [Opaque("a list of numbers")] * len(column)
+    try:
+        # Times may have no equivalent in Python (nanoseconds, unknown zones): their numbers do as well here.
+        timeless = _without_times(kind)
+        values: list[Any] = (column if timeless == kind else column.cast(timeless)).to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, pa.ArrowException):
+        return [Opaque(f"a value of the Arrow type {kind}")] * len(column)
     return values
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _without_times(kind: pa.DataType) -> pa.DataType:
+    """The type with integers for times, at any depth."""
+    if pa.types.is_temporal(kind):
+        return pa.int32() if kind.bit_width == 32 else pa.int64()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_times(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_times(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_without_times(kind.value_type)))
+    return kind
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from fastcompat.errors import SchemaError, UsageError
 from fastcompat.records import Record
 from fastcompat.sample import (
     COMPLETIONS,
+    CONVERSATIONS,
     GENERATIONS,
     GENERATOR_LISTS,
     GENERATORS,
@@ -83,6 +84,7 @@ class Mapping:
     shape: str
     columns: Columns
     structs: tuple[str, ...] = ()
+    turn_keys: str = ""
 
     def describe(self) -> str:
         """One line for the user: `messages (role/content); generator from column `model``."""
@@ -108,10 +110,8 @@ class Mapping:
 
     def _parts(self) -> str:
         columns = self.columns
-        if "messages" in columns:
-            return f"{columns['messages']} (role/content)"
-        if "conversations" in columns:
-            return f"{columns['conversations']} (from/value)"
+        if self.turn_keys:
+            return f"{columns.get('messages') or columns.get('conversations')} ({self.turn_keys})"
         names = ("prompt", "input", "response", "completions", "generations", "chosen", "rejected")
         parts = " + ".join(columns[name] for name in names if name in columns)
         return f"{parts} + struct per generator" if self.structs else parts
@@ -186,8 +186,8 @@ def detect(records: Sequence[Record], *, overrides: Overrides | None = None, lab
             hollow = hollow or fitted
     if hollow is not None:
         return hollow
-    # The nearest first: its lack is most likely what the user can mend.
-    tried = sorted(lacks.items(), key=lambda item: -item[1].near)
+    # The nearest first: its lack is most likely what the user can mend. If none is near, the plainest.
+    tried = sorted(lacks.items(), key=lambda item: (-item[1].near, item[0] != "prompt + response"))
     raise SchemaError(
         storable(
             f"{label} has no schema that is known. Columns found: {found}.\nShapes tried:\n"
@@ -216,7 +216,7 @@ def _common(sample: Sample, given: Columns) -> Columns:
 
 
 def _prompt(sample: Sample, given: Columns) -> Columns | Lack:
-    conversations = [name for name in ("messages", "conversations") if "turns" in sample.forms(name)]
+    conversations = [name for name in ("messages", *CONVERSATIONS) if "turns" in sample.forms(name)]
     forms = {"text", "turns", "parts"}
     prompt = given.get("prompt") or sample.first(PROMPTS, forms) or next(iter(conversations), None)
     if "prompt" not in given and {"instruction", "input"} <= set(sample.names):
@@ -232,7 +232,8 @@ def _prompt(sample: Sample, given: Columns) -> Columns | Lack:
 
 def _fit_turns(part: str) -> Fit:
     def fit(sample: Sample, given: Columns) -> Mapping | Lack:
-        column = given.get(part, part)
+        names = (part,) if part == "messages" else CONVERSATIONS
+        column = given.get(part) or next((name for name in names if "turns" in sample.forms(name)), part)
         forms = sample.forms(column)
         if not forms:
             return Lack(f"no column `{column}`")
@@ -240,7 +241,8 @@ def _fit_turns(part: str) -> Fit:
             return Lack(f"`{column}` holds no list of turns with a role and a text", 1)
         if part not in given and "turns" in forms and not sample.answered(column) and sample.first(RESPONSES, {"text"}):
             return Lack(f"`{column}` holds no assistant turn, the response is elsewhere", 1)
-        return Mapping(shape=part, columns={part: column, **_common(sample, given)})
+        columns = {part: column, **_common(sample, given)}
+        return Mapping(shape=part, columns=columns, turn_keys=sample.turn_keys(column))
 
     return fit
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -15,10 +19,21 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from fastcompat.corpus import CorpusSummary
     from fastcompat.engine import Progress as EngineProgress
+
+console = Console()
+errors = Console(stderr=True)
 
 # Off a terminal, a line this often.
 PLAIN_SECONDS = 15.0
+
+
+class TableFormat(StrEnum):
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
 
 
 class _Figures(ProgressColumn):
@@ -31,8 +46,7 @@ class _Figures(ProgressColumn):
 class ScoringDisplay:
     """Follows an engine's `Progress`: a live bar on a terminal, else a line every `PLAIN_SECONDS`."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        self._console = console
+    def __init__(self, title: str) -> None:
         self._title = title
         self._began = time.monotonic()
         self._last_line = self._began
@@ -41,11 +55,11 @@ class ScoringDisplay:
     @contextmanager
     def showing(self) -> Iterator[ScoringDisplay]:
         """Show the bar while the block runs."""
-        if not self._console.is_terminal:
+        if not console.is_terminal:
             yield self
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), _Figures())
-        with Progress(*columns, console=self._console, expand=True) as self._bar:
+        with Progress(*columns, console=console, expand=True) as self._bar:
             self._task = self._bar.add_task(self._title, total=None)
             yield self
 
@@ -57,7 +71,7 @@ class ScoringDisplay:
             self._bar.update(self._task, total=progress.n_rows_total, completed=done, figures=figures)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._title}: {figures}", highlight=False, soft_wrap=True)
+            say(f"{self._title}: {figures}")
 
 
 def figures_of(progress: EngineProgress, seconds: float) -> str:
@@ -115,3 +129,46 @@ def ranking_table(ranking: pa.Table, *, by: str) -> Table:
             cells.append(f"{row['n_left_out']:,}" if row["n_left_out"] else "")
         table.add_row(*([row["base_model"]] if several else []), *cells)
     return table
+
+
+def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: TableFormat) -> None:
+    """A ranking in one of the formats."""
+    if format is TableFormat.table:
+        console.print(ranking_table(ranking, by=by))
+        over = "responses" if average == "response" else "tokens"
+        say(
+            f"[dim]loss: mean NLL in nats a token, averaged over {over}; 95% interval from {draws:,} bootstrap draws "
+            "clustered by prompt;\nneighbours that the draws do not tell apart share a rank.[/]"
+        )
+    elif format is TableFormat.json:
+        print(json.dumps(ranking.to_pylist(), indent=2))
+    elif format is TableFormat.csv:
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(ranking, sys.stdout.buffer)
+    else:
+        names = ranking.column_names
+        print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+        for row in ranking.to_pylist():
+            cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+
+def show_corpus(summary: CorpusSummary, seconds: float) -> None:
+    """What was read and how it was understood."""
+    mappings: dict[str, list[str]] = {}
+    for file in summary.files:
+        mappings.setdefault(file.mapping, []).append(file.label)
+    for mapping, labels in mappings.items():
+        more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
+        say(f"{escape(labels[0])}{more}: {escape(mapping)}")
+    n_rows = sum(summary.statuses.values())
+    say(
+        f"{n_rows:,} responses of {len(summary.generators):,} generators from {len(summary.files):,} files, "
+        f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
+    )
+
+
+def say(text: str) -> None:
+    """One message, never cut at the terminal's width."""
+    console.print(text, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The loop: units of a run -> tokens -> prefix forests -> per-token NLL -> one score per response. Read this file first.
+"""The loop: units of a run -> tokens -> prefix forests -> per-token NLL -> one sum per response. Read this first.
 
 Dimension key: T packed tokens, S scored tokens, N sequences.
 """
@@ -212,7 +212,9 @@ def _take_beginning(scores: ResponseScores, kept: tuple[pa.Table, int] | None) -
 
 def _score_table(rows: pa.Table, scores: ResponseScores) -> pa.Table:
     own = scores.columns()
-    return pa.table({name: own[name] if name in own else rows[name] for name in SCORE_SCHEMA.names}, schema=SCORE_SCHEMA)
+    return pa.table(
+        {name: own[name] if name in own else rows[name] for name in SCORE_SCHEMA.names}, schema=SCORE_SCHEMA
+    )
 
 
 def _count(progress: Progress, forest: PrefixForest) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +90,7 @@ def pack_forest(
     cuts = _cut_points(np.array([len(input_ids[n]) for n in order], np.int64), shared, token_budget)
     groups = [[n] for n in alone]
     prefixes = [np.zeros(1, np.int64) for _ in alone]
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise(cuts):
         groups.append(order[begin:end])
         prefixes.append(np.concatenate([[0], shared[begin + 1 : end]]))
     packs = [_lay_out(group, prefix, input_ids, scored) for group, prefix in zip(groups, prefixes, strict=True)]

@@ -106,7 +106,7 @@ def _record_of_line(line: str, number: int) -> Record | Broken:
     try:
         value, end = _decode(line)
     except json.JSONDecodeError as error:
-        return Broken(f"line {number}: broken JSON ({error.msg} at character {error.pos + 1})")
+        return Broken(f"line {number}: broken JSON ({_what(error)} at character {error.pos + 1})")
     except (ValueError, RecursionError) as error:
         return Broken(f"line {number}: JSON that Python cannot hold ({error})")
     if end != len(line):
@@ -114,6 +114,11 @@ def _record_of_line(line: str, number: int) -> Record | Broken:
     if type(value) is not dict:
         return Broken(f"line {number}: not a JSON object but {_json_type(value)}")
     return value
+
+
+def _what(error: json.JSONDecodeError) -> str:
+    # Some of the messages end with the word that the place should follow.
+    return error.msg.removesuffix(" at")
 
 
 def _json_type(value: object) -> str:
@@ -228,7 +233,7 @@ class _Window:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 16
                 if cut and self._grow():
                     continue
-                raise ValueError("the file ends within it" if cut else error.msg) from error
+                raise ValueError("the file ends within it" if cut else _what(error)) from error
             except RecursionError as error:
                 raise ValueError("nested too deeply") from error
             # The digits of a number may go on in the next block.

@@ -34,4 +34,3 @@ def clustered_bootstrap_means(
         with np.errstate(invalid="ignore", divide="ignore"):
             replicates[begin : begin + rows] = (weights @ numerator) / (weights @ denominator)
     return replicates
-

@@ -11,7 +11,6 @@ refused with the reason, never scored wrongly.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -118,7 +117,7 @@ class CausalLM:
     rope_boundary: int | None  # above this length the rotary frequencies depend on the longest sequence of a call
     n_attention_layers: int
     n_windowed_layers: int
-    full: torch.nn.Module = field(repr=False)  # the whole model, for the probe
+    full: Any = field(repr=False)  # the whole transformers model, for the probe
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +142,8 @@ class CausalLM:
             out = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
         if calls.n_calls != self.n_attention_layers or calls.n_windowed != self.n_windowed_layers:
             raise ModelError(
-                f"{self.name}: {calls.n_calls} of {self.n_attention_layers} attention layers went through the attention "
-                f"interface ({calls.n_windowed} of {self.n_windowed_layers} with a sliding window). "
+                f"{self.name}: {calls.n_calls} of {self.n_attention_layers} attention layers went through the "
+                f"attention interface ({calls.n_windowed} of {self.n_windowed_layers} with a sliding window). "
                 "This architecture computes attention by itself, so packed sequences would see each other; "
                 "it is not supported."
             )
@@ -321,7 +320,8 @@ def first_sentence(error: BaseException) -> str:
 def _refuse_pickle(model: str) -> None:
     directory = Path(model)
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+        pickles = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+        pickled = sorted(path.name for pattern in pickles for path in directory.glob(pattern))
         if pickled:
             raise ModelError(
                 f"{model}: holds only pickled weights ({pickled[0]}), which can run code when they are loaded; "
@@ -396,7 +396,6 @@ def model_lengths(config: Any) -> tuple[int | None, int | None]:
 
 def settings_of(loaded: CausalLM) -> dict[str, object]:
     """What of a loaded model belongs in a scorer's record: enough to say why two runs differ."""
-    config = json.loads(loaded.full.config.to_json_string(use_diff=True))
     return {
         "architecture": type(loaded.full).__name__,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -404,5 +403,5 @@ def settings_of(loaded: CausalLM) -> dict[str, object]:
         "vocabulary": loaded.vocabulary,
         "context_length": loaded.context_length,
         "n_parameters": sum(p.numel() for p in loaded.full.parameters()),
-        "model_type": config.get("model_type"),
+        "model_type": loaded.full.config.model_type,
     }

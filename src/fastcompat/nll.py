@@ -84,5 +84,5 @@ def _validate(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | Non
         low, high = int(target.min()), int(target.max())
         if low < 0 or high >= len(weight):
             raise ValueError(
-                f"target must lie in [0, {len(weight)}), got {low}..{high}: score padding by leaving it out, not as -100"
+                f"target must lie in [0, {len(weight)}), got {low}..{high}: leave padding out, do not mark it with -100"
             )

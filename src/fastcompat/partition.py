@@ -50,7 +50,7 @@ def writing(directory: Path) -> Iterator[None]:
         full = error.errno == errno.ENOSPC
         room = " Preparing needs about twice the size of the corpus's text." if full else ""
         raise RunError(
-            f"{directory} cannot be written: {error.strerror or error}.{room} Mend that, then give the same command again."
+            f"{directory} cannot be written: {error.strerror or error}.{room} Mend that and repeat the command."
         ) from error
 
 

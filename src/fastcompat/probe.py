@@ -2,8 +2,8 @@
 
 Three short sequences, two of them with a common prefix, run once as one prefix forest and once each by itself through
 the model's own attention. Hidden states must agree (otherwise sequences see each other, or positions do not reach the
-model), and the model's own logits must give the NLL that `CausalLM.nll` gives (otherwise something unknown stands between
-body and loss).
+model), and the model's own logits must give the NLL that `CausalLM.nll` gives (otherwise something unknown stands
+between body and loss).
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ def probe(model: CausalLM) -> None:
 
     try:
         model.full.set_attn_implementation("eager")
-        alone = [model.full(torch.from_numpy(x)[None].to(model.device).long(), use_cache=False) for x in ids]
-        hidden = [
-            model.body(torch.from_numpy(x)[None].to(model.device).long(), use_cache=False).last_hidden_state[0] for x in ids
-        ]
+        inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
+        alone = [model.full(x, use_cache=False) for x in inputs]
+        hidden = [model.body(x, use_cache=False).last_hidden_state[0] for x in inputs]
     finally:
         model.full.set_attn_implementation(ATTENTION_NAME)
 

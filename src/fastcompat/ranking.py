@@ -38,9 +38,8 @@ def rank(
     if average not in ("response", "token"):
         raise UsageError(f"average must be 'response' or 'token', got {average!r}")
     models = pc.unique(table["base_model"]).to_pylist()
-    parts = [
-        _rank_one(table.filter(pc.equal(table["base_model"], model)), model, by, average, draws, seed) for model in models
-    ]
+    own = [table.filter(pc.equal(table["base_model"], model)) for model in models]
+    parts = [_rank_one(rows, model, by, average, draws, seed) for rows, model in zip(own, models, strict=True)]
     return pa.concat_tables(parts) if parts else _SCHEMA.empty_table().rename_columns(_columns(by))
 
 
@@ -101,9 +100,7 @@ def _rank_one(table: pa.Table, model: str, by: str, average: str, draws: int, se
         low[order],
         high[order],
     ]
-    arrays = [
-        pa.array(values, field.type, from_pandas=True) for values, field in zip(columns, _SCHEMA, strict=True)
-    ]
+    arrays = [pa.array(values, field.type, from_pandas=True) for values, field in zip(columns, _SCHEMA, strict=True)]
     return pa.table(arrays, names=_columns(by))
 
 

@@ -34,7 +34,7 @@ SCORED_STATUSES = (Status.OK, Status.TRUNCATED)
 
 
 class Message(NamedTuple):
-    """One turn: `role` is "system", "user", "assistant" or whatever else the corpus says; `content` is its text."""
+    """One turn. `role` is "system", "user", "assistant" or whatever the corpus says; `content` is its text."""
 
     role: str
     content: str

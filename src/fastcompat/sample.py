@@ -7,7 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from fastcompat.records import Record
-from fastcompat.turns import ROLE_KEYS, ROLES, looks_like_turns
+from fastcompat.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, looks_like_turns
 
 # Names under which the parts of a record go, the likeliest first.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "user", "inputs", "input")
@@ -33,10 +33,11 @@ GENERATORS = (
 GENERATOR_LISTS = ("generation_models", "generators", "models", "model_names", *GENERATORS)
 COMPLETIONS = ("completions", "responses", "answers", "generations", "candidates", "outputs")
 GENERATIONS = ("generations", "responses", "completions", "outputs", "answers", "candidates")
+CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "chat", "items")
 PREFERENCES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("accepted", "rejected"))
 # Keys of one completion, besides those of RESPONSES.
 COMPLETION_TEXTS = ("response", "content", "text", *RESPONSES[1:])
-_NOT_GENERATORS = frozenset((*PROMPTS, *RESPONSES, *SYSTEMS, *GENERATORS, "metadata", "meta", "message"))
+NOT_GENERATORS = frozenset((*PROMPTS, *RESPONSES, *SYSTEMS, *GENERATORS, "metadata", "meta", "message"))
 
 
 class Sample:
@@ -87,12 +88,26 @@ class Sample:
                     return True
         return False
 
+    def turn_keys(self, path: str) -> str:
+        """How the column's turns name role and text: "role/content", "from/value", ..."""
+        get = getter(path)
+        for record in self._records:
+            try:
+                value = get(record)
+            except KeyError:
+                continue
+            turn = value[0] if isinstance(value, list) and value else value
+            if isinstance(turn, dict):
+                keys = [next((key for key in names if key in turn), "?") for names in (ROLE_KEYS, CONTENT_KEYS)]
+                return "/".join(keys)
+        return "role/content"
+
     def structs(self) -> tuple[str, ...]:
         """Columns that hold an object with `content` and whose names are not those of a record's known parts."""
         found = []
         for name in self.names:
             values = [record[name] for record in self._records if isinstance(record.get(name), dict)]
-            if values and name not in _NOT_GENERATORS and any("content" in value for value in values):
+            if values and name not in NOT_GENERATORS and any("content" in value for value in values):
                 found.append(name)
         return tuple(found)
 

@@ -188,4 +188,5 @@ class Scorer:
 
     def _table(self, rows: pa.Table, scores: ResponseScores) -> pa.Table:
         columns = scores.columns() | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())}
-        return pa.table([columns[name] if name in columns else rows[name] for name in SCORES_SCHEMA.names], schema=SCORES_SCHEMA)
+        columns |= {name: rows[name] for name in SCORES_SCHEMA.names if name not in columns}
+        return pa.table(columns).select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)

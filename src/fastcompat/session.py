@@ -88,8 +88,8 @@ def open_scorer(run: Run, scorer: Scorer, *, token_budget: int | None) -> tuple[
 
     Where packs end is part of a figure's last bits, so a resumed run keeps it.
     """
-    existing = next((store for store in run.scorers() if store.record["identity"] == scorer.identity), None)
-    store = existing or run.scorer(scorer.directory_name, scorer.identity, scorer.record())
+    existing = next((store.name for store in run.scorers() if store.record["identity"] == scorer.identity), None)
+    store = run.scorer(existing or scorer.directory_name, scorer.identity, scorer.record)
     return store, token_budget or int(store.record["settings"]["token_budget"])
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from fastcompat.records import Record
 from fastcompat.response import Message
-from fastcompat.sample import COMPLETION_TEXTS, GENERATORS, getter
+from fastcompat.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, getter
 from fastcompat.turns import (
     Reading,
     Tally,
@@ -249,6 +249,8 @@ def read_structs(columns: Columns, structs: tuple[str, ...]) -> Read:
     """Magpie-100K-Generator-Zoo: one struct column per generator, with the response in its `content`."""
     prompt_in = _prompt_reader(columns)
     generator_of = _optional(columns, "generator")
+    # JSON lines may bring a generator that the first records did not have.
+    known = {*structs, *NOT_GENERATORS, *columns.values()}
 
     def read(record: Record, tally: Tally) -> list[Reading]:
         own = _named(generator_of(record))
@@ -261,7 +263,9 @@ def read_structs(columns: Columns, structs: tuple[str, ...]) -> Read:
         except UnfitError as error:
             prompt, flaw = [], str(error)
         readings = []
-        for name in structs:
+        fields = record.items()
+        later = [name for name, value in fields if name not in known and isinstance(value, dict) and "content" in value]
+        for name in (*structs, *later):
             value = record.get(name)
             if flaw:
                 readings.append(invalid(flaw, own or name))

@@ -156,14 +156,15 @@ class Run:
         stores = [ScorerStore(directory=path.parent, record=_read_json(path)) for path in records]
         return sorted(stores, key=lambda store: (store.record["created"], store.name))
 
-    def scorer(self, name: str, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> ScorerStore:
-        """The scorer of this identity, made if it is new; `settings` are what an existing one was made with."""
+    def scorer(self, name: str, identity: Mapping[str, Any], settings: Callable[[], Mapping[str, Any]]) -> ScorerStore:
+        """The scorer of this identity, to work with; one that is new is made, with `settings()` as its record."""
         directory = self.directory / "scores" / name
         path = directory / "scorer.json"
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
-            record = {"identity": dict(identity), "settings": dict(settings), "created": _now()}
+            record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
             write_json(path, record)
+        _remove_abandoned(directory)
         store = ScorerStore(directory=directory, record=_read_json(path))
         if store.record["identity"] != dict(identity):
             raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
@@ -212,7 +213,9 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
     """Open a run directory for reading. Raises RunError when there is none, or it is of another format."""
     path = Path(directory) / "manifest.json"
     if not path.is_file():
-        raise RunError(f"{directory} is not a run directory: it has no manifest.json (fastcompat score ... -o {directory})")
+        raise RunError(
+            f"{directory} is not a run: it has no manifest.json (fastcompat score ... -o {directory} makes one)"
+        )
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
@@ -231,10 +234,12 @@ def add_generation(
     try:
         corpus.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory)
-        own = directory / f".preparing-{socket.gethostname()}-{os.getpid()}"
+        own = directory / _own_name("preparing")
         own.mkdir()
     except OSError as error:
-        raise RunError(f"{directory}: cannot be written ({error.strerror}); choose another directory with -o") from error
+        raise RunError(
+            f"{directory}: cannot be written ({error.strerror}); choose another directory with -o"
+        ) from error
     try:
         numbers = [_shard_number(shard.name) for generation in generations for shard in generation.shards]
         summary = prepare(own, max(numbers, default=-1) + 1)
@@ -263,7 +268,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, synced and renamed to it at the end. Raises RunError when the disk refuses."""
-    temporary = path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}"
+    temporary = path.parent / _own_name(path.name)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -298,13 +303,28 @@ def remove_tree(directory: Path) -> None:
         directory.rmdir()
 
 
+def _own_name(name: str) -> str:
+    """A temporary name that says which process it belongs to."""
+    return f".{name}.{socket.gethostname()}-{os.getpid()}"
+
+
 def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed preparations of this host left behind; other hosts' may still be at work."""
-    pattern = re.compile(rf"\.preparing-{re.escape(socket.gethostname())}-(\d+)")
-    for path in directory.glob(".preparing-*"):
+    """Remove what killed processes of this host left half done; those of other hosts may still be at work."""
+    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)")
+    for path in directory.glob(".*"):
         match = pattern.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not Path(f"/proc/{match[1]}").exists()):
-            remove_tree(path)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _sync_directory(directory: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastcompat.containers import file_sha256
@@ -163,8 +163,3 @@ def _changed(file: FileSummary, source: Source) -> bool:
     if source.mtime_ns and file.mtime_ns == source.mtime_ns:
         return False
     return file_sha256(source) != file.sha256
-
-
-def with_shards(summary: CorpusSummary, shards: Iterable[ShardSummary]) -> CorpusSummary:
-    """The summary with its shards, once they are written."""
-    return replace(summary, shards=tuple(shards))
