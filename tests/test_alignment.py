@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_makers import BACKENDS, CHATML, FAMILIES, ODD_TEXTS, make_tokenizer, row, scored_text, tokenize
+from tokenizer_makers import (
+    BACKENDS,
+    CHATML,
+    FAMILIES,
+    ODD_TEXTS,
+    SlowTokenizer,
+    make_tokenizer,
+    row,
+    scored_text,
+    tokenize,
+)
+from tokenizers import AddedToken
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from fastcompat.alignment import FastAligner, SlowAligner, aligner, covering
@@ -46,6 +57,28 @@ def test_a_slow_tokenizer_that_loses_characters_is_not_guessed_at() -> None:
     assert bad.status is Status.INVALID
     assert "does not know some characters" in bad.detail
     assert len(bad.input_ids) == 0
+    tokenizer = make_tokenizer("wordpiece", slow=True, eos=None)
+    (dropped,) = tokenize(tokenizer, row("Q", "A\x01"), template="plain")
+    assert dropped.status is Status.INVALID
+    assert "end before the text does" in dropped.detail
+
+
+def test_a_character_of_several_tokens_at_the_end() -> None:
+    """Byte fallback, placed by surfaces: every byte of the last character is scored."""
+    tokenizer = make_tokenizer("metaspace", slow=True)
+    (sequence,) = tokenize(tokenizer, row("Q", "A 東"), template="chatml", score_eos=False)
+    assert tokenizer.convert_ids_to_tokens(sequence.input_ids[sequence.scored].tolist())[-3:] == [
+        "<0xE6>",
+        "<0x9D>",
+        "<0xB1>",
+    ]
+
+
+def test_an_end_marker_that_takes_blanks_along_is_left_out() -> None:
+    tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] + '<|stop|>' }}{% endfor %}")
+    tokenizer.add_tokens([AddedToken("<|stop|>", lstrip=True, special=True)])
+    (sequence,) = tokenize(tokenizer, row("Q", "A  "), score_eos=False)
+    assert scored_text(tokenizer, sequence) == "A"
 
 
 def test_a_merge_across_the_boundary_is_scored(tmp_path: Path) -> None:
@@ -95,12 +128,12 @@ def test_covering_is_the_overlap_of_characters(text: str, data: st.DataObject) -
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab e\u0301ﬁ東😀\ufffd\n.</s>"), min_size=1, max_size=20))
-def test_fast_and_slow_agree_on_any_text(text: str) -> None:
+@given(st.text(alphabet=st.sampled_from("ab e\u0301ﬁ東😀\ufffd\n.</s>"), min_size=1, max_size=20), st.booleans())
+def test_fast_and_slow_agree_on_any_text(text: str, score_eos: bool) -> None:
     """A slow tokenizer's placement is that of the offsets, or it is refused; byte-level ones are never refused."""
     for kind in ("byte_level", "metaspace", "unigram"):
-        (fast,) = tokenize(make_tokenizer(kind), row("Q: x", text), template="chatml")
-        (slow,) = tokenize(make_tokenizer(kind, slow=True), row("Q: x", text), template="chatml")
+        (fast,) = tokenize(make_tokenizer(kind), row("Q: x", text), template="chatml", score_eos=score_eos)
+        (slow,) = tokenize(make_tokenizer(kind, slow=True), row("Q: x", text), template="chatml", score_eos=score_eos)
         if slow.status is Status.INVALID and kind != "byte_level":
             continue
         assert slow.input_ids.tolist() == fast.input_ids.tolist()
@@ -118,3 +151,28 @@ def test_a_class_that_rewrites_the_text_first_is_not_trusted_for_offsets() -> No
     good, bad = tokenize(tokenizer, row("Q", "A"), row("Q W", "A"), template="plain")
     assert scored_text(tokenizer, good) == "A</s>"
     assert bad.status is Status.INVALID
+
+
+class OpaqueTokenizer(SlowTokenizer):
+    """Its surfaces say nothing; its decoder is exact."""
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return f"#{index}"
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        pieces = [self.pieces.id_to_token(int(token[1:])) if token[:1] == "#" else token for token in tokens]
+        return self.pieces.decoder.decode(pieces)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab e\u0301ﬁ東😀\n."), min_size=1, max_size=20), st.booleans())
+def test_tokens_without_surfaces_are_placed_by_decoding(text: str, score_eos: bool) -> None:
+    fast = make_tokenizer()
+    opaque = OpaqueTokenizer(fast.backend_tokenizer, unk_token="<unk>", eos_token="</s>")
+    for template in ("plain", "alpaca"):
+        (expected,) = tokenize(fast, row("Q: x", text), template=template, score_eos=score_eos)
+        (sequence,) = tokenize(opaque, row("Q: x", text), template=template, score_eos=score_eos)
+        assert sequence.input_ids.tolist() == expected.input_ids.tolist()
+        assert sequence.scored.tolist() == expected.scored.tolist()
+    (refused,) = tokenize(opaque, row("Q", "\ufffd"))
+    assert refused.status is Status.INVALID

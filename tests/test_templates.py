@@ -201,3 +201,18 @@ def test_generation_blocks_are_those_of_transformers() -> None:
     theirs = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     assert sequence.input_ids.tolist() == theirs["input_ids"]
     assert sequence.scored.tolist() == [bool(mask) for mask in theirs["assistant_masks"]]
+
+
+def test_a_response_that_is_trimmed_away_is_empty() -> None:
+    """Though the template puts a <think> block where it would be."""
+    tokenizer = make_tokenizer("byte_level", QWEN3.replace("content + '<|im_end|>", "(content | trim) + '<|im_end|>"))
+    (sequence,) = tokenize(tokenizer, row("Q", " \n"))
+    assert sequence.status is Status.EMPTY
+    assert "leaves nothing of the response" in sequence.detail
+
+
+def test_only_the_turns_that_have_an_end_marker_score_one() -> None:
+    template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}{{ eos_token }}"
+    tokenizer = make_tokenizer("byte_level", template)
+    (sequence,) = tokenize(tokenizer, row("Q", "A", "P", "B"), turns="all")
+    assert scored_text(tokenizer, sequence) == "AB\n</s>"

@@ -31,6 +31,8 @@ from tokenizer_makers import (
     squeezed,
     tokenize,
 )
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fastcompat.errors import ModelError, UsageError
 from fastcompat.response import Response, Status
@@ -95,6 +97,9 @@ def test_an_empty_prompt_gets_something_to_predict_from(bos: str, tokens: tuple[
     assert tokenizer.convert_ids_to_tokens(alone.input_ids.tolist()) == [start, "A", "</s>"]
     assert alone.scored.tolist() == [False, True, True]
     assert scored_text(tokenizer, empty) == "A</s>"
+    (quoting,) = tokenize(tokenizer, row("</s><s>", roles=("assistant",)), template="plain", bos=bos)
+    assert quoting.scored.tolist() == [False] + [True] * (len(quoting.input_ids) - 1)
+    assert scored_text(tokenizer, quoting) == "</s><s></s>"
 
 
 def test_without_bos_and_eos_the_first_token_goes_unscored_and_says_so() -> None:
@@ -135,6 +140,21 @@ def test_a_text_cut_before_tokenising_gives_the_same_tokens(kind: str, slow: boo
         assert one.input_ids.tolist() == other.input_ids[:200].tolist()
         assert one.scored.tolist() == other.scored[:200].tolist()
     assert [sequence.status for sequence in cut] == [Status.TRUNCATED, Status.PROMPT_TOO_LONG]
+    both = row("Q", "A", "word after word " * 1500, "B")
+    (first_turn_only,) = tokenize(tokenizer, both, max_length=200, turns="all")
+    assert first_turn_only.status is Status.TRUNCATED
+    assert squeezed(scored_text(tokenizer, first_turn_only)) == "A<|im_end|>"
+
+
+def test_tokens_that_depend_on_the_far_end_of_the_text_are_not_cut_wrongly() -> None:
+    """A Unigram model without pre-tokens can put the odd letter of a long run first: so parity decides."""
+    pieces: list[tuple[str, float]] = [("<unk>", 0.0), ("a", -2.0), ("aa", -1.0), ("</s>", -9.0)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, 0, False)), eos_token="</s>")
+    for n_letters in (20_000, 20_001):
+        response = row("a" * n_letters, roles=("assistant",))
+        (cut,) = tokenize(tokenizer, response, max_length=32)
+        (whole,) = tokenize(tokenizer, response)
+        assert cut.input_ids.tolist() == whole.input_ids[:32].tolist()
 
 
 @pytest.mark.parametrize("text", ["word after word ", "a", " ", "\n", "東京"])

@@ -1,8 +1,8 @@
 """Which characters of a text each of its tokens stands for.
 
-A fast tokenizer says so itself (offsets). A slow one, written in Python, does not: its tokens are placed by decoding
-prefixes, or, where decoding does not give the text back, by matching the tokens' surfaces along the text. What cannot
-be placed for certain raises `AlignmentError`; nothing is guessed.
+A fast tokenizer says so itself (offsets). A slow one, written in Python, does not: its tokens are placed by matching
+their surfaces along the text, all of it, or, where the surfaces do not show what they stand for, by decoding prefixes.
+What cannot be placed for certain raises `AlignmentError`; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -116,37 +116,31 @@ class FastAligner:
 class _DecodedAlignment:
     """Tokens placed by the length of the text that their prefix decodes to; found by bisection, so few are decoded."""
 
-    __slots__ = ("_reached", "_text", "_tokenizer", "ids")
+    __slots__ = ("_n_complete", "_text", "_tokenizer", "ids")
 
     def __init__(self, tokenizer: Any, ids: list[int], text: str) -> None:
         self.ids = ids
         self._tokenizer = tokenizer
         self._text = text
-        self._reached: dict[int, tuple[int, int]] = {0: (0, 0)}
+        self._n_complete = {0: 0}
 
     def extent(self, index: int) -> tuple[int, int]:
-        complete, _ = self._reach(index)
-        _, begun = self._reach(index + 1)
-        return complete, begun
+        # Of the tokens that split a character, the last one completes it; those before it are empty and precede it.
+        return self._reach(index), self._reach(index + 1)
 
-    def _reach(self, n_tokens: int) -> tuple[int, int]:
-        """Characters complete after `n_tokens`, and characters begun: one more inside a character of several tokens."""
-        if n_tokens not in self._reached:
-            self._reached[n_tokens] = self._decoded_length(_decode(self._tokenizer, self.ids[:n_tokens]))
-        return self._reached[n_tokens]
+    def _reach(self, n_tokens: int) -> int:
+        """Characters of the text that are complete after `n_tokens`."""
+        if n_tokens not in self._n_complete:
+            self._n_complete[n_tokens] = self._decoded_length(_decode(self._tokenizer, self.ids[:n_tokens]))
+        return self._n_complete[n_tokens]
 
-    def _decoded_length(self, decoded: str) -> tuple[int, int]:
+    def _decoded_length(self, decoded: str) -> int:
         if self._text.startswith(decoded):
-            return len(decoded), len(decoded)
-        whole = decoded.rstrip("\N{REPLACEMENT CHARACTER}")
-        n_replaced = len(decoded) - len(whole)
-        if not n_replaced or not self._text.startswith(whole):
-            raise AlignmentError("the tokenizer gives no offsets, and a prefix of its tokens decodes to another text")
-        # Some of the replacement characters may stand in the text itself; the last one is a character half read.
-        complete = len(whole)
-        while n_replaced and self._text.startswith("\N{REPLACEMENT CHARACTER}", complete):
-            complete, n_replaced = complete + 1, n_replaced - 1
-        return complete, complete + bool(n_replaced)
+            return len(decoded)
+        whole = decoded.rstrip(_HALF_READ)
+        if len(whole) < len(decoded) and self._text.startswith(whole):
+            return len(whole)
+        raise AlignmentError("the tokenizer gives no offsets, and a prefix of its tokens decodes to another text")
 
 
 class _SurfaceAlignment:
@@ -182,15 +176,13 @@ class SlowAligner:
 
     def _one(self, text: str) -> Alignment:
         ids = _encode(self._tokenizer, text)
-        if _decode(self._tokenizer, ids) == text:
-            decoded = _DecodedAlignment(self._tokenizer, ids, text)
-            try:
-                for quarter in (1, 2, 3):  # a tokenizer whose prefixes do not decode to prefixes shows it early
-                    decoded.extent(len(ids) * quarter // 4)
-                return decoded
-            except (AlignmentError, IndexError):
-                pass
-        return _SurfaceAlignment(ids, self._match_surfaces(ids, text))
+        try:
+            return _SurfaceAlignment(ids, self._match_surfaces(ids, text))
+        except AlignmentError:
+            # A character that stands for half-read ones would be taken for one of them.
+            if _HALF_READ in text or _decode(self._tokenizer, ids) != text:
+                raise
+            return _DecodedAlignment(self._tokenizer, ids, text)
 
     def _match_surfaces(self, ids: list[int], text: str) -> npt.NDArray[np.int64]:
         data = text.encode()
@@ -231,6 +223,7 @@ class SlowAligner:
         return (*(spelling.encode() for spelling in texts), *as_bytes)
 
 
+_HALF_READ = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are not yet a character
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BLANKS = re.compile(rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe3\x80\x80)*")
 

@@ -287,6 +287,7 @@ def _write_shards(
 ) -> list[ShardSummary]:
     shards: list[ShardSummary] = []
     done = 0
+    report(PreparationProgress("writing", 0, partition.n_rows, partition.n_rows))
     for number in range(partition.n_buckets):
         bucket = partition.bucket(number)
         if bucket.n_rows == 0:

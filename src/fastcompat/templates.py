@@ -231,7 +231,7 @@ class ChatTemplate:
             if content is not None and len(prefix) > content:
                 # Either a generation prompt opens a <think> block as this response does, or the messages alone already
                 # reach into the response, because the template leaves them out and the response quotes them.
-                if frame.closed is not None and len(frame.closed) <= content and prefix.startswith(frame.closed):
+                if frame.closed is not None and len(frame.closed) <= content:
                     start = len(prefix)
             elif has_generation_prompt or (inserted is not None and not inserted.strip()):
                 start = len(prefix)
