@@ -18,12 +18,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcompat.bytestream import ByteStream
-from fastcompat.containers import SourceReader, file_sha256
+from fastcompat.corpus.bytestream import ByteStream
+from fastcompat.corpus.containers import SourceReader, file_sha256
+from fastcompat.corpus.jsonrecords import _whole_lines
+from fastcompat.corpus.records import Broken, Unreadable
+from fastcompat.corpus.sources import Source, find_sources, generator_name
 from fastcompat.errors import CorpusError
-from fastcompat.jsonrecords import _whole_lines
-from fastcompat.records import Broken, Unreadable
-from fastcompat.sources import Source, find_sources, generator_name
 
 RECORDS = [{"prompt": f"p{i}", "response": f"r{i} é" * 3} for i in range(2000)]
 
@@ -180,7 +180,7 @@ def test_lines_are_whole_wherever_blocks_end(texts: list[bytes], size: int) -> N
 
 
 def test_a_line_beyond_the_limit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcompat.jsonrecords.MAX_RECORD_BYTES", 3 << 20)
+    monkeypatch.setattr("fastcompat.corpus.jsonrecords.MAX_RECORD_BYTES", 3 << 20)
     long = json.dumps({"a": "x" * (8 << 20)}).encode()
     first, broken, last = read(write("a.jsonl", b'{"a": 1}\n' + long + b'\n{"a": 2}\n'))
     assert (first, last) == ({"a": 1}, {"a": 2})

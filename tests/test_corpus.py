@@ -20,10 +20,9 @@ from corpus_shapes import CONTAINERS, SHAPES, lines, parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcompat import corpus as corpus_module
-from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, iter_responses, prepare
+from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, iter_responses, preparation, prepare
+from fastcompat.corpus.partition import Bucket, Partition, _unit_bounds, bucket_of
 from fastcompat.errors import CorpusError, RunError, SchemaError
-from fastcompat.partition import Bucket, Partition, _unit_bounds, bucket_of
 from fastcompat.response import ROW_SCHEMA, Message, Response, Status, from_table, prompt_id
 
 
@@ -229,7 +228,7 @@ def test_units_hold_whole_prompts_and_equal_prompts_meet() -> None:
 
 
 def test_one_prompt_with_very_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "_STAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(preparation, "_STAGE_BYTES", 1 << 20)
     write("a.jsonl", lines(pairs(30_000, prompts=1, length=100)))
     summary = prepare("a.jsonl", "out", target_unit_chars=20_000, target_shard_bytes=1 << 20)
     assert len(summary.shards) == 1
@@ -287,8 +286,8 @@ def test_same_inputs_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"target_shard_bytes": 20_000, "target_unit_chars": 2000}
     first = prepare("d", "one", **settings)
     # Where the memory for staging ends must not show in the shards.
-    monkeypatch.setattr(corpus_module, "_STAGE_BYTES", 10_000)
-    monkeypatch.setattr("fastcompat.partition._BATCH_ROWS", 100)
+    monkeypatch.setattr(preparation, "_STAGE_BYTES", 10_000)
+    monkeypatch.setattr("fastcompat.corpus.partition._BATCH_ROWS", 100)
     second = prepare("d", "two", **settings)
     assert len(first.shards) > 3
     assert first == second
@@ -325,7 +324,7 @@ def test_a_failed_preparation_leaves_earlier_shards_alone(monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastcompat.partition.pa.OSFile", full)
+    monkeypatch.setattr("fastcompat.corpus.partition.pa.OSFile", full)
     with pytest.raises(RunError, match=r"out cannot be written: No space left on device. Preparing needs"):
         prepare("a.jsonl", "out")
     assert shard_bytes("out") == before
@@ -443,8 +442,8 @@ def test_inputs_are_compared_by_content() -> None:
 
 _MEMORY_SCRIPT = """
 import sys
-from fastcompat import corpus
-corpus._STAGE_BYTES = 4 << 20
+from fastcompat.corpus import prepare, preparation
+preparation._STAGE_BYTES = 4 << 20
 def anonymous():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
@@ -453,7 +452,7 @@ peak = 0
 def sample(progress):
     global peak
     peak = max(peak, anonymous())
-summary = corpus.prepare(sys.argv[1], "out", target_shard_bytes=4 << 20, target_unit_chars=1 << 18, on_progress=sample)
+summary = prepare(sys.argv[1], "out", target_shard_bytes=4 << 20, target_unit_chars=1 << 18, on_progress=sample)
 print(summary.n_rows, len(summary.shards), peak - before)
 """
 

@@ -10,8 +10,8 @@ from corpus_shapes import SHAPES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcompat.corpus.formats import detect, parse_overrides, rows_from_records
 from fastcompat.errors import SchemaError, UsageError
-from fastcompat.formats import detect, parse_overrides, rows_from_records
 from fastcompat.response import Message, Response, Status, prompt_id
 
 USER, ASSISTANT = "user", "assistant"

@@ -70,7 +70,7 @@ class Response:
 
 def prompt_id(prompt: Sequence[Message]) -> str:
     """BLAKE2b-128 of the prompt's roles and texts, in hexadecimal; the same on every machine."""
-    # The JSON of a list of [role, content] lists, put together by hand: json.dumps would double a corpus's reading time.
+    # The JSON of a list of [role, content] lists, put together by hand: json.dumps takes a quarter of the reading.
     payload = "[" + ",".join([f"[{_quoted(role)},{_quoted(content)}]" for role, content in prompt]) + "]"
     return hashlib.blake2b(payload.encode("ascii"), digest_size=16).hexdigest()
 

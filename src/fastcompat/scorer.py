@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
+from fastcompat.corpus import rows_from_records
 from fastcompat.engine import ResponseScores, default_token_budget, score_sequences
 from fastcompat.errors import UsageError
-from fastcompat.formats import rows_from_records
 from fastcompat.model import (
     CausalLM,
     ModelSettings,

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcompat.bytestream import BLOCK_BYTES, ByteStream
-from fastcompat.jsonrecords import document_records, is_document, line_records
-from fastcompat.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
-from fastcompat.sources import JSON_SUFFIXES, Source
+from fastcompat.corpus.bytestream import BLOCK_BYTES, ByteStream
+from fastcompat.corpus.jsonrecords import document_records, is_document, line_records
+from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
+from fastcompat.corpus.sources import JSON_SUFFIXES, Source
 
 # What pyarrow raises for damaged files: ArrowInvalid is a ValueError, ArrowIOError an OSError.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, EOFError)

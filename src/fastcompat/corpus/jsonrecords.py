@@ -10,8 +10,8 @@ import codecs
 import json
 from collections.abc import Iterator
 
-from fastcompat.bytestream import ByteStream
-from fastcompat.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
+from fastcompat.corpus.bytestream import ByteStream
+from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
 
 # A single record beyond this (in bytes) is not read into memory; no response is that long.
 MAX_RECORD_BYTES = 1 << 29

@@ -13,7 +13,7 @@ from typing import IO
 
 import pyarrow as pa
 
-from fastcompat.sources import Source
+from fastcompat.corpus.sources import Source
 
 BLOCK_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"

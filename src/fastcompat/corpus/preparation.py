@@ -18,25 +18,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import pyarrow.parquet as pq
 
-from fastcompat.containers import SourceReader
+from fastcompat.corpus.containers import SourceReader
+from fastcompat.corpus.formats import SAMPLE_RECORDS, Overrides, RecordReader
+from fastcompat.corpus.partition import Partition, writing
+from fastcompat.corpus.records import Broken, Record, Unreadable
+from fastcompat.corpus.sources import Source, find_sources
+from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.formats import SAMPLE_RECORDS, Overrides, RecordReader
-from fastcompat.partition import Partition, writing
-from fastcompat.records import Broken, Record, Unreadable
 from fastcompat.response import ROW_SCHEMA, Message, Response, Status, prompt_id
-from fastcompat.sources import Source, find_sources
-from fastcompat.summary import CorpusSummary, FileSummary, InputDifference, ShardSummary, compare_inputs
-
-__all__ = [
-    "CorpusSummary",
-    "FileSummary",
-    "InputDifference",
-    "PreparationProgress",
-    "ShardSummary",
-    "compare_inputs",
-    "iter_responses",
-    "prepare",
-]
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from fastcompat.records import Record
-from fastcompat.response import Message
-from fastcompat.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, getter
-from fastcompat.turns import (
+from fastcompat.corpus.records import Record
+from fastcompat.corpus.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, getter
+from fastcompat.corpus.turns import (
     Reading,
     Tally,
     UnfitError,
@@ -26,6 +25,7 @@ from fastcompat.turns import (
     storable,
     turns_of,
 )
+from fastcompat.response import Message
 
 Columns: TypeAlias = dict[str, str]
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]

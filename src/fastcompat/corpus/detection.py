@@ -11,9 +11,8 @@ from collections.abc import Mapping as AbstractMapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from fastcompat.errors import SchemaError, UsageError
-from fastcompat.records import Record
-from fastcompat.sample import (
+from fastcompat.corpus.records import Record
+from fastcompat.corpus.sample import (
     COMPLETIONS,
     CONVERSATIONS,
     GENERATIONS,
@@ -25,7 +24,7 @@ from fastcompat.sample import (
     SYSTEMS,
     Sample,
 )
-from fastcompat.shapes import (
+from fastcompat.corpus.shapes import (
     Columns,
     Read,
     read_completions,
@@ -35,7 +34,8 @@ from fastcompat.shapes import (
     read_structs,
     read_turns,
 )
-from fastcompat.turns import storable
+from fastcompat.corpus.turns import storable
+from fastcompat.errors import SchemaError, UsageError
 
 Overrides: TypeAlias = AbstractMapping[str, str]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from fastcompat.records import Record
-from fastcompat.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, looks_like_turns
+from fastcompat.corpus.records import Record
+from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, looks_like_turns
 
 # Names under which the parts of a record go, the likeliest first.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "user", "inputs", "input")

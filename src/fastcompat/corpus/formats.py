@@ -10,13 +10,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 
-from fastcompat.detection import Mapping, Overrides, detect, parse_overrides
+from fastcompat.corpus.detection import Mapping, Overrides, detect, parse_overrides
+from fastcompat.corpus.records import Broken, Record, Unreadable
+from fastcompat.corpus.sample import form_of
+from fastcompat.corpus.shapes import MissingColumnError, Read
+from fastcompat.corpus.turns import Reading, Tally, invalid, kind_of, storable
 from fastcompat.errors import SchemaError
-from fastcompat.records import Broken, Record, Unreadable
 from fastcompat.response import Response, Status
-from fastcompat.sample import form_of
-from fastcompat.shapes import MissingColumnError, Read
-from fastcompat.turns import Reading, Tally, invalid, kind_of, storable
 
 __all__ = [
     "SAMPLE_RECORDS",

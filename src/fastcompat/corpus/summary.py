@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastcompat.containers import file_sha256
-from fastcompat.sources import Source, find_sources
+from fastcompat.corpus.containers import file_sha256
+from fastcompat.corpus.sources import Source, find_sources
 
 # Raised when the same files come to give other rows: part of the fingerprint.
 NORMALISATION = 1

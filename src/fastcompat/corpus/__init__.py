@@ -1,0 +1,26 @@
+"""From files of responses to normalised rows. The way of a row, one module a step:
+
+    sources       what a user names -> the files behind it
+    containers    a file -> its records (bytestream: compressed and cut-off bytes; jsonrecords: JSON and JSON lines)
+    detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape)
+    formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages)
+    preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made)
+
+A record that cannot be read becomes a row with the reason (`response.Status`), never an exception and never nothing.
+"""
+
+from fastcompat.corpus.formats import rows_from_records
+from fastcompat.corpus.preparation import PreparationProgress, iter_responses, prepare
+from fastcompat.corpus.summary import CorpusSummary, FileSummary, InputDifference, ShardSummary, compare_inputs
+
+__all__ = [
+    "CorpusSummary",
+    "FileSummary",
+    "InputDifference",
+    "PreparationProgress",
+    "ShardSummary",
+    "compare_inputs",
+    "iter_responses",
+    "prepare",
+    "rows_from_records",
+]
