@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -24,6 +24,8 @@ from fastcompat.display import TableFormat, console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from fastcompat.corpus import PreparationProgress
+    from fastcompat.scorer import Scorer
     from fastcompat.session import Worker
     from fastcompat.store import Run
 
@@ -112,75 +114,78 @@ def score(
     The same command resumes a run that was interrupted, and adds another model, template or setting beside what is
     finished. Rows that cannot be scored stay in the output with the reason.
     """
-    from fastcompat.display import show_corpus
+    from transformers.utils import logging as transformers_logging
+
+    from fastcompat.corpus.formats import parse_overrides
+    from fastcompat.display import LiveDisplay, show_corpus
+    from fastcompat.scorer import Scorer
     from fastcompat.session import CorpusSettings, prepare_run
 
+    if not base_model:
+        raise UsageError("name a base model: --base-model ID_OR_DIR")
+    transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
-    settings = CorpusSettings(overrides=parse_mapping(mapping), strict=strict)
+    settings = CorpusSettings(overrides=parse_overrides(mapping or []), strict=strict)
+    # A wrong model or template shows here, not after hours of reading.
+    scorers = [
+        Scorer(
+            model,
+            device=device,
+            dtype=dtype,
+            token_budget=token_budget,
+            template=template,
+            turns=turns.value,
+            score_eos=score_eos,
+            bos=bos.value,
+            max_length=max_length,
+            revision=revision,
+        )
+        for model in base_model
+    ]
     with stopping() as stop:
-        started = time.monotonic()
+        display = LiveDisplay("corpus")
 
-        def preparing(*_: object) -> None:
+        def preparing(progress: PreparationProgress) -> None:
+            display.preparing(progress)
             if stop():
                 raise Interrupted("interrupted while the corpus was prepared; give the same command again")
 
-        run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
+        with display.showing():
+            run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
         if summary is not None:
-            show_corpus(summary, time.monotonic() - started)
-        if not base_model:
-            raise UsageError("name a base model: --base-model ID_OR_DIR")
-        for model in base_model:
-            score_model(
-                run,
-                model,
-                stop,
-                share,
-                template=template,
-                turns=str(turns),
-                score_eos=score_eos,
-                bos=str(bos),
-                max_length=max_length,
-                device=device,
-                dtype=dtype,
-                token_budget=token_budget,
-                revision=revision,
-            )
+            show_corpus(summary, time.monotonic() - display.began)
+        for scorer in scorers:
+            score_model(run, scorer, token_budget=token_budget, worker=share, stop=stop)
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
 
 
 def score_model(
-    run: Run, model: str, stop: Callable[[], bool], worker: Worker, *, token_budget: int | None, **settings: Any
+    run: Run, scorer: Scorer, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]
 ) -> None:
     """Work off one base model, with its progress on the screen."""
-    from transformers.utils import logging as transformers_logging
-
-    from fastcompat.display import ScoringDisplay, duration, figures_of, saved_share, statuses_line
+    from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, statuses_line
     from fastcompat.engine import Progress
-    from fastcompat.scorer import Scorer
     from fastcompat.session import open_scorer, score_corpus
 
-    transformers_logging.disable_progress_bar()
-    scorer = Scorer(model, token_budget=token_budget, **settings)
-    store, budget = open_scorer(run, scorer, token_budget=token_budget)
     say(
         f"\n[bold]{escape(scorer.name)}[/] · {scorer.identity['dtype']} on {scorer.device} · "
         f"template: {escape(scorer.tokenizer.description)}"
     )
-    display = ScoringDisplay(scorer.name)
-    progress = Progress(notify=display.update)
-    started = time.monotonic()
+    store, budget = open_scorer(run, scorer, token_budget=token_budget)
+    display = LiveDisplay(scorer.name)
+    progress = Progress(notify=display.scoring)
     try:
         with display.showing():
             score_corpus(run, scorer, store, token_budget=budget, worker=worker, progress=progress, stop=stop)
     except Interrupted:
-        say(figures_of(progress, time.monotonic() - started))
+        say(figures_of(progress, time.monotonic() - display.began))
         raise Interrupted(
             f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
         ) from None
     if not progress.n_rows:
         say(f"all {progress.n_rows_total:,} responses were scored before")
         return
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - display.began
     say(
         f"{progress.n_rows:,} responses in {duration(seconds)} · {progress.n_tokens / seconds:,.0f} tokens/s · "
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
@@ -266,11 +271,12 @@ def inspect(
     from itertools import islice
 
     from fastcompat.corpus import iter_responses
+    from fastcompat.corpus.formats import parse_overrides
     from fastcompat.inspection import render_inspection
     from fastcompat.model import load_config, model_lengths
     from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
 
-    response = next(islice(iter_responses([input], overrides=parse_mapping(mapping)), row, None), None)
+    response = next(islice(iter_responses([input], overrides=parse_overrides(mapping or [])), row, None), None)
     if response is None:
         raise UsageError(f"{input} has no row {row}: rows are counted from 0")
     context_length, _ = model_lengths(load_config(base_model, revision))
@@ -335,15 +341,6 @@ def stopping() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def parse_mapping(values: list[str] | None) -> dict[str, str]:
-    """--map NAME=COLUMN, repeated."""
-    pairs = [value.partition("=") for value in values or []]
-    for name, equals, column in pairs:
-        if not (name and equals and column):
-            raise UsageError(f"--map {name}{equals}{column}: write NAME=COLUMN, for example --map response=answer")
-    return {name: column for name, _, column in pairs}
 
 
 def parse_worker(text: str) -> Worker:

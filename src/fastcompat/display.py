@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from fastcompat.corpus import CorpusSummary
+    from fastcompat.corpus import CorpusSummary, PreparationProgress
     from fastcompat.engine import Progress as EngineProgress
 
 console = Console()
@@ -36,42 +35,45 @@ class TableFormat(StrEnum):
     json = "json"
 
 
-class _Figures(ProgressColumn):
-    """responses done, tokens a second, share of tokens saved by sharing, time left."""
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("figures", "")), style="cyan")
-
-
-class ScoringDisplay:
-    """Follows an engine's `Progress`: a live bar on a terminal, else a line every `PLAIN_SECONDS`."""
+class LiveDisplay:
+    """Shows how far something is while it runs: a bar on a terminal, else a line every `PLAIN_SECONDS`."""
 
     def __init__(self, title: str) -> None:
+        self.began = time.monotonic()
         self._title = title
-        self._began = time.monotonic()
-        self._last_line = self._began
+        self._last_line = self.began
         self._bar: Progress | None = None
 
     @contextmanager
-    def showing(self) -> Iterator[ScoringDisplay]:
+    def showing(self) -> Iterator[LiveDisplay]:
         """Show the bar while the block runs."""
         if not console.is_terminal:
             yield self
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), _Figures())
-        with Progress(*columns, console=console, expand=True) as self._bar:
-            self._task = self._bar.add_task(self._title, total=None)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None))
+        figures = TextColumn("{task.fields[figures]}", style="cyan")
+        with Progress(*columns, figures, console=console, expand=True, transient=True) as self._bar:
+            self._task = self._bar.add_task(self._title, total=None, figures="")
             yield self
 
-    def update(self, progress: EngineProgress) -> None:
-        """Called by the engine after every pack and every unit."""
-        figures = figures_of(progress, time.monotonic() - self._began)
+    def show(self, done: int, total: int, figures: str) -> None:
+        """`done` of `total`, and a line of figures."""
         if self._bar is not None:
-            done = progress.n_rows_skipped + progress.n_rows
-            self._bar.update(self._task, total=progress.n_rows_total, completed=done, figures=figures)
+            self._bar.update(self._task, total=total, completed=done, figures=figures)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
             say(f"{self._title}: {figures}")
+
+    def scoring(self, progress: EngineProgress) -> None:
+        """Called by the engine after every pack."""
+        figures = figures_of(progress, time.monotonic() - self.began)
+        self.show(progress.n_rows_skipped + progress.n_rows, progress.n_rows_total, figures)
+
+    def preparing(self, progress: PreparationProgress) -> None:
+        """Called while a corpus is prepared."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        figures = f"{progress.phase} · {progress.rows:,} rows · {progress.rows / seconds:,.0f} rows/s"
+        self.show(progress.done, progress.total, figures)
 
 
 def figures_of(progress: EngineProgress, seconds: float) -> str:

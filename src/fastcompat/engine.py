@@ -38,7 +38,6 @@ class Progress:
     n_rows: int = 0
     n_tokens: int = 0  # computed
     n_unshared_tokens: int = 0  # what plain packing would have computed
-    n_scored_tokens: int = 0
     n_rows_skipped: int = 0  # finished in an earlier session
     statuses: dict[str, int] = field(default_factory=dict)
     notify: Callable[[Progress], None] = lambda progress: None
@@ -115,11 +114,9 @@ def score_run(
         scores = ResponseScores.of(sequences)
         packs = pack_sequences(model, scores, token_budget=token_budget)
         n_done = _take_beginning(scores, scorer.beginning(unit, token_budget))
+        progress.n_rows_skipped += sum(len(forest.sequences) for forest in packs[:n_done])
         kept = time.monotonic()
-        for k, forest in enumerate(packs):
-            if k < n_done:
-                _count(progress, forest)
-                continue
+        for k, forest in enumerate(packs[n_done:], start=n_done):
             score_pack(model, forest, scores, token_budget=token_budget)
             _count(progress, forest)
             if stop() or time.monotonic() - kept > KEEP_SECONDS:
@@ -129,7 +126,7 @@ def score_run(
                 raise Interrupted("interrupted; everything finished is kept")
         scorer.commit(unit, _score_table(rows, scores))
         run.log("commit", scorer=scorer.name, unit=unit.name, rows=unit.n_rows)
-        _count_rows(progress, scores)
+        _count_unit(progress, scores, packs)
         if stop():
             raise Interrupted("interrupted; everything finished is kept")
 
@@ -218,14 +215,14 @@ def _score_table(rows: pa.Table, scores: ResponseScores) -> pa.Table:
 
 
 def _count(progress: Progress, forest: PrefixForest) -> None:
+    progress.n_rows += len(forest.sequences)
     progress.n_tokens += forest.n_tokens
     progress.n_unshared_tokens += forest.n_unshared_tokens
-    progress.n_scored_tokens += len(forest.scored)
     progress.notify(progress)
 
 
-def _count_rows(progress: Progress, scores: ResponseScores) -> None:
-    progress.n_rows += len(scores.status)
+def _count_unit(progress: Progress, scores: ResponseScores, packs: Sequence[PrefixForest]) -> None:
+    progress.n_rows += len(scores.status) - sum(len(forest.sequences) for forest in packs)  # those without any token
     for status in scores.status:
         progress.statuses[status] = progress.statuses.get(status, 0) + 1
     progress.notify(progress)

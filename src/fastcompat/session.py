@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastcompat.corpus import CorpusSummary, compare_inputs, prepare
+from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, prepare
 from fastcompat.engine import Progress, score_run
 from fastcompat.errors import RunError, UsageError
 from fastcompat.scorer import Scorer
@@ -39,7 +39,7 @@ def prepare_run(
     settings: CorpusSettings,
     *,
     extend: bool = False,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[PreparationProgress], None] | None = None,
 ) -> tuple[Run, CorpusSummary | None]:
     """The run in `directory`, and the summary of what was prepared now (None: the corpus was there already).
 
