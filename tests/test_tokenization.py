@@ -25,6 +25,7 @@ from tokenizer_makers import (
     INST,
     LLAMA3,
     ODD_TEXTS,
+    STRIPPING_MARKERS,
     make_tokenizer,
     row,
     scored_text,
@@ -206,6 +207,10 @@ def test_scored_tokens_cover_exactly_the_response(pairs: list[tuple[str, str]], 
     """For byte-level vocabularies and any text; and a row's tokens do not depend on the rows beside it."""
     if family in ("qwen3", "drops_reasoning", "phi3"):
         pairs = [(prompt, text.replace("</think>", "").lstrip() or "x") for prompt, text in pairs]
+    # Phi-3's markers, quoted by a response, take blanks along: decoding does not give those back.
+    pairs = [
+        (prompt, text) for prompt, text in pairs if not any(marker.content in text for marker in STRIPPING_MARKERS)
+    ]
     template, expected = FAMILIES[family]
     tokenizer = make_tokenizer("byte_level", template)
     together = tokenize(tokenizer, *(row(*pair) for pair in pairs))

@@ -24,7 +24,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastcompat.demo.corpus import MINIMUM_CHARACTERS, first_paragraph, question
+from fastcompat.demo.corpus import MINIMUM_CHARACTERS, digest, first_paragraph, question
 from fastcompat.demo.library import (
     HELD_OUT_MODULES,
     TRAINING_MODULES,
@@ -70,8 +70,10 @@ def conversations(things: Sequence[Documented]) -> list[str]:
 
 
 def repetitions(things: Sequence[Documented]) -> list[str]:
-    """Documentation and both conversations about it in a row: a model this small learns to copy only if taught."""
-    return [END_OF_TEXT.join([thing.text, *conversations([thing])]) for thing in things]
+    """First paragraphs, each several times in a row: a model this small learns to copy only if it is taught to."""
+    return [
+        " ".join([_spaced(first_paragraph(thing))] * (2 + digest("repetitions", thing.name) % 5)) for thing in things
+    ]
 
 
 def reference_topics() -> list[str]:
@@ -291,7 +293,7 @@ def train(out: Path, n_steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory that the model is written to")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
