@@ -7,9 +7,10 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, small_model
 
+from fastcompat.checkpoint import refuse_unsupported
 from fastcompat.engine import score_sequences
 from fastcompat.errors import ModelError
-from fastcompat.model import refuse_unsupported, wrap
+from fastcompat.model import wrap
 from fastcompat.probe import probe
 from fastcompat.response import Status
 from fastcompat.tokenization import TokenSequence

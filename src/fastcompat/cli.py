@@ -270,10 +270,10 @@ def inspect(
     """Show one row, its tokens, and which of them are scored."""
     from itertools import islice
 
+    from fastcompat.checkpoint import load_config, model_lengths
     from fastcompat.corpus import iter_responses
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.inspection import render_inspection
-    from fastcompat.model import load_config, model_lengths
     from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
 
     response = next(islice(iter_responses([input], overrides=parse_overrides(mapping or [])), row, None), None)

@@ -10,12 +10,10 @@ refused with the reason, never scored wrongly.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcompat.attention import AttentionPlan, forest_attention
+from fastcompat.checkpoint import (
+    ModelSettings,
+    first_sentence,
+    load_config,
+    logit_scale,
+    model_lengths,
+    refuse_pickle,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+)
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest
 from fastcompat.nll import linear_nll
@@ -87,20 +96,6 @@ def _registered_attention(
         sinks=s_aux,
     )
     return out[None], None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """How a model is loaded. `dtype` "auto": as stored, or float32 where this device is slower in the stored one."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        known = ("auto", "float32", "bfloat16", "float16")
-        if self.dtype not in known:
-            raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,7 +185,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     settings = settings or ModelSettings()
     config = load_config(model, settings.revision)
     refuse_unsupported(model, config)
-    _refuse_pickle(model)
+    refuse_pickle(model)
     device = resolve_device(settings.device)
     AttentionInterface.register(ATTENTION_NAME, _registered_attention)
     verbosity = transformers_logging.get_verbosity()
@@ -239,159 +234,13 @@ def wrap(name: str, full: Any) -> CausalLM:
         weight=head.weight.detach(),
         bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
         softcap=getattr(text, "final_logit_softcapping", None),
-        logit_scale=_logit_scale(text),
+        logit_scale=logit_scale(text),
         context_length=context_length,
         rope_boundary=rope_boundary,
         n_attention_layers=n_layers,
         n_windowed_layers=n_windowed,
         full=full,
     )
-
-
-def load_config(model: str, revision: str | None) -> Any:
-    """The model's configuration, or a ModelError that says which of the usual mistakes this is."""
-    from transformers import AutoConfig
-
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ModelError(f"{model}: no such directory; give a model directory or a hub id such as Qwen/Qwen2.5-0.5B")
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ModelError(f"{model}: this directory has no config.json, so it is not a Hugging Face model")
-    try:
-        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(
-                f"{model}: this model needs code from its own repository, which fastcompat never runs; "
-                "use a model of an architecture that transformers has"
-            ) from error
-        raise ModelError(f"{model}: cannot be read: {first_sentence(error)}") from error
-
-
-def refuse_unsupported(name: str, config: Any, full: Any = None) -> None:
-    """ModelError for architectures that would be wrong when packed, told from the configuration or the class."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name}: an encoder-decoder ({config.model_type}) has no causal loss over one sequence")
-    text = config.get_text_config()
-    if full is None:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ModelError(f"{name}: transformers has no causal language model for type {config.model_type!r}")
-        full = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if getattr(full, "_is_stateful", False):
-        raise ModelError(
-            f"{name}: {config.model_type} carries a recurrent state (a state-space or hybrid model), which leaks from "
-            "one packed sequence into the next; it is not supported"
-        )
-    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other:
-        raise ModelError(
-            f"{name}: layers of type {', '.join(sorted(other))} cannot be computed over a prefix forest; not supported"
-        )
-
-
-def fingerprint(model: str, revision: str | None = None) -> str:
-    """SHA-256 over the content of a model's config.json and safetensors files, wherever they lie."""
-    directory = Path(model)
-    if not directory.is_dir():
-        from transformers.utils import cached_file
-
-        directory = Path(cached_file(model, "config.json", revision=revision)).parent
-    total = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        # The hub's cache names a large file's blob after its SHA-256: no need to read gigabytes again.
-        blob = path.resolve().name
-        digest = blob if path.is_symlink() and len(blob) == 64 else _sha256(path)
-        total.update(f"{path.name} {digest}\n".encode())
-    return total.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first line of a library's error, without its trailing explanation."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(". ")
-
-
-def _refuse_pickle(model: str) -> None:
-    directory = Path(model)
-    if directory.is_dir() and not any(directory.glob("*.safetensors")):
-        pickles = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-        pickled = sorted(path.name for pattern in pickles for path in directory.glob(pattern))
-        if pickled:
-            raise ModelError(
-                f"{model}: holds only pickled weights ({pickled[0]}), which can run code when they are loaded; "
-                "convert them with save_pretrained(safe_serialization=True)"
-            )
-        raise ModelError(f"{model}: this directory has no *.safetensors weights")
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda:1" ... names. Raises ModelError where there is no such device."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} is not available: {first_sentence(error)}") from error
-    return chosen
-
-
-def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype that a model is loaded in; "auto": as stored, or float32 where this device is slower in that."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    stored = config.dtype
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
-    stored = stored or torch.float32
-    if device.type == "cpu" and (stored == torch.float16 or (stored == torch.bfloat16 and not native_bfloat16())):
-        return torch.float32  # torch's float16, and bfloat16 without the instruction, are slower than float32 on a CPU
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512-BF16, AMX or Arm's BF16 extension)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
-
-
-def _logit_scale(config: Any) -> float:
-    """What multiplies the logits between head and loss: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-def model_lengths(config: Any) -> tuple[int | None, int | None]:
-    """(context length, rope boundary) of a configuration, in tokens; None where there is none.
-
-    LongRoPE takes its long factors for the whole call once one sequence passes the original context: such a sequence
-    is computed alone, as the plain loop would. Dynamic NTK keeps a state between calls, so that a length beyond the
-    original context has no one value: it ends there.
-    """
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    kinds = {str(value.get("rope_type", "default")) for value in nested}
-    original = [value.get("original_max_position_embeddings") for value in nested]
-    original += [getattr(config, "original_max_position_embeddings", None), context]
-    boundary = next((int(value) for value in original if value), None)
-    if any("dynamic" in kind for kind in kinds):
-        return boundary, None
-    return (int(context) if context else None), (boundary if "longrope" in kinds else None)
 
 
 def settings_of(loaded: CausalLM) -> dict[str, object]:

@@ -13,20 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
+from fastcompat.checkpoint import ModelSettings, fingerprint, load_config, model_lengths, resolve_device, resolve_dtype
 from fastcompat.corpus import rows_from_records
 from fastcompat.engine import ResponseScores, default_token_budget, score_sequences
 from fastcompat.errors import UsageError
-from fastcompat.model import (
-    CausalLM,
-    ModelSettings,
-    fingerprint,
-    load_causal_lm,
-    load_config,
-    model_lengths,
-    resolve_device,
-    resolve_dtype,
-    settings_of,
-)
+from fastcompat.model import CausalLM, load_causal_lm, settings_of
 from fastcompat.response import Status, to_table
 from fastcompat.store import SCORES_SCHEMA
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
