@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -168,6 +171,23 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(tmp_path):
     message = fail(ModelError, "score", corpus, "--base-model", "nobody/nothing", "-o", tmp_path / "run")
     assert "nobody/nothing" in message
     assert "\n" not in message
+
+
+def test_a_hub_model_in_the_cache_is_scored_offline_and_is_the_same_scorer_as_its_copy(tmp_path, model):
+    cached = tmp_path / "hub" / "models--somebody--small"
+    snapshot = cached / "snapshots" / ("c0ffee" * 7)[:40]
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(snapshot.name)
+    shutil.copytree(model, snapshot)
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+    command = [sys.executable, "-m", "fastcompat", "score", str(corpus), "-o", str(tmp_path / "run"), "--base-model"]
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for source, expected in (("somebody/small", "ok 2"), (str(model), "scored before")):
+        done = subprocess.run([*command, source], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+    (scorer,) = open_run(tmp_path / "run").scorers()
+    assert scorer.record["settings"]["model"] == "somebody/small"
 
 
 def test_options_that_make_no_sense(tmp_path, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,65 @@ def refuse_unsupported(name: str, config: Any, full: Any = None) -> None:
 
 
 def fingerprint(model: str, revision: str | None = None) -> str:
-    """SHA-256 over the content of a model's config.json and safetensors files, wherever they lie."""
-    directory = Path(model)
-    if not directory.is_dir():
-        from transformers.utils import cached_file
+    """SHA-256 over the content of a model's config.json and of the weights that are loaded, wherever they lie.
 
-        directory = Path(cached_file(model, "config.json", revision=revision)).parent
+    A hub model is downloaded for it. Raises ModelError where there are no safetensors.
+    """
     total = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    config = _file(model, "config.json", revision)
+    assert config is not None
+    for path in (config, *weight_files(model, revision)):
         # The hub's cache names a large file's blob after its SHA-256: no need to read gigabytes again.
         blob = path.resolve().name
         digest = blob if path.is_symlink() and len(blob) == 64 else _sha256(path)
         total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
+
+
+def weight_files(model: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files that transformers loads: one, or the shards that an index names. ModelError without any."""
+    single = _file(model, "model.safetensors", revision)
+    if single is not None:
+        return [single]
+    index = _file(model, "model.safetensors.index.json", revision)
+    if index is None:
+        raise ModelError(_without_safetensors(model))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = {name: _file(model, name, revision) for name in names}
+    missing = [name for name, path in files.items() if path is None]
+    if missing:
+        raise ModelError(f"{model}: {missing[0]} is missing, which model.safetensors.index.json names")
+    return [path for path in files.values() if path is not None]
+
+
+def _file(model: str, name: str, revision: str | None) -> Path | None:
+    """One file of a model directory, or of a hub model, downloaded if need be; None where there is none."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        model,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _without_safetensors(model: str) -> str:
+    directory = Path(model)
+    if not directory.is_dir():
+        return f"{model}: has no safetensors weights on the hub, or the hub cannot be reached and the cache lacks them"
+    pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(kind))
+    if pickled:
+        return (
+            f"{model}: holds only pickled weights ({pickled[0]}), which can run code when they are loaded; "
+            "convert them with save_pretrained(safe_serialization=True)"
+        )
+    return f"{model}: this directory has no model.safetensors"
 
 
 def _sha256(path: Path) -> str:
@@ -93,20 +140,6 @@ def first_sentence(error: BaseException) -> str:
     """The first line of a library's error, without its trailing explanation."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(". ")
-
-
-def refuse_pickle(model: str) -> None:
-    """ModelError for a directory without safetensors."""
-    directory = Path(model)
-    if directory.is_dir() and not any(directory.glob("*.safetensors")):
-        pickles = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-        pickled = sorted(path.name for pattern in pickles for path in directory.glob(pattern))
-        if pickled:
-            raise ModelError(
-                f"{model}: holds only pickled weights ({pickled[0]}), which can run code when they are loaded; "
-                "convert them with save_pretrained(safe_serialization=True)"
-            )
-        raise ModelError(f"{model}: this directory has no *.safetensors weights")
 
 
 def resolve_device(device: str) -> torch.device:

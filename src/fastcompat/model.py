@@ -28,10 +28,10 @@ from fastcompat.checkpoint import (
     load_config,
     logit_scale,
     model_lengths,
-    refuse_pickle,
     refuse_unsupported,
     resolve_device,
     resolve_dtype,
+    weight_files,
 )
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest
@@ -185,7 +185,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     settings = settings or ModelSettings()
     config = load_config(model, settings.revision)
     refuse_unsupported(model, config)
-    refuse_pickle(model)
+    weight_files(model, settings.revision)
     device = resolve_device(settings.device)
     AttentionInterface.register(ATTENTION_NAME, _registered_attention)
     verbosity = transformers_logging.get_verbosity()

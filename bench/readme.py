@@ -1,0 +1,66 @@
+"""Writes README's figures from bench/results, so that none is from memory.
+
+    python bench/readme.py            # after a benchmark; a test holds README to it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return value
+
+
+def speed() -> str:
+    """The end-to-end table, one row a scorer, one pair of columns a workload."""
+    results = [load(path.name) for path in sorted(RESULTS.glob("end_to_end-*.json"))]
+    machine = results[0]["machine"]
+    blocks = []
+    for result in results:
+        rows = [
+            f"| {name} | {entry['seconds']:.1f} s | {entry['efficiency']:.0%} | {entry['largest_error_nats']:.4f} |"
+            for name, entry in result["scorers"].items()
+        ]
+        title = f"{result['shape']} shape, `{result['workload']}` ({result['n_tokens']:,} tokens)"
+        head = f"| {title} | time | of the product's rate | largest error, nats |\n| --- | --- | --- | --- |"
+        blocks.append("\n".join([head, *rows]))
+    preparation = load("preparation_memory.json")
+    return "\n\n".join(
+        [
+            f"Measured on {machine['cores']} cores of an {machine['processor']} ({', '.join(machine['instructions'])}), "
+            f"bf16, torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}; medians of "
+            "interleaved runs in one process (`make bench`). The error is against float32 with the same weights; the "
+            "product is a plain matrix product of the model's own shape, measured in the same run.",
+            *blocks,
+            f"Preparation of {preparation['rows']:,} short rows: {preparation['rows_per_second']:,.0f} rows/s, "
+            f"{preparation['peak_rss_anon_mib']:.0f} MiB of memory at most (quarter by quarter of the run: "
+            f"{', '.join(f'{value:.0f}' for value in preparation['peak_rss_anon_mib_by_quarter'])}).",
+        ]
+    )
+
+
+def demo() -> str:
+    """What `make demo` printed."""
+    return "```\n" + (RESULTS / "demo.txt").read_text().rstrip() + "\n```"
+
+
+def rendered() -> str:
+    """README with its figures brought up to date."""
+    text = (ROOT / "README.md").read_text()
+    for name, block in (("speed", speed()), ("demo", demo())):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README has no place for {name}"
+        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(rendered())
