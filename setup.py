@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages("src"), "fastcompat.kernels"],
     package_dir={"": "src", "fastcompat.kernels": "kernels"},
-    package_data={"fastcompat": ["py.typed", "demo/model/*"]},
+    package_data={"fastcompat": ["py.typed", "demo/base-model/*"]},
 )

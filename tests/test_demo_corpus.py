@@ -149,17 +149,11 @@ def test_held_out_modules_are_no_training_modules(rows: dict[str, list[dict]]) -
 def test_training_texts_quote_no_held_out_documentation(rows: dict[str, list[dict]]) -> None:
     train = pytest.importorskip("fastcompat.demo.train")
     _, texts = train.held_out_and_training()
-    # All runs of twelve words, because five hundred searches through five million characters take too long.
-    runs = set()
-    for text in set(texts):
-        words = text.split()
-        runs.update(zip(*(words[start:] for start in range(12)), strict=False))
-    shown = [tuple(response.split("\n\n", 1)[1].split()) for response in responses(rows["full-documentation"])]
-    assert len(runs) > 100_000
-    for words in shown:
-        # Some openings are idioms of the library; a documentation is known only if all of it was seen.
-        seen = [words[start : start + 12] in runs for start in range(len(words) - 11)]
-        assert not seen or not all(seen), " ".join(words)
+    everything = " ".join(" ".join(text.split()) for text in texts)
+    assert len(everything) > 1_000_000
+    # Every tenth, because a search through so many characters takes its time.
+    shown = [" ".join(text.split("\n\n", 1)[1].split()) for text in responses(rows["full-documentation"])[::10]]
+    assert [text for text in shown if text in everything] == []
 
 
 # --- the shipped model ----------------------------------------------------------------------------------------
@@ -179,6 +173,8 @@ def response_losses(of_generator: list[dict]) -> list[float]:
 
     model, tokenizer = shipped()
     losses = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model only waits for the second one
     for row in of_generator:
         prompt = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
         response = row["messages"][1]["content"] + tokenizer.eos_token
@@ -186,6 +182,7 @@ def response_losses(of_generator: list[dict]) -> list[float]:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)).item())
+    torch.set_num_threads(threads)
     return losses
 
 
@@ -226,7 +223,8 @@ def test_losses_are_those_of_the_training_log(rows: dict[str, list[dict]]) -> No
         for generator in ("full-documentation", "summary", "shuffled-words", "repetitive")
         for losses in [response_losses(rows[generator][:30])]
     }
-    # The log's figure counts the questions too, which are easier than the answers, and is a mean over tokens.
-    assert abs(mean["full-documentation"] - stated) < 1.0
-    assert mean["summary"] < 5.0  # a uniform guess costs log 4096 = 8.3
-    assert mean["repetitive"] < mean["full-documentation"] < mean["shuffled-words"] - 0.5
+    # The log's figure is a mean over tokens and counts the questions too, which are easier than the answers.
+    assert stated < mean["full-documentation"] < stated + 1.0
+    assert mean["summary"] < 6.0  # a uniform guess costs log 4096 = 8.3
+    assert mean["shuffled-words"] > mean["full-documentation"] + 1.5
+    assert mean["repetitive"] < mean["full-documentation"]

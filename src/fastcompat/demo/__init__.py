@@ -14,4 +14,4 @@ __all__ = ["model_directory"]
 
 def model_directory() -> Path:
     """The directory of the shipped base model, as `from_pretrained` takes it; MODEL_CARD.md in it says what it is."""
-    return Path(__file__).resolve().parent / "model"
+    return Path(__file__).resolve().parent / "base-model"
