@@ -92,6 +92,8 @@ def test_every_kind_of_bad_row_is_kept_with_a_reason(tmp_path, model):
     assert scores[0]["nll_sum"] == scores[8]["nll_sum"]
     assert scores[7]["n_prompt_tokens"] + scores[7]["n_tokens"] == 512
     assert "invalid 3" in output
+    assert "invalid, for example" in output
+    assert f"{corpus}#1" in output.replace("\n", "")
     strict = fail(CorpusError, "score", corpus, "--base-model", model, "-o", tmp_path / "strict", "--strict")
     assert "bad.jsonl" in strict
 
@@ -247,6 +249,21 @@ def test_verify_names_what_is_damaged_and_scoring_again_mends_it(tmp_path, model
     shard = run / "corpus" / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
     assert "1 of" in fail(RunError, "verify", run)
+
+
+def test_names_from_a_corpus_never_become_markup_or_control_sequences(tmp_path, model):
+    names = ["[/b]x", "Qwen [base]", "two\nlines", "esc\x1b[31m", "a|b"]
+    rows = [{"prompt": "q", "response": "the list", "generator": name} for name in names]
+    succeed("score", write_jsonl(tmp_path / "a.jsonl", rows), "--base-model", model, "-o", tmp_path / "run")
+    for format in ("table", "md"):
+        output = succeed("rank", tmp_path / "run", "--format", format)
+        assert "[/b]x" in output
+        assert "Qwen [base]" in output
+        assert "two\\nlines" in output
+        assert "\x1b[31m" not in output
+    assert "a\\|b" in output
+    ranked = json.loads(succeed("rank", tmp_path / "run", "--format", "json"))
+    assert sorted(row["generator"] for row in ranked) == sorted(names)
 
 
 def test_inspect_marks_the_scored_tokens(tmp_path, model):

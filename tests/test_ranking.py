@@ -40,7 +40,7 @@ def test_a_generator_without_any_loss_is_last_and_says_so():
     table = scores([("none", "p", None, 0), ("a", "p", 1.0, 10)])
     rows = fc.rank(table).to_pylist()
     assert [row["generator"] for row in rows] == ["a", "none"]
-    assert rows[1]["loss"] is None
+    assert rows[1]["loss"] is rows[1]["rank"] is None
     assert rows[1]["n_left_out"] == 1
 
 

@@ -163,9 +163,10 @@ def score_model(
     run: Run, scorer: Scorer, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]
 ) -> None:
     """Work off one base model, with its progress on the screen."""
-    from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, statuses_line
+    from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, show_statuses
     from fastcompat.engine import Progress
     from fastcompat.session import open_scorer, score_corpus
+    from fastcompat.verification import scorer_progress
 
     say(
         f"\n[bold]{escape(scorer.name)}[/] · {scorer.identity['dtype']} on {scorer.device} · "
@@ -191,7 +192,7 @@ def score_model(
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
         + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
     )
-    say(statuses_line(progress.statuses))
+    show_statuses(scorer_progress(run, store))
 
 
 @app.command()
@@ -221,17 +222,18 @@ def rank(
 @app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
-    from fastcompat.display import statuses_line
+    from fastcompat.display import show_statuses
     from fastcompat.store import open_run
     from fastcompat.verification import scorer_progress
 
     run = open_run(directory)
     n_files = sum(len(generation.files) for generation in run.generations)
     say(f"{run.n_rows:,} rows from {n_files:,} files in {len(run.units):,} units of work")
-    for entry in scorer_progress(run):
+    for scorer in run.scorers():
+        entry = scorer_progress(run, scorer)
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         say(f"[bold]{escape(entry.name)}[/]: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
-        say(f"  {statuses_line(entry.statuses)}")
+        show_statuses(entry)
     if not run.scorers():
         say("no scorer yet")
 

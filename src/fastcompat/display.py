@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from fastcompat.corpus import CorpusSummary, PreparationProgress
     from fastcompat.engine import Progress as EngineProgress
+    from fastcompat.verification import ScorerProgress
 
 console = Console()
 errors = Console(stderr=True)
@@ -106,6 +108,18 @@ def statuses_line(statuses: Mapping[str, int]) -> str:
     return " · ".join(f"{name} {count:,}" for name, count in order) or "no rows"
 
 
+def show_statuses(progress: ScorerProgress) -> None:
+    """What became of the rows, and for everything that is not `ok` one row with its reason."""
+    say(statuses_line(progress.statuses))
+    for status, example in progress.examples.items():
+        say(f"  [yellow]{status}[/], for example {escape(printable(example))}")
+
+
+def printable(text: str) -> str:
+    """Text from a corpus for one line of a terminal or of a table: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def ranking_table(ranking: pa.Table, *, by: str) -> Table:
     """A ranking for the terminal."""
     table = Table(title=None, header_style="bold", row_styles=["", "dim"], pad_edge=False)
@@ -119,9 +133,9 @@ def ranking_table(ranking: pa.Table, *, by: str) -> Table:
     if left_out:
         table.add_column("left out", justify="right")
     for row in ranking.to_pylist():
-        cells = [
-            f"{row['rank']}",
-            str(row[by]),
+        cells: list[RenderableType] = [
+            "" if row["rank"] is None else f"{row['rank']}",
+            Text(printable(str(row[by]))),
             f"{row['n']:,}",
             "" if row["mean_tokens"] is None else f"{row['mean_tokens']:,.0f}",
             "none" if row["loss"] is None else f"{row['loss']:.4f}",
@@ -129,7 +143,7 @@ def ranking_table(ranking: pa.Table, *, by: str) -> Table:
         ]
         if left_out:
             cells.append(f"{row['n_left_out']:,}" if row["n_left_out"] else "")
-        table.add_row(*([row["base_model"]] if several else []), *cells)
+        table.add_row(*([Text(printable(row["base_model"]))] if several else []), *cells)
     return table
 
 
@@ -153,7 +167,7 @@ def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: 
         print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
         for row in ranking.to_pylist():
             cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |")
 
 
 def show_corpus(summary: CorpusSummary, seconds: float) -> None:

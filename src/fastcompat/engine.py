@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,6 @@ class Progress:
     n_tokens: int = 0  # computed
     n_unshared_tokens: int = 0  # what plain packing would have computed
     n_rows_skipped: int = 0  # finished in an earlier session
-    statuses: dict[str, int] = field(default_factory=dict)
     notify: Callable[[Progress], None] = lambda progress: None
 
 
@@ -223,8 +222,6 @@ def _count(progress: Progress, forest: PrefixForest) -> None:
 
 def _count_unit(progress: Progress, scores: ResponseScores, packs: Sequence[PrefixForest]) -> None:
     progress.n_rows += len(scores.status) - sum(len(forest.sequences) for forest in packs)  # those without any token
-    for status in scores.status:
-        progress.statuses[status] = progress.statuses.get(status, 0) + 1
     progress.notify(progress)
 
 

@@ -29,7 +29,7 @@ def rank(
     table: `Run.scores()`. `loss` is the unweighted mean over responses, or over tokens with `average="token"`, in nats;
     `loss_low` and `loss_high` are its 95% percentile interval under a bootstrap of `draws` draws clustered by prompt.
     `n` counts the responses that carry a loss, `n_left_out` those that do not. `rank` is shared by neighbours whose
-    difference the bootstrap, paired by prompt, does not tell from zero at 95%.
+    difference the bootstrap, paired by prompt, does not tell from zero at 95%; null without any loss.
 
     Raises UsageError for a column that does not exist.
     """
@@ -88,7 +88,8 @@ def _rank_one(table: pa.Table, model: str, by: str, average: str, draws: int, se
     replicates = clustered_bootstrap_means(numerator, denominator, draws=draws, seed=seed)  # [B, G]
     low, high = _interval(replicates)
     order = np.argsort(np.where(np.isnan(loss), np.inf, loss), kind="stable")
-    ranks = _shared_ranks(replicates[:, order])
+    shared = _shared_ranks(replicates[:, order])
+    ranks = [None if np.isnan(loss[g]) else shared[k] for k, g in enumerate(order)]
     columns = [
         [model] * shape[1],
         [names[g] for g in order],

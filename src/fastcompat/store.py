@@ -284,13 +284,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_part(path: Path) -> pa.Table:
-    """A part's scores. Raises RunError where it is damaged, with what to do."""
+def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A part's scores, or some columns of them. Raises RunError where it is damaged, with what to do."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged ({error}); delete it and score again: only its unit is computed") from error
-    if not table.schema.equals(SCORE_SCHEMA):
+    expected = SCORE_SCHEMA if columns is None else pa.schema([SCORE_SCHEMA.field(name) for name in columns])
+    if not table.schema.equals(expected):
         raise RunError(f"{path} has other columns than a part of format {FORMAT}; delete it and score again")
     return table
 

@@ -12,33 +12,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
-from fastcompat.response import SCORED_STATUSES
+from fastcompat.response import SCORED_STATUSES, Status
 from fastcompat.store import Run, ScorerStore, Unit, read_part
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerProgress:
-    """How far one scorer is: rows committed, and their statuses."""
+    """How far one scorer is: rows committed, their statuses, and for each status but `ok` one row with its reason."""
 
     name: str
     n_rows: int
     statuses: dict[str, int]
+    examples: dict[str, str]
 
 
-def scorer_progress(run: Run) -> list[ScorerProgress]:
-    """Every scorer's progress, in the order of first use."""
-    found = []
-    for scorer in run.scorers():
-        finished = scorer.finished()
-        units = [unit for unit in run.units if unit.name in finished]
-        statuses: Counter[str] = Counter()
-        for unit in units:
-            for count in pc.value_counts(read_part(scorer.part(unit))["status"]).to_pylist():
-                statuses[count["values"]] += count["counts"]
-        found.append(
-            ScorerProgress(name=scorer.name, n_rows=sum(unit.n_rows for unit in units), statuses=dict(statuses))
-        )
-    return found
+def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
+    """How far `scorer` is. Raises RunError where a part is damaged."""
+    finished = scorer.finished()
+    units = [unit for unit in run.units if unit.name in finished]
+    statuses: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for unit in units:
+        part = read_part(scorer.part(unit), columns=["row_key", "status", "detail"])
+        for count in pc.value_counts(part["status"]).to_pylist():
+            status = count["values"]
+            statuses[status] += count["counts"]
+            if status != Status.OK and status not in examples:
+                row = part.slice(pc.index(part["status"], status).as_py(), 1).to_pylist()[0]
+                examples[status] = f"{row['row_key']}: {row['detail']}"
+    n_rows = sum(unit.n_rows for unit in units)
+    return ScorerProgress(name=scorer.name, n_rows=n_rows, statuses=dict(statuses), examples=examples)
 
 
 def find_damage(run: Run) -> list[str]:
