@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import rows_of, save_small_model, write_corpus, write_jsonl
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from fastcompat.cli import app
@@ -48,13 +49,13 @@ def fail(kind: type[FastcompatError], *arguments: object) -> str:
 
 
 def test_score_rank_status_verify_on_a_users_files(tmp_path, model):
-    write_corpus(tmp_path / "corpus", generators=3, n_prompts=8)
+    write_corpus(tmp_path / "corpus", generators=3, n_prompts=12)
     run = tmp_path / "run"
     output = succeed("score", tmp_path / "corpus", "--base-model", model, "-o", run)
-    assert "24 responses of 3 generators from 3 files" in output
+    assert "36 responses of 3 generators from 3 files" in output
     assert "prompt" in output
     assert "the tokenizer's own chat template" in output
-    assert "ok 24" in output
+    assert "ok 36" in output
     assert f"fastcompat rank {run}" in output
     ranking = json.loads(succeed("rank", run, "--format", "json"))
     assert sorted(row["generator"] for row in ranking) == ["generator-0", "generator-1", "generator-2"]
@@ -62,8 +63,8 @@ def test_score_rank_status_verify_on_a_users_files(tmp_path, model):
     assert ranking == sorted(ranking, key=lambda row: row["loss"])
     for format in ("table", "md", "csv"):
         assert "generator-1" in succeed("rank", run, "--format", format)
-    assert "finished · 24/24" in succeed("status", run)
-    assert "whole: 24 rows" in succeed("verify", run)
+    assert "finished · 36/36" in succeed("status", run)
+    assert "whole: 36 rows" in succeed("verify", run)
 
 
 def test_every_kind_of_bad_row_is_kept_with_a_reason(tmp_path, model):
@@ -192,15 +193,85 @@ def test_a_hub_model_in_the_cache_is_scored_offline_and_is_the_same_scorer_as_it
     assert scorer.record["settings"]["model"] == "somebody/small"
 
 
+def test_checkpoints_whose_weights_are_not_all_the_models_own_are_refused(tmp_path, model):
+    """transformers fills such weights in at random, or drops layers, with a warning: figures that mean nothing."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+
+    def refused(directory: Path) -> str:
+        return fail(ModelError, "score", corpus, "--base-model", directory, "-o", tmp_path / "run")
+
+    def with_layers(name: str, n_layers: int) -> Path:
+        directory = shutil.copytree(model, tmp_path / name)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_layers}))
+        return directory
+
+    assert "lacks" in refused(with_layers("deeper", 5))
+    assert "leaves out" in refused(with_layers("shallower", 2))
+    headless = shutil.copytree(model, tmp_path / "headless")
+    weights = load_file(headless / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "lm_head" not in k}, headless / "model.safetensors", {"format": "pt"}
+    )
+    assert "lm_head" in refused(headless)
+
+
+def test_architectures_that_cannot_be_packed_are_refused_when_they_are_loaded(tmp_path, model):
+    from transformers import FalconConfig, FalconForCausalLM, Mamba2Config, Mamba2ForCausalLM, MptConfig, MptForCausalLM
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
+    falcon = FalconConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    mpt = MptConfig(vocab_size=4096, d_model=32, n_layers=2, n_heads=2)
+    mamba = Mamba2Config(vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16)
+    for network, reason in (
+        (FalconForCausalLM(falcon), "attention by itself"),
+        (MptForCausalLM(mpt), "not supported"),
+        (Mamba2ForCausalLM(mamba), "recurrent state"),
+    ):
+        directory = tmp_path / network.config.model_type
+        network.save_pretrained(directory)
+        for file in model.glob("*token*"):
+            shutil.copy(file, directory)
+        message = fail(ModelError, "score", corpus, "--base-model", directory, "-o", tmp_path / "run")
+        assert reason in message
+        assert "\n" not in message
+    assert not (tmp_path / "run" / "scores").exists()
+
+
+def test_a_model_with_a_context_shorter_than_the_probe(tmp_path):
+    short = save_small_model(tmp_path / "short", family="GPT-2", n_positions=12)
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "response": "a"}])
+    succeed("score", corpus, "--base-model", short, "-o", tmp_path / "run", "--template", "plain")
+    assert open_run(tmp_path / "run").scores()["status"].to_pylist() == ["ok"]
+
+
+def test_the_process_ends_with_the_exit_code_of_the_error_and_no_traceback(tmp_path, model):
+    def exit_code(*arguments: object) -> int:
+        command = [sys.executable, "-m", "fastcompat", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "Traceback" not in done.stdout + done.stderr
+        assert done.stderr or done.returncode == 0
+        return done.returncode
+
+    assert exit_code("--version") == 0
+    assert exit_code("rank", tmp_path) == 5
+    assert exit_code("score", tmp_path / "no.jsonl", "--base-model", model, "-o", tmp_path / "run") == 3
+    assert exit_code("score", tmp_path, "--base-model", tmp_path / "no", "-o", tmp_path / "run") == 4
+    assert exit_code("score", tmp_path, "--worker", "0/1", "--base-model", model, "-o", tmp_path / "run") == 2
+
+
 def test_options_that_make_no_sense(tmp_path, model):
     corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
     run = tmp_path / "run"
-    assert "--base-model" in fail(UsageError, "score", corpus, "-o", run)
+    assert invoke("score", corpus, "-o", run).exit_code == 2
     assert "I/N" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "x")
     assert "1 to" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "3/2")
     assert "NAME=COLUMN" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--map", "response")
+    prepared = tmp_path / "prepared"
+    succeed("score", corpus, "--base-model", model, "-o", prepared)
     fail(CorpusError, "score", tmp_path / "none.jsonl", "--base-model", model, "-o", tmp_path / "new")
     assert "manifest.json" in fail(RunError, "rank", tmp_path)
+    assert "need INPUTs" in fail(UsageError, "score", "--base-model", model, "-o", prepared, "--map", "response=answer")
     assert "name the files" in fail(UsageError, "score", "--base-model", model, "-o", tmp_path / "unmade")
     assert invoke("score", corpus, "--no-such-option").exit_code == 2
 
@@ -264,6 +335,38 @@ def test_names_from_a_corpus_never_become_markup_or_control_sequences(tmp_path, 
     assert "a\\|b" in output
     ranked = json.loads(succeed("rank", tmp_path / "run", "--format", "json"))
     assert sorted(row["generator"] for row in ranked) == sorted(names)
+
+
+def test_a_damaged_record_or_beginning_is_named_or_forgotten(tmp_path, model):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, generators=2, n_prompts=4)
+    run = tmp_path / "run"
+    succeed("score", corpus, "--base-model", model, "-o", run)
+    whole = open_run(run).scores()
+    (part,) = run.glob("scores/*/part-*")
+    begun = part.with_name(part.name.replace("part-", "begun-"))
+    for content in (b"garbage", part.read_bytes()):  # not Parquet; Parquet that does not say what it is
+        part.unlink()
+        begun.write_bytes(content)
+        succeed("score", "-o", run, "--base-model", model)
+        assert not begun.exists()
+        assert open_run(run).scores().equals(whole)
+    (record,) = run.glob("scores/*/scorer.json")
+    for damaged in ("{}", "[]", '{"identity": {}, "settings": {}, "created": ""}', "{"):
+        record.write_text(damaged)
+        assert "scorer.json" in fail(RunError, "status", run)
+    (run / "manifest.json").write_text('{"format": 1}')
+    assert "manifest.json" in fail(RunError, "status", run)
+
+
+def test_rank_by_columns_that_are_groups_only(tmp_path, model):
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, generators=2, n_prompts=4)
+    succeed("score", corpus, "--base-model", model, "-o", tmp_path / "run")
+    by_source = json.loads(succeed("rank", tmp_path / "run", "--by", "source", "--format", "json"))
+    assert len(by_source) == 2
+    for column in ("base_model", "loss", "row_key", "nothing"):
+        assert "not a column of groups" in fail(UsageError, "rank", tmp_path / "run", "--by", column)
 
 
 def test_inspect_marks_the_scored_tokens(tmp_path, model):

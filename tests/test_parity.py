@@ -115,6 +115,16 @@ def test_long_rope_sequences_across_the_boundary_do_not_change_their_neighbours(
     np.testing.assert_allclose(packed_losses(model, [*short, *long])[:4], apart, rtol=1e-6)
 
 
+def test_long_rope_counts_the_unscored_tail_as_the_plain_loop_does():
+    model = small_model("Phi-3 (LongRoPE)")
+    sequences = []
+    for n_tokens, tail in ((64, 3), (65, 1), (66, 2), (70, 8)):
+        ids = np.random.default_rng(n_tokens).integers(3, VOCABULARY, size=n_tokens)
+        scored = (np.arange(n_tokens) >= 20) & (np.arange(n_tokens) < n_tokens - tail)
+        sequences.append(TokenSequence(input_ids=ids, scored=scored, status=Status.OK))
+    np.testing.assert_allclose(packed_losses(model, sequences), plain_losses(model, sequences, batch_size=1), rtol=1e-5)
+
+
 def refused(model, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         probe(wrap("test", model))

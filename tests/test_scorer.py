@@ -104,7 +104,7 @@ def test_score_ids_truncates_and_says_so():
     ("ids", "prompt_lengths", "match"),
     [
         ([[1, 2]], [], "1 sequences but 0"),
-        ([[1, 2]], [3], "outside of 0..2"),
+        ([[1, 2]], [3], "in 0..2"),
         ([[1, -100]], [1], "padding"),
         ([[1.5, 2.0]], [1], "integers"),
     ],

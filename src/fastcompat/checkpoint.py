@@ -148,6 +148,8 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("it is not one of cpu, cuda, mps, xpu")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} is not available: {first_sentence(error)}") from error

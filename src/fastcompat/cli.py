@@ -1,4 +1,4 @@
-"""The command line. It reads options, calls the library and shows what came back; torch is loaded by none but `score`.
+"""The command line: it reads options, calls the library, shows what came back. Only `score`, `inspect` load torch.
 
 Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its template; 5 the run directory;
 130 interrupted, everything finished kept.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from fastcompat import __version__
 from fastcompat.display import TableFormat, console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
@@ -36,7 +37,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Which response generator will teach a base model best, told before any training.",
 )
 
 
@@ -49,9 +49,24 @@ def main() -> None:
     except FastcompatError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left, as `head` does
-        sys.exit(0)
+    except OSError as error:  # standard output on a full disk, an input that vanished
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastcompat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Which response generator will teach a base model best, told before any training."""
 
 
 class Turns(StrEnum):
@@ -84,12 +99,10 @@ MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut
 @app.command()
 def score(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
+    base_model: Annotated[list[str], typer.Option("--base-model", metavar="ID_OR_DIR", help="Repeatable.")],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(metavar="INPUT...", help="Files, directories, globs or hf:// ids. None: resume RUN."),
-    ] = None,
-    base_model: Annotated[
-        list[str] | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Repeatable.")
     ] = None,
     mapping: Map = None,
     template: Template = "auto",
@@ -121,8 +134,6 @@ def score(
     from fastcompat.scorer import Scorer
     from fastcompat.session import CorpusSettings, prepare_run
 
-    if not base_model:
-        raise UsageError("name a base model: --base-model ID_OR_DIR")
     transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
     settings = CorpusSettings(overrides=parse_overrides(mapping or []), strict=strict)
@@ -179,16 +190,20 @@ def score_model(
         with display.showing():
             score_corpus(run, scorer, store, token_budget=budget, worker=worker, progress=progress, stop=stop)
     except Interrupted:
-        say(figures_of(progress, time.monotonic() - display.began))
+        say(figures_of(progress))
         raise Interrupted(
             f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
         ) from None
     if not progress.n_rows:
-        say(f"all {progress.n_rows_total:,} responses were scored before")
+        say(
+            f"all {progress.n_rows_total:,} responses were scored before"
+            if progress.n_rows_total
+            else "nothing to score: this worker's share is empty"
+        )
         return
-    seconds = time.monotonic() - display.began
     say(
-        f"{progress.n_rows:,} responses in {duration(seconds)} · {progress.n_tokens / seconds:,.0f} tokens/s · "
+        f"{progress.n_rows:,} responses in {duration(progress.seconds)} · "
+        f"{progress.n_tokens / progress.seconds:,.0f} tokens/s · "
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
         + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
     )
@@ -316,7 +331,7 @@ def demo(
         "which of them does the small base model find most compatible?\n"
     )
     say(f"[bold]$ fastcompat score {escape(str(corpus))} --base-model {escape(model)} -o {escape(str(directory))}[/]")
-    score(directory, inputs=[str(corpus)], base_model=[model])
+    score(directory, [model], inputs=[str(corpus)])
     say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
     rank(directory)
     say(

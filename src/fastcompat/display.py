@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastcompat.engine import Progress as EngineProgress
     from fastcompat.verification import ScorerProgress
 
-console = Console()
+# Off a terminal nothing is cut to eighty columns: names that differ at their ends must stay apart.
+console = Console(width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True)
 
 # Off a terminal, a line this often.
@@ -68,7 +69,7 @@ class LiveDisplay:
 
     def scoring(self, progress: EngineProgress) -> None:
         """Called by the engine after every pack."""
-        figures = figures_of(progress, time.monotonic() - self.began)
+        figures = figures_of(progress)
         self.show(progress.n_rows_skipped + progress.n_rows, progress.n_rows_total, figures)
 
     def preparing(self, progress: PreparationProgress) -> None:
@@ -78,10 +79,11 @@ class LiveDisplay:
         self.show(progress.done, progress.total, figures)
 
 
-def figures_of(progress: EngineProgress, seconds: float) -> str:
+def figures_of(progress: EngineProgress) -> str:
     """One line: 1,024/4,000 responses · 2,310 tokens/s · 31% saved by sharing · 0:01:20 left."""
     done = progress.n_rows_skipped + progress.n_rows
-    parts = [f"{done:,}/{progress.n_rows_total:,} responses", f"{progress.n_tokens / max(seconds, 1e-9):,.0f} tokens/s"]
+    seconds = max(progress.seconds, 1e-9)
+    parts = [f"{done:,}/{progress.n_rows_total:,} responses", f"{progress.n_tokens / seconds:,.0f} tokens/s"]
     if progress.n_unshared_tokens:
         parts.append(f"{saved_share(progress):.0%} saved by sharing")
     left = progress.n_rows_total - done
@@ -111,6 +113,8 @@ def statuses_line(statuses: Mapping[str, int]) -> str:
 def show_statuses(progress: ScorerProgress) -> None:
     """What became of the rows, and for everything that is not `ok` one row with its reason."""
     say(statuses_line(progress.statuses))
+    if progress.n_rows and not {"ok", "truncated"} & set(progress.statuses):
+        say("[bold red]no response could be scored[/]")
     for status, example in progress.examples.items():
         say(f"  [yellow]{status}[/], for example {escape(printable(example))}")
 
@@ -125,9 +129,9 @@ def ranking_table(ranking: pa.Table, *, by: str) -> Table:
     table = Table(title=None, header_style="bold", row_styles=["", "dim"], pad_edge=False)
     several = len(set(ranking["base_model"].to_pylist())) > 1
     if several:
-        table.add_column("base model")
+        table.add_column("base model", overflow="fold")
     for name, right in [("rank", True), (by, False), ("responses", True), ("tokens", True), ("loss", True)]:
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     table.add_column("95% interval", justify="right")
     left_out = any(ranking["n_left_out"].to_pylist())
     if left_out:

@@ -38,8 +38,14 @@ class Progress:
     n_rows: int = 0
     n_tokens: int = 0  # computed
     n_unshared_tokens: int = 0  # what plain packing would have computed
-    n_rows_skipped: int = 0  # finished in an earlier session
+    n_rows_skipped: int = 0  # finished in an earlier session, or by another process
+    began: float = 0.0  # time.monotonic() when the model was loaded and the first unit taken
     notify: Callable[[Progress], None] = lambda progress: None
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first unit was taken."""
+        return time.monotonic() - self.began if self.began else 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +113,11 @@ def score_run(
 
     When `stop()` turns true the pack at hand is finished and kept, and Interrupted is raised.
     """
+    progress.began = time.monotonic()
     for unit in units:
+        if scorer.part(unit).exists():  # another process was here in the meantime
+            progress.n_rows_skipped += unit.n_rows
+            continue
         rows = run.unit_rows(unit)
         sequences = tokenizer(from_table(rows))
         scores = ResponseScores.of(sequences)
@@ -116,7 +126,7 @@ def score_run(
         progress.n_rows_skipped += sum(len(forest.sequences) for forest in packs[:n_done])
         kept = time.monotonic()
         for k, forest in enumerate(packs[n_done:], start=n_done):
-            score_pack(model, forest, scores, token_budget=token_budget)
+            score_pack(model, forest, scores)
             _count(progress, forest)
             if stop() or time.monotonic() - kept > KEEP_SECONDS:
                 scorer.keep_beginning(unit, _score_table(rows, scores), token_budget=token_budget, n_packs=k + 1)
@@ -134,7 +144,7 @@ def score_sequences(model: CausalLM, sequences: Sequence[TokenSequence], *, toke
     """Score token sequences that are in memory, in the order given."""
     scores = ResponseScores.of(sequences)
     for forest in pack_sequences(model, scores, token_budget=token_budget):
-        score_pack(model, forest, scores, token_budget=token_budget)
+        score_pack(model, forest, scores)
     return scores
 
 
@@ -155,7 +165,7 @@ def pack_sequences(model: CausalLM, scores: ResponseScores, *, token_budget: int
     return _pack(model, scores, chosen, token_budget)
 
 
-def score_pack(model: CausalLM, forest: PrefixForest, scores: ResponseScores, *, token_budget: int) -> None:
+def score_pack(model: CausalLM, forest: PrefixForest, scores: ResponseScores) -> None:
     """Score one pack; out of memory, its sequences are packed again at half the size, down to one by one."""
     try:
         token_nll = model.token_nll(forest)
@@ -173,7 +183,7 @@ def score_pack(model: CausalLM, forest: PrefixForest, scores: ResponseScores, *,
         scores.fail(n, Status.OOM, f"{len(scores.sequences[n].input_ids)} tokens do not fit into memory even alone")
         return
     for half in _pack(model, scores, members, max(1, forest.n_tokens // 2)):
-        score_pack(model, half, scores, token_budget=token_budget)
+        score_pack(model, half, scores)
 
 
 def _pack(model: CausalLM, scores: ResponseScores, chosen: Sequence[int], token_budget: int) -> list[PrefixForest]:
@@ -182,6 +192,8 @@ def _pack(model: CausalLM, scores: ResponseScores, chosen: Sequence[int], token_
         sequence = scores.sequences[n]
         # What follows the last scored token (a newline after the end-of-turn marker) predicts nothing that counts.
         length = int(np.flatnonzero(sequence.scored)[-1]) + 1
+        if model.rope_boundary is not None and len(sequence.input_ids) > model.rope_boundary:
+            length = len(sequence.input_ids)  # there the whole length decides which rotary frequencies count
         ids.append(sequence.input_ids[:length])
         scored.append(sequence.scored[:length])
     return [

@@ -10,7 +10,8 @@ refused with the reason, never scored wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -135,12 +136,12 @@ class CausalLM:
         input_ids = torch.from_numpy(forest.input_ids).to(self.device)
         with _attention_calls(plan) as calls:
             out = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
-        if calls.n_calls != self.n_attention_layers or calls.n_windowed != self.n_windowed_layers:
+        if calls.n_calls != self.n_attention_layers:
+            raise ModelError(f"{self.name}: {_own_attention(calls.n_calls, self.n_attention_layers)}")
+        if calls.n_windowed != self.n_windowed_layers:
             raise ModelError(
-                f"{self.name}: {calls.n_calls} of {self.n_attention_layers} attention layers went through the "
-                f"attention interface ({calls.n_windowed} of {self.n_windowed_layers} with a sliding window). "
-                "This architecture computes attention by itself, so packed sequences would see each other; "
-                "it is not supported."
+                f"{self.name}: {calls.n_windowed} attention layers have a sliding window where the configuration says "
+                f"{self.n_windowed_layers}; what the others see is not known, so it is not supported"
             )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -191,21 +192,54 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        full = AutoModelForCausalLM.from_pretrained(
+        full, report = AutoModelForCausalLM.from_pretrained(
             model,
             revision=settings.revision,
             dtype=resolve_dtype(settings.dtype, config, device),
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
         )
     except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
+        if ATTENTION_NAME in str(error):
+            raise ModelError(f"{model}: {_own_attention(0, None)}") from error
         raise ModelError(f"{model}: cannot be loaded as a causal language model: {first_sentence(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    _refuse_incomplete(model, report)
     loaded = wrap(model, full.to(device).eval())
     probe(loaded)
     return loaded
+
+
+def _refuse_incomplete(model: str, report: Mapping[str, Any]) -> None:
+    """ModelError where transformers filled weights in at random, or left layers out, with no more than a warning."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        names = sorted(str(name) for name in report.get(key) or ())
+        if names:
+            raise ModelError(
+                f"{model}: the checkpoint {what} {len(names)} of the weights that its configuration asks for "
+                f"({names[0]} ...); is it a causal LM's, and whole?"
+            )
+    layers = sorted(str(name) for name in report.get("unexpected_keys") or () if _LAYER.search(str(name)))
+    if layers:
+        raise ModelError(
+            f"{model}: the checkpoint has {len(layers)} weights of layers that its configuration leaves out "
+            f"({layers[0]} ...); config.json and weights do not belong together"
+        )
+
+
+# Weights of decoder layers or of the head; old checkpoints carry buffers (rotary frequencies, causal masks) besides.
+_LAYER = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)|lm_head")
+
+
+def _own_attention(n_calls: int, n_layers: int | None) -> str:
+    counted = "" if n_layers is None else f"{n_calls} of {n_layers} attention layers went through the interface; "
+    return (
+        f"{counted}this architecture computes attention by itself instead of through transformers' attention "
+        "interface, so packed sequences would see each other; it is not supported"
+    )
 
 
 def wrap(name: str, full: Any) -> CausalLM:

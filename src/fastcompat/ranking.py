@@ -5,6 +5,7 @@ Dimension key: P prompts, G generators, B bootstrap draws.
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -29,12 +30,16 @@ def rank(
     table: `Run.scores()`. `loss` is the unweighted mean over responses, or over tokens with `average="token"`, in nats;
     `loss_low` and `loss_high` are its 95% percentile interval under a bootstrap of `draws` draws clustered by prompt.
     `n` counts the responses that carry a loss, `n_left_out` those that do not. `rank` is shared by neighbours whose
-    difference the bootstrap, paired by prompt, does not tell from zero at 95%; null without any loss.
+    difference the bootstrap, paired by prompt, does not tell from zero, at 95% for all pairs together (Bonferroni);
+    null without any loss. Fewer than `MIN_PROMPTS` prompts give no interval and separate nobody.
 
-    Raises UsageError for a column that does not exist.
+    Raises UsageError for a column whose values cannot be ranked.
     """
-    if by not in table.column_names:
-        raise UsageError(f"--by {by}: no such column; there are {', '.join(table.column_names)}")
+    groups = [field.name for field in table.schema if pa.types.is_string(field.type) and field.name not in _NO_GROUPS]
+    if by not in groups:
+        raise UsageError(f"--by {by}: not a column of groups; there are {', '.join(groups)}")
+    if pc.count_distinct(table[by]).as_py() > MAX_GROUPS:
+        raise UsageError(f"--by {by}: {pc.count_distinct(table[by]).as_py():,} different values are no groups to rank")
     if average not in ("response", "token"):
         raise UsageError(f"average must be 'response' or 'token', got {average!r}")
     models = pc.unique(table["base_model"]).to_pylist()
@@ -42,6 +47,12 @@ def rank(
     parts = [_rank_one(rows, model, by, average, draws, seed) for rows, model in zip(own, models, strict=True)]
     return pa.concat_tables(parts) if parts else _SCHEMA.empty_table().rename_columns(_columns(by))
 
+
+# A bootstrap of a handful of prompts says nothing about the next prompt.
+MIN_PROMPTS = 10
+# [P, G] sums are dense.
+MAX_GROUPS = 1000
+_NO_GROUPS = ("base_model", "row_key", "prompt_id", "detail")
 
 _SCHEMA = pa.schema(
     [
@@ -65,7 +76,7 @@ def _columns(by: str) -> list[str]:
 def _rank_one(table: pa.Table, model: str, by: str, average: str, draws: int, seed: int) -> pa.Table:
     generators = table[by].cast(pa.string()).combine_chunks().dictionary_encode()
     names = generators.dictionary.to_pylist()
-    group = generators.indices.to_numpy(zero_copy_only=False)
+    group = generators.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
     prompt = prompts.indices.to_numpy(zero_copy_only=False)
     carries = pc.is_in(table["status"], pa.array([str(s) for s in SCORED_STATUSES])).to_numpy(zero_copy_only=False)
@@ -86,9 +97,11 @@ def _rank_one(table: pa.Table, model: str, by: str, average: str, draws: int, se
         loss = numerator.sum(0) / denominator.sum(0)
         mean_tokens = np.bincount(group[carries], weights=tokens[carries], minlength=shape[1]) / n
     replicates = clustered_bootstrap_means(numerator, denominator, draws=draws, seed=seed)  # [B, G]
+    n_prompts = (denominator > 0).sum(axis=0)
+    replicates[:, n_prompts < MIN_PROMPTS] = np.nan
     low, high = _interval(replicates)
     order = np.argsort(np.where(np.isnan(loss), np.inf, loss), kind="stable")
-    shared = _shared_ranks(replicates[:, order])
+    shared = _shared_ranks(loss[order], replicates[:, order])
     ranks = [None if np.isnan(loss[g]) else shared[k] for k, g in enumerate(order)]
     columns = [
         [model] * shape[1],
@@ -114,16 +127,20 @@ def _interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return out[0], out[1]
 
 
-def _shared_ranks(ordered: np.ndarray) -> list[int]:
-    """Ranks from 1 of columns in order; one that cannot be told from the first of its group shares the group's rank."""
+def _shared_ranks(loss: np.ndarray, replicates: np.ndarray) -> list[int]:
+    """Ranks from 1 of losses [G] in order; what cannot be told from the first of its group shares the group's rank.
+
+    Every pair might have been compared, so each gets its share of the 5% (Bonferroni); so far out in the tail, the
+    paired difference's bootstrap deviation with a normal quantile stands in for percentiles.
+    """
+    n_groups = len(loss)
+    threshold = NormalDist().inv_cdf(1 - 0.05 / max(1, n_groups * (n_groups - 1)))
     ranks: list[int] = []
     first = 0
-    for g in range(ordered.shape[1]):
-        if g:
-            difference = ordered[:, g] - ordered[:, first]
-            difference = difference[~np.isnan(difference)]
-            separated = len(difference) == 0 or np.percentile(difference, 2.5) > 0
-            if separated:
-                first = g
+    for g in range(n_groups):
+        difference = replicates[:, g] - replicates[:, first]
+        difference = difference[~np.isnan(difference)]
+        if len(difference) > 1 and loss[g] - loss[first] > threshold * difference.std(ddof=1):
+            first = g
         ranks.append(first + 1)
     return ranks

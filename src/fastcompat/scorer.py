@@ -13,7 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
-from fastcompat.checkpoint import ModelSettings, fingerprint, load_config, model_lengths, resolve_device, resolve_dtype
+from fastcompat.checkpoint import (
+    ModelSettings,
+    fingerprint,
+    load_config,
+    model_lengths,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+    weight_files,
+)
 from fastcompat.corpus import rows_from_records
 from fastcompat.engine import ResponseScores, default_token_budget, score_sequences
 from fastcompat.errors import UsageError
@@ -36,7 +45,8 @@ class Scorer:
     turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
     max_length: tokens, the model's context if not given; longer sequences are cut and say so.
 
-    The weights are loaded when the first response is scored. Raises ModelError or TemplateError with what to do.
+    A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
+    TemplateError with what to do.
     """
 
     def __init__(
@@ -53,11 +63,14 @@ class Scorer:
         max_length: int | None = None,
         revision: str | None = None,
     ) -> None:
-        if token_budget is not None and token_budget < 1:
-            raise UsageError(f"token_budget must be at least 1, got {token_budget}")
+        for name, value in (("token_budget", token_budget), ("max_length", max_length)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.source = str(model)
         self.settings = ModelSettings(device=device, dtype=dtype, revision=revision)
         self.config = load_config(self.source, revision)
+        refuse_unsupported(self.source, self.config)
+        weight_files(self.source, revision)
         self.device = resolve_device(device)
         self.token_budget = token_budget or default_token_budget(self.device)
         context_length, _ = model_lengths(self.config)
@@ -122,11 +135,11 @@ class Scorer:
     ) -> pa.Table:
         """Score rows of any shape that `fastcompat score` reads; one row per response, in input order.
 
+        rows: dictionaries, or a pyarrow, polars or pandas table.
         mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
         `Run.scores()`. Raises SchemaError when no response can be found in the rows.
         """
-        records = rows.to_pylist() if isinstance(rows, pa.Table) else rows
-        responses = rows_from_records(records, overrides=mapping)
+        responses = rows_from_records(_records(rows), overrides=mapping)
         scores = score_sequences(self.model, self.tokenizer(responses), token_budget=self.token_budget)
         return self._table(to_table(responses), scores)
 
@@ -139,7 +152,7 @@ class Scorer:
         if len(input_ids) != len(prompt_lengths):
             raise UsageError(f"{len(input_ids)} sequences but {len(prompt_lengths)} prompt lengths")
         sequences = [
-            self._sequence(n, ids, int(prompt_length))
+            self._sequence(n, ids, prompt_length)
             for n, (ids, prompt_length) in enumerate(zip(input_ids, prompt_lengths, strict=True))
         ]
         scores = score_sequences(self.model, sequences, token_budget=self.token_budget)
@@ -163,8 +176,8 @@ class Scorer:
             raise UsageError(f"input_ids[{n}] must be a list of integers")
         if len(values) and int(values.min()) < 0:
             raise UsageError(f"input_ids[{n}] holds {int(values.min())}: leave padding and masks out")
-        if not 0 <= prompt_length <= len(values):
-            raise UsageError(f"prompt_lengths[{n}] is {prompt_length}, outside of 0..{len(values)}")
+        if not isinstance(prompt_length, int | np.integer) or not 0 <= prompt_length <= len(values):
+            raise UsageError(f"prompt_lengths[{n}] is {prompt_length!r}, not a whole number in 0..{len(values)}")
         scored = np.arange(len(values)) >= max(prompt_length, 1)
         status, detail = Status.OK, ""
         limit = self.tokenizer.max_length
@@ -181,3 +194,16 @@ class Scorer:
         columns = scores.columns() | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())}
         columns |= {name: rows[name] for name in SCORES_SCHEMA.names if name not in columns}
         return pa.table(columns).select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
+
+
+def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
+    """The rows of a table, or of a list, as dictionaries. Raises UsageError for what would be taken apart wrongly."""
+    if isinstance(rows, Mapping | str | bytes):
+        raise UsageError(f"rows must be a list of dictionaries or a table, got one {type(rows).__name__}")
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        return rows.to_pylist()  # type: ignore[no-any-return]
+    if hasattr(rows, "to_dicts"):  # polars
+        return rows.to_dicts()  # type: ignore[no-any-return]
+    if hasattr(rows, "to_dict"):  # pandas
+        return rows.to_dict("records")  # type: ignore[no-any-return]
+    return rows  # type: ignore[no-any-return]

@@ -66,11 +66,14 @@ def prepare_run(
         return run, run.generations[-1]
     run = open_run(directory)
     if not inputs:
+        if extend or settings.overrides or settings.strict:
+            raise UsageError(f"{directory} is resumed as it was prepared: --extend, --map and --strict need INPUTs")
         return run, None
-    difference = compare_inputs(run.generations, inputs, overrides=settings.overrides)
+    # What is added may have columns of its own; what is there stays as it was read.
+    difference = compare_inputs(run.generations, inputs, overrides=None if extend else settings.overrides)
     if extend:
-        if difference.changed or difference.settings:
-            raise RunError(f"{directory}: --extend only adds files, but\n{difference.describe()}")
+        if difference.changed:
+            raise RunError(f"{directory}: --extend only adds files, but {', '.join(difference.changed)} changed")
         if difference.added:
             run = add_generation(directory, run.generations, fresh(difference.added))
             return run, run.generations[-1]
@@ -78,7 +81,8 @@ def prepare_run(
     if difference:
         raise RunError(
             f"{directory} was made from another corpus:\n{difference.describe()}\n"
-            "Give the same files again, add new ones with --extend, or choose another directory with -o."
+            "Give the same files again (or none, to resume), add new ones with --extend, or choose another directory "
+            "with -o."
         )
     return run, None
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -102,19 +104,23 @@ class ScorerStore:
 
     def beginning(self, unit: Unit, token_budget: int) -> tuple[pa.Table, int] | None:
         """What `keep_beginning` kept of a unit and how many packs that is; None if nothing, or of another budget."""
+        path = self._beginning(unit)
         try:
-            table = pq.read_table(self._beginning(unit), page_checksum_verification=True)
+            table = pq.read_table(path, page_checksum_verification=True)
+            plan = {key: int(table.schema.metadata[key]) for key in (b"token_budget", b"n_packs")}
         except FileNotFoundError:
             return None
-        plan = table.schema.metadata
-        return (table, int(plan[b"n_packs"])) if int(plan[b"token_budget"]) == token_budget else None
+        except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):
+            return None  # damaged: its packs are computed again, which is all that is lost
+        usable = table.schema.equals(SCORE_SCHEMA) and table.num_rows == unit.n_rows
+        return (table, plan[b"n_packs"]) if usable and plan[b"token_budget"] == token_budget else None
 
     def _beginning(self, unit: Unit) -> Path:
         return self.directory / f"begun-{unit.name}.parquet"
 
 
 class Run:
-    """An open run directory. `open_run` opens one; `engine.score_corpus` makes one."""
+    """An open run directory. `open_run` opens one; `session.prepare_run` makes one."""
 
     def __init__(self, directory: Path, generations: Sequence[CorpusSummary]) -> None:
         self.directory = directory
@@ -153,7 +159,7 @@ class Run:
     def scorers(self) -> list[ScorerStore]:
         """Every scorer of the run, in the order in which they were first used."""
         records = self.directory.glob("scores/*/scorer.json")
-        stores = [ScorerStore(directory=path.parent, record=_read_json(path)) for path in records]
+        stores = [ScorerStore(directory=path.parent, record=_read_record(path)) for path in records]
         return sorted(stores, key=lambda store: (store.record["created"], store.name))
 
     def scorer(self, name: str, identity: Mapping[str, Any], settings: Callable[[], Mapping[str, Any]]) -> ScorerStore:
@@ -161,11 +167,14 @@ class Run:
         directory = self.directory / "scores" / name
         path = directory / "scorer.json"
         if not path.exists():
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
             record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
             write_json(path, record)
         _remove_abandoned(directory)
-        store = ScorerStore(directory=directory, record=_read_json(path))
+        store = ScorerStore(directory=directory, record=_read_record(path))
         if store.record["identity"] != dict(identity):
             raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
         return store
@@ -200,13 +209,17 @@ class Run:
         return pa.concat_tables([SCORES_SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines."""
+        """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines.
+
+        A log that cannot be written stops nothing: what counts is committed elsewhere, and fails there by name.
+        """
         line = json.dumps({"time": _now(), "event": event, "host": socket.gethostname(), "pid": os.getpid()} | values)
-        descriptor = os.open(self.directory / "log.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, (line + "\n").encode())
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):
+            descriptor = os.open(self.directory / "log.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, (line + "\n").encode())
+            finally:
+                os.close(descriptor)
 
 
 def open_run(directory: str | os.PathLike[str]) -> Run:
@@ -219,7 +232,10 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
-    return Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
+    try:
+        return Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); prepare the corpus in a new run") from error
 
 
 def add_generation(
@@ -304,18 +320,23 @@ def remove_tree(directory: Path) -> None:
         directory.rmdir()
 
 
+# Containers may share a host name and a disk but not their process ids: what is younger is never taken as abandoned.
+ABANDONED_SECONDS = 3600
+
+
 def _own_name(name: str) -> str:
-    """A temporary name that says which process it belongs to."""
-    return f".{name}.{socket.gethostname()}-{os.getpid()}"
+    """A temporary name of this process's own, which says whose it is."""
+    return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _remove_abandoned(directory: Path) -> None:
     """Remove what killed processes of this host left half done; those of other hosts may still be at work."""
-    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)")
+    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+")
     for path in directory.glob(".*"):
         match = pattern.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone in the meantime, or not ours to remove
+            if match and not _alive(int(match[1])) and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -346,6 +367,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunError(f"{path} does not hold a JSON object")
     return value
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = _read_json(path)
+    if not {"identity", "settings", "created"} <= set(record) or "model" not in record["settings"]:
+        raise RunError(f"{path} is damaged: it does not say which scorer this is; move {path.parent} away")
+    return record
 
 
 def _shard_number(name: str) -> int:
