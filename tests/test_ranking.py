@@ -58,7 +58,7 @@ def test_equal_generators_share_a_rank_and_distant_ones_do_not():
 
 
 def test_equal_generators_are_seldom_told_apart():
-    """Six generators of one distribution: a separation anywhere in the ranking is false; 5% of rankings may have one."""
+    """Six generators of one distribution: any separation in a ranking is false; 5% of rankings may have one."""
     draw = np.random.default_rng(2)
     separated = 0
     for seed in range(100):
