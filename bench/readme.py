@@ -1,6 +1,6 @@
 """Writes README's figures from bench/results, so that none is from memory.
 
-    python bench/readme.py            # after a benchmark; a test holds README to it
+python bench/readme.py            # after a benchmark; a test holds README to it
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def speed() -> str:
     preparation = load("preparation_memory.json")
     return "\n\n".join(
         [
-            f"Measured on {machine['cores']} cores of an {machine['processor']} ({', '.join(machine['instructions'])}), "
-            f"bf16, torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}; medians of "
-            "interleaved runs in one process (`make bench`). The error is against float32 with the same weights; the "
+            f"Measured on {machine['cores']} cores of an {machine['processor']} "
+            f"({', '.join(machine['instructions'])}), bf16, torch {machine['versions']['torch']}, "
+            f"transformers {machine['versions']['transformers']}; medians of interleaved runs in one process (`make bench`). The error is against float32 with the same weights; the "
             "product is a plain matrix product of the model's own shape, measured in the same run.",
             *blocks,
             f"Preparation of {preparation['rows']:,} short rows: {preparation['rows_per_second']:,.0f} rows/s, "

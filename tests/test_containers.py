@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from fastcompat.corpus.bytestream import ByteStream
 from fastcompat.corpus.containers import SourceReader, file_sha256
+from fastcompat.corpus.filenames import generator_name
 from fastcompat.corpus.jsonrecords import _whole_lines
 from fastcompat.corpus.records import Broken, Unreadable
-from fastcompat.corpus.sources import Source, find_sources, generator_name
+from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.errors import CorpusError
 
 RECORDS = [{"prompt": f"p{i}", "response": f"r{i} é" * 3} for i in range(2000)]
@@ -273,6 +274,7 @@ def test_truncated_arrow_gives_the_batches_before(content: Any) -> None:
         ("a.zip", b"PK\x03\x04rest", "zip archive"),
         ("a.parquet.gz", gzip.compress(b"PAR1 and so on"), "unpack it from .gz"),
         ("a.csv", b"prompt,response\na,b\n", "convert it to JSON lines"),
+        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n"), "convert it to JSON lines"),
         ("a.bin", bytes(100), "binary data"),
         ("a.parquet", b"garbage" * 10, "Parquet"),
     ],
@@ -395,18 +397,71 @@ def test_no_inputs() -> None:
         ("a/llama-3.1.jsonl", "llama-3.1"),
         ("qwen2.5-7b.jsonl.gz", "qwen2.5-7b"),
         ("a/gemma.json.zst", "gemma"),
-        ("x/train.jsonl", "train"),
+        ("x/train.jsonl", "x"),
         ("zoo/llama/data-00000-of-00001.arrow", "llama"),
         ("zoo/llama/train/data-00003-of-00012.arrow", "llama"),
         ("zoo/llama/train-00000-of-00010.parquet", "llama"),
         ("zoo/qwen-00000-of-00010.parquet", "qwen"),
-        ("train/data-00000-of-00001.arrow", "data"),
+        ("train/data-00000-of-00001.arrow", "train"),
         ("hf://datasets/org/name@main/data/train-00000-of-00010.parquet", "name"),
         ("notes", "notes"),
+        ("train.jsonl", "train"),
+        ("./data/train.jsonl", "data"),
+        ("gpt-4-0613.jsonl", "gpt-4-0613"),
+        ("claude-3-5-sonnet-20240620.jsonl", "claude-3-5-sonnet-20240620"),
+        ("checkpoint-500.jsonl", "checkpoint-500"),
+        ("step-1000/train.jsonl", "step-1000"),
+        ("gA/train-00000-of-00002-4746b8785c874cc7.parquet", "gA"),
+        ("hf://datasets/org/name@refs%2Fconvert%2Fparquet/default/train/0000.parquet", "name"),
+        ("default/train/0000.parquet", "train"),
+        ("gA/data/part-00000.parquet", "gA"),
+        ("gA/part-00000-5f2c-c000.snappy.parquet", "gA"),
+        ("gA/train-0.jsonl", "gA"),
+        ("gpt4/train.jsonl", "gpt4"),
+        ("gpt4/responses.jsonl.gz", "gpt4"),
     ],
 )
 def test_generator_names(label: str, name: str) -> None:
     assert generator_name(label) == name
+
+
+@pytest.mark.parametrize(
+    ("names", "generators"),
+    [
+        (["llama-000", "llama-001", "llama-002"], {"llama"}),
+        (["llama-001", "llama-002"], {"llama"}),
+        (["llama-001", "llama-003"], {"llama-001", "llama-003"}),
+        (["llama-1", "llama-2", "llama-3"], {"llama-1", "llama-2", "llama-3"}),
+        (["gpt-4-0613", "gpt-4-1106"], {"gpt-4-0613", "gpt-4-1106"}),
+        (["llama-000"], {"llama-000"}),
+    ],
+)
+def test_numbers_are_those_of_shards_where_they_make_a_series(names: list[str], generators: set[str]) -> None:
+    for name in names:
+        write(f"d/{name}.jsonl", b"{}")
+    assert {source.generator for source in find_sources("d")} == generators
+    # One that is named alone, as an extension does it, is called as it would be among the others.
+    assert {find_sources(f"d/{name}.jsonl")[0].generator for name in names} == generators
+
+
+def test_what_may_be_data_is_not_left_out_in_silence(hub: MemoryFileSystem) -> None:
+    for name in (
+        "a.jsonl",
+        "b.jsonl.bz2",
+        "c/x.csv",
+        "README",
+        "LICENSE.rst",
+        "notes.txt",
+        ".hidden.csv",
+        "state.json",
+    ):
+        write(f"d/{name}", b"{}")
+    assert find_inputs("d").left_out == ("d/b.jsonl.bz2", "d/c/x.csv")
+    assert find_inputs("d/*").left_out == ("d/b.jsonl.bz2", "d/c/x.csv")
+    assert find_inputs(["d/*.jsonl*", "d/b.jsonl.bz2"]).left_out == ()
+    assert find_inputs("d/a.jsonl").left_out == ()
+    hub.pipe("/datasets/org/name/x.csv", b"a,b")
+    assert find_inputs("hf://datasets/org/name", filesystem=hub).left_out == ("hf://datasets/org/name/x.csv",)
 
 
 # --- the hub, through a filesystem in memory

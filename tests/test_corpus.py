@@ -337,10 +337,123 @@ def test_a_directory_that_cannot_be_made() -> None:
         prepare("a.jsonl", "file")
 
 
-def test_no_rows_no_shards() -> None:
-    write("a.jsonl", b"")
-    summary = prepare("a.jsonl", "out")
-    assert (summary.n_rows, summary.shards, summary.files[0].is_empty) == (0, (), True)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "holds no response:\n  a.jsonl: the file holds no record"),
+        ("a.jsonl", lines([{"prompt": "a", "response": None}] * 3), r"holds no response:\n.*is null \(3 rows\)"),
+        ("a.csv", b"prompt,response\na,b\n", "a.csv: neither JSON lines, JSON, Parquet nor Arrow; convert it"),
+        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n"), "a.csv.gz: neither JSON lines"),
+        ("a.jsonl", '{"prompt": "a", "response": "b"}'.encode("utf-16"), "the text is UTF-16"),
+        ("a.jsonl", b"{broken\n" * 4, r"nothing in the corpus can be scored:\n  a.jsonl: line 1: .*\(4 rows\)"),
+        (
+            "a.jsonl",
+            lines([{"prompt": "a", "response": 1}, {"prompt": "a", "response": ""}]),
+            "is empty.*a number|number",
+        ),
+    ],
+)
+def test_a_corpus_that_cannot_be_scored_is_refused(name: str, content: bytes, message: str) -> None:
+    write(name, content)
+    with pytest.raises(CorpusError, match=message):
+        prepare(name, "out")
+    assert list(Path("out").iterdir()) == []
+    # One row that can be scored, and everything keeps its place.
+    write("good.jsonl", lines(pairs(1)))
+    summary = prepare([name, "good.jsonl"], "out")
+    assert summary.statuses["ok"] == 1
+    # An extension is a corpus like any other.
+    with pytest.raises(CorpusError, match=message):
+        prepare(name, "out", first_shard=len(summary.shards))
+    assert [path.name for path in Path("out").iterdir()] == [shard.name for shard in summary.shards]
+
+
+def test_a_summary_says_what_is_wrong_with_each_file() -> None:
+    write("d/a.jsonl", lines(pairs(2)))
+    write("d/b.jsonl", lines([{"question": "q", "x": 1}] * 3))
+    write("d/c.parquet", b"garbage" * 9)
+    write("d/e.jsonl", lines([{"prompt": "a", "response": i} for i in (5, None, None)]) + b"{\n[\n{}x\n")
+    write("d/f.jsonl", b"")
+    write("d/g.csv", b"a,b")
+    summary = prepare("d", "out")
+    problems = {file.label: file.problem for file in summary.files}
+    assert problems["d/a.jsonl"] == problems["d/e.jsonl"] == ""
+    assert "no known schema; closest: prompt + response: no response column" in problems["d/b.jsonl"]
+    assert "the Parquet file is truncated or damaged" in problems["d/c.parquet"]
+    assert problems["d/f.jsonl"] == "the file holds no record"
+    (reasons,) = (file.reasons for file in summary.files if file.label == "d/e.jsonl")
+    assert list(reasons.items())[:2] == [("response is null", 2), ("response is a number, not text", 1)]
+    assert len(reasons) == 5
+    assert summary.left_out == ("d/g.csv",)
+
+
+def test_reasons_are_few_whatever_the_rows_say() -> None:
+    records = [{"prompt": "a", "response": {f"{'k' * i}": 1}} for i in range(30)]
+    write("a.jsonl", lines(pairs(1) + records) + b"{broken\n" * 20)
+    (file,) = prepare("a.jsonl", "out").files
+    assert len(file.reasons) == 9
+    assert sum(file.reasons.values()) == 50
+    assert file.reasons["other"] >= 20
+
+
+def test_columns_that_come_late_in_any_container() -> None:
+    early = [{"prompt": f"p{i}", "response": "r", "generator": None} for i in range(99)]
+    records = [*early, {"prompt": "p", "response": "r", "generator": "g"}]
+    write("own.parquet", parquet(records))
+    assert prepare("own.parquet", "out").generators == {"own": 99, "g": 1}
+    write("own.jsonl", lines([*early, {"prompt": "p", "response": "r", "model": "m"}]))
+    assert prepare("own.jsonl", "out", overrides={"generator": "model"}).generators == {"own": 99, "m": 1}
+    with pytest.raises(SchemaError, match="no column `model`; columns found: prompt, response, generator"):
+        prepare("own.parquet", "out", overrides={"generator": "model"})
+
+
+@pytest.mark.parametrize(
+    ("document", "where"),
+    [
+        ({"data": [{"prompt": "a", "response": "b"}, 5, {"prompt": "c", "response": "d"}]}, "the list `data`: "),
+        (
+            {"version": "1", "train": [{"prompt": "a", "response": "b"}, {}, {"prompt": "c", "response": "d"}]},
+            "the list `train`: ",
+        ),
+        (
+            {
+                "features": [{"feature_idx": 0, "name": "prompt"}],
+                "rows": [
+                    {"row_idx": 0, "row": row}
+                    for row in ({"prompt": "a", "response": "b"}, {}, {"prompt": "c", "response": "d"})
+                ],
+            },
+            "the list `rows`: ",
+        ),
+        ({"prompt": ["a", None, "c"], "response": ["b", "x", "d"]}, "a table of columns: "),
+        ({"question": ["a", "x", "c"], "answer": ["b", None, "d"]}, "a table of columns: "),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_documents_that_hold_the_records(document: dict[str, Any], where: str, indent: int | None) -> None:
+    write("a.json", json.dumps(document, indent=indent).encode())
+    summary = prepare("a.json", "out")
+    first, bad, last = rows_of(summary)
+    assert [message.content for row in (first, last) for message in row.messages] == ["a", "b", "c", "d"]
+    assert bad.status in (Status.INVALID, Status.EMPTY)
+    (file,) = summary.files
+    assert file.mapping.startswith(where)
+    assert (file.n_records, file.n_rows) == (3, 3)
+
+
+def test_a_record_with_a_list_is_no_document() -> None:
+    write("a.json", json.dumps({"prompt": "a", "outputs": [{"instruction": "x", "output": "b"}]}).encode())
+    (row,) = rows_of(prepare("a.json", "out"))
+    assert [message.content for message in row.messages] == ["a", "b"]
+    write("b.json", json.dumps({"data": [{"x": "a", "y": "b"}]}).encode())
+    with pytest.raises(SchemaError, match=r"b.json, the list `data`, has no schema(.|\n)*Columns found: x, y"):
+        prepare("b.json", "out")
+    write(
+        "c.json",
+        json.dumps({"train": [{"prompt": "a", "response": "b"}], "test": [{"prompt": "a", "response": "b"}]}).encode(),
+    )
+    with pytest.raises(SchemaError, match="Columns found: train, test"):
+        prepare("c.json", "out")
 
 
 def test_progress_reaches_its_total() -> None:
@@ -392,6 +505,12 @@ def test_summary_survives_json() -> None:
     summary = prepare("d", "out", overrides=None)
     text = json.dumps(summary.to_json())
     assert CorpusSummary.from_json(json.loads(text)) == summary
+    # Runs from before these were kept.
+    older = json.loads(text)
+    del older["left_out"]
+    for file in older["files"]:
+        del file["problem"], file["reasons"]
+    assert CorpusSummary.from_json(older).fingerprint == summary.fingerprint
     assert json.loads(text)["fingerprint"] == summary.fingerprint
 
 
@@ -436,6 +555,20 @@ def test_inputs_are_compared_by_content() -> None:
     ]
     extension = prepare(difference.added, "out", first_shard=len(summary.shards))
     assert compare_inputs([summary, extension], "d").added == ()
+
+
+def test_the_same_files_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write(f"d/{name}.jsonl", lines(pairs(10, generator=name)))
+    summary = prepare("d", "out")
+    assert not compare_inputs(summary, str(tmp_path / "d"))
+    monkeypatch.chdir("d")
+    assert not compare_inputs(summary, ["b.jsonl", "a.jsonl"])
+    # Equal size is not equal content, and equal content under another name is another generator's.
+    write("x/a.jsonl", lines(pairs(10, generator="c")))
+    os.rename("b.jsonl", "y.jsonl")
+    difference = compare_inputs(summary, ["x/a.jsonl", "y.jsonl"])
+    assert (difference.added, difference.removed) == (("x/a.jsonl", "y.jsonl"), ("d/a.jsonl", "d/b.jsonl"))
 
 
 # --- memory

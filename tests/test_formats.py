@@ -59,6 +59,14 @@ def test_shape(shape: str) -> None:
             "prompt + chosen + rejected; system from column `system`; generator from columns `chosen_model`",
         ),
         (
+            {"instruction": "a", "context": "b", "response": "c", "category": "d", "id": "1", "n": 5, "x_score": "7"},
+            "instruction + context + response; generator from the file's name; not used: category",
+        ),
+        (
+            {"prompt": "a", "response": "b", "model": "m", "model_name": "n"} | {f"c{i}": "x" for i in range(8)},
+            "prompt + response; generator from column `model`; not used: model_name, c0, c1, c2, c3, c4 and 3 more",
+        ),
+        (
             {"instruction": "a", "m1": {"content": "b"}, "m2": {"content": "c"}},
             "instruction + struct per generator; generator from the names of 2 struct columns (m1, m2)",
         ),
@@ -76,6 +84,7 @@ def test_mapping_describes_itself(record: dict[str, Any], line: str) -> None:
     [
         *((name, "user") for name in ("human", "user", "Human", " USER ", "prompter")),
         *((name, "assistant") for name in ("gpt", "chatgpt", "bing", "bard", "assistant", "model", "GPT")),
+        *((name, "assistant") for name in ("ai", "bot", "Chatbot")),
         *((name, "tool") for name in ("tool", "function", "observation")),
         ("system", "system"),
         ("narrator", "narrator"),
@@ -115,6 +124,171 @@ def test_hh_keeps_every_turn() -> None:
 def test_prompt_only_messages_beside_a_response() -> None:
     (row,) = read({"messages": turns((USER, "a")), "response": "b"})
     assert plain(row) == [(USER, "a"), (ASSISTANT, "b")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": ["a", "b", "c", "d"], "source": "lima"},
+        {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}], "source": "capybara"},
+        {"messages": json.dumps(turns((USER, "a"), (ASSISTANT, "b"), (USER, "c"), (ASSISTANT, "d")))},
+        {
+            "messages": [
+                {**turn, "from": None, "value": None}
+                for turn in turns(*zip((USER, ASSISTANT) * 2, "abcd", strict=True))
+            ]
+        },
+        {
+            "messages": [
+                {"role": None, "content": None, "from": name, "value": text}
+                for name, text in zip(("human", "gpt") * 2, "abcd", strict=True)
+            ]
+        },
+    ],
+)
+def test_layouts_of_a_conversation(record: dict[str, Any]) -> None:
+    (row,) = read(record)
+    assert plain(row) == [(USER, "a"), (ASSISTANT, "b"), (USER, "c"), (ASSISTANT, "d")]
+
+
+def test_lists_of_texts_beside_a_response_are_no_conversation() -> None:
+    (row,) = read({"prompt": "a", "response": "b", "items": ["x", "y"]})
+    assert plain(row) == [(USER, "a"), (ASSISTANT, "b")]
+
+
+def test_numbered_responses_are_named_after_their_columns() -> None:
+    record = {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 1}
+    assert [(row.generator, plain(row)[-1][1]) for row in read(record)] == [("response_0", "b"), ("response_1", "c")]
+    sources = {"response_0_source": "m", "response_1_source": "n"}
+    assert [row.generator for row in read({**record, **sources})] == ["m", "n"]
+
+
+def test_column_names_in_any_case() -> None:
+    (row,) = read({"Instruction": "a", "Input": "b", "Output": "c", "Model": "m"})
+    assert (row.generator, plain(row)) == ("m", [(USER, "a\n\nb"), (ASSISTANT, "c")])
+
+
+# --- what the first records lack, and what is null
+
+
+@pytest.mark.parametrize("absent", [{}, {"model": None, "system": None, "input": None}])
+def test_optional_columns_that_come_late(absent: dict[str, Any]) -> None:
+    early = {"instruction": "a", "output": "b", **absent}
+    rows = read(*[early] * 100, {"instruction": "a", "output": "b", "model": "m", "system": "s", "input": "i"})
+    assert rows[99].generator == "unknown"
+    assert (rows[100].generator, plain(rows[100])[:2]) == ("m", [("system", "s"), (USER, "a\n\ni")])
+
+
+def test_sides_of_a_pair_whose_models_come_late() -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = read(*[pair] * 100, {**pair, "chosen_model": "m", "rejected_model": "n"})
+    assert [row.generator for row in rows[-4:]] == ["chosen", "rejected", "m", "n"]
+
+
+def test_each_record_names_its_generator_as_it_likes() -> None:
+    good = {"prompt": "a", "response": "b"}
+    names = [{"generator": "g"}, {"model": "m"}, {"generator": None, "model": "n"}, {"generator": " ", "model_id": 7}]
+    assert [row.generator for row in read(*({**good, **name} for name in names))] == ["g", "m", "n", "7"]
+    assert "column `generator`, else `model`" in detect([{**good, **name} for name in names]).describe()
+
+
+@pytest.mark.parametrize(("part", "name"), [("generator", "m"), ("input", "unknown"), ("system", "unknown")])
+def test_override_of_an_optional_column_that_comes_late(part: str, name: str) -> None:
+    early = {"prompt": "a", "response": "b"}
+    rows = read(*[early] * 70, {**early, "x": "m"}, overrides={part: "x"})
+    assert rows[0].generator == "unknown"
+    assert rows[70].generator == name
+    assert ("m" in str(plain(rows[70]))) == (part != "generator")
+    with pytest.raises(SchemaError, match="has no column `x`"):
+        detect([early], overrides={part: "x"}, more_columns=False)
+
+
+def test_an_override_that_has_found_nothing_yet_says_so() -> None:
+    described = detect([{"prompt": "a", "response": "b", "model": "m"}], overrides={"generator": "who"}).describe()
+    assert "generator from column `who` (nothing in the first records), else the file's name" in described
+
+
+def test_another_name_stands_in_for_a_null_response() -> None:
+    assert plain(read({"prompt": "a", "response": None, "output": "b"})[0])[-1] == (ASSISTANT, "b")
+    merged = [
+        {"prompt": "a", "response": "x", "output": None},
+        {"prompt": "a", "response": None, "output": "y"},
+        {"prompt": "a", "response": None, "output": None},
+    ]
+    assert [(plain(row)[-1][1], str(row.status)) for row in read(*merged)] == [("x", "ok"), ("y", "ok"), ("", "empty")]
+
+
+def test_a_reference_beside_responses_stands_in_for_none() -> None:
+    rows = read(
+        {"problem": "a", "generation": "b", "solution": "gold"},
+        {"problem": "a", "generation": None, "solution": "gold"},
+    )
+    assert [str(row.status) for row in rows] == ["ok", "empty"]
+
+
+def test_a_null_key_does_not_hide_its_sibling_in_a_completion() -> None:
+    (row,) = read({"prompt": "a", "completions": [{"model": "m", "response": None, "text": "b"}]})
+    assert plain(row)[-1] == (ASSISTANT, "b")
+
+
+def test_a_null_prompt_is_not_called_a_missing_column() -> None:
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for row in read(good, {**good, "prompt": None})[2:]:
+        assert row.status is Status.INVALID
+        assert "column" not in row.detail
+    row = read({"prompt": "a", "x": "b"}, {"prompt": None, "x": "b"}, overrides={"response": "x"})[1]
+    assert (row.status, row.detail) == (Status.INVALID, "column `prompt` is null")
+
+
+# --- several responses, and what only looks like them
+
+
+@pytest.mark.parametrize("name", ["answers", "outputs", "candidates", "responses"])
+@pytest.mark.parametrize("several", [["x", "y"], [{"text": "x"}, {"text": "y"}]])
+def test_lists_do_not_beat_a_response(name: str, several: list[Any]) -> None:
+    for record in (
+        {"prompt": "a", "response": "b", name: several},
+        {"prompt": "a", "output": "b", name: several},
+        {"prompt": "a", "messages": turns((USER, "a"), (ASSISTANT, "b")), name: several},
+    ):
+        (row,) = read(record)
+        assert plain(row)[-1] == (ASSISTANT, "b")
+    assert [plain(row)[-1][1] for row in read({"prompt": "a", name: several})] == ["x", "y"]
+
+
+def test_lists_of_objects_without_a_text_are_no_completions() -> None:
+    with pytest.raises(SchemaError):
+        read({"prompt": "a", "candidates": [{"id": 1}]})
+    assert [plain(row)[-1][1] for row in read({"prompt": "a", "outputs": [{"instruction": "x", "output": "b"}]})] == [
+        "b"
+    ]
+
+
+def test_a_pair_beats_generations_that_nobody_signed() -> None:
+    record = {
+        "system": "",
+        "input": "a",
+        "chosen": "b",
+        "rejected": "c",
+        "generations": ["c", "b"],
+        "order": ["x", "y"],
+    }
+    assert [(row.generator, plain(row)[-1][1]) for row in read(record)] == [("chosen", "b"), ("rejected", "c")]
+    rows = read({**record, "generation_models": ["m", "n"]})
+    assert [(row.generator, plain(row)[-1][1]) for row in rows] == [("m", "c"), ("n", "b")]
+
+
+@pytest.mark.parametrize(
+    "several", [{"generations": ["b", "c"]}, {"completions": [{"text": "b", "model": "x"}, {"text": "c"}]}]
+)
+def test_override_with_a_list_of_generators(several: dict[str, Any]) -> None:
+    record = {"prompt": "a", "who": ["m", "n"], **several}
+    long = {"prompt": "a", "who": ["m", "n", "o"], **several}
+    rows = read(record, long, overrides={"generator": "who"})
+    assert [row.generator for row in rows[:2]] == ["m", "n"]
+    assert {row.detail for row in rows[:2]} == {""}
+    assert {row.status for row in rows} == {Status.OK}
+    assert all("the generator column names 3" in row.detail and "has 2 responses" in row.detail for row in rows[2:])
 
 
 # --- rows that cannot be scored keep their place
@@ -268,6 +442,7 @@ def test_generator_column(value: object, name: str) -> None:
         ({"deep": {"dialogue": turns((USER, "a"), (ASSISTANT, "b"))}}, {"conversations": "deep.dialogue"}),
         ({"prompt": "a", "several": ["b"]}, {"generations": "several"}),
         ({"prompt": "a", "several": [{"text": "b"}]}, {"completions": "several"}),
+        ({"instruction": "a", "alt": [{"t": ["wrong", "b"]}]}, {"output": "alt[0].t[1]"}),
     ],
 )
 def test_overrides(record: dict[str, Any], overrides: dict[str, str]) -> None:

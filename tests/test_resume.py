@@ -102,8 +102,7 @@ def test_a_signal_keeps_the_pack_at_hand_and_the_rest_is_equal(tmp_path, corpus,
     prepare_small_units(directory, corpus, target_unit_chars=10_000_000)  # few units of many packs
     process = start(directory, model, "--token-budget", "256")
     while not (directory / "log.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
+        time.sleep(0.001)
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 130, output

@@ -162,6 +162,16 @@ def test_todays_date_is_pinned() -> None:
     assert "date pinned to 26 Jul 2024" in conversation.description
 
 
+def test_a_date_in_another_spelling_is_pinned_or_refused() -> None:
+    spelled = "{# strftime_now(x) #}{% if strftime_now is defined %}{{ strftime_now(format = '%Y') }}{% endif %}"
+    tokenizer = make_tokenizer("byte_level", spelled + CHATML)
+    (sequence,) = tokenize(tokenizer, row("Q", "A"))
+    assert tokenizer.decode(sequence.input_ids).startswith("2024")
+    for call in ("{{ strftime_now(form) }}", "{% set now = strftime_now %}{{ now('%Y') }}"):
+        with pytest.raises(TemplateError, match=r"cannot be pinned.*--template FILE"):
+            tokenize(make_tokenizer("byte_level", call + CHATML), row("Q", "A"))
+
+
 def test_a_response_that_quotes_what_the_template_leaves_out() -> None:
     """The prompt's own render is a prefix of the whole one by chance: nothing of the response may go missing."""
     tokenizer = make_tokenizer("byte_level", "{{ messages[-1]['content'] }}")

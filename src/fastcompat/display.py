@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -174,19 +175,55 @@ def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: 
             print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |")
 
 
+# Files with something to tell are shown up to this many.
+SHOWN_FILES = 5
+
+
 def show_corpus(summary: CorpusSummary, seconds: float) -> None:
-    """What was read and how it was understood."""
+    """What was read, how it was understood, and what was not."""
     mappings: dict[str, list[str]] = {}
     for file in summary.files:
-        mappings.setdefault(file.mapping, []).append(file.label)
+        if file.mapping:
+            mappings.setdefault(file.mapping, []).append(file.label)
     for mapping, labels in mappings.items():
         more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
-        say(f"{escape(labels[0])}{more}: {escape(mapping)}")
-    n_rows = sum(summary.statuses.values())
+        say(f"{escape(printable(labels[0]))}{more}: {escape(printable(mapping))}")
+    problems = [f"{file.label}: {file.problem}" for file in summary.files if file.problem]
+    for problem in problems[:SHOWN_FILES]:
+        say(f"[yellow]{escape(printable(problem))}[/]")
+    if len(problems) > SHOWN_FILES:
+        say(f"[yellow]and {len(problems) - SHOWN_FILES:,} more files with a problem[/]")
+    if summary.left_out:
+        names = ", ".join(map(printable, summary.left_out[:SHOWN_FILES]))
+        more = f" and {len(summary.left_out) - SHOWN_FILES:,} more" if len(summary.left_out) > SHOWN_FILES else ""
+        say(f"[yellow]left out: {escape(names)}{more} (endings that are not known)[/]")
+    for counted in _oddities(summary):
+        say(f"[yellow]{escape(printable(counted))}[/]")
     say(
-        f"{n_rows:,} responses of {len(summary.generators):,} generators from {len(summary.files):,} files, "
+        f"{counted_noun(sum(summary.statuses.values()), 'response')} of "
+        f"{counted_noun(len(summary.generators), 'generator')} from {counted_noun(len(summary.files), 'file')}, "
         f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
     )
+
+
+def _oddities(summary: CorpusSummary) -> Iterator[str]:
+    """What was counted on the way: unknown roles, turns after the last answer, records of another shape."""
+    roles: Counter[str] = Counter()
+    for file in summary.files:
+        roles.update(file.unknown_roles)
+    if roles:
+        yield f"unknown roles, kept: {', '.join(f'{role} {count:,}' for role, count in roles.most_common(8))}"
+    dropped = sum(file.dropped_turns for file in summary.files)
+    if dropped:
+        yield f"{counted_noun(dropped, 'turn')} after the last assistant's left out"
+    others = sum(sum(file.other_shapes.values()) for file in summary.files)
+    if others:
+        yield f"{counted_noun(others, 'record')} of another shape than the rest of the file, read by that shape"
+
+
+def counted_noun(count: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def say(text: str) -> None:

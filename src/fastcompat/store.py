@@ -167,11 +167,11 @@ class Run:
         directory = self.directory / "scores" / name
         path = directory / "scorer.json"
         if not path.exists():
+            record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
-            record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
             write_json(path, record)
         _remove_abandoned(directory)
         store = ScorerStore(directory=directory, record=_read_record(path))

@@ -68,7 +68,10 @@ BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "
 # Llama-3.2's, Mistral's and others' templates print today's date. A run that is resumed tomorrow must give the same
 # ids, so the date is that which Llama-3's own template falls back to.
 PINNED_DATE = datetime(2024, 7, 26)
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+# What is left of them after that, other than the question whether there is such a function.
+_OTHER_DATE = re.compile(r"\bstrftime_now\b(?!\s+is\s)")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # transformers records the blocks in the compiled template, which all of a process share.
 _RECORDING_BLOCKS = Lock()
@@ -137,8 +140,8 @@ class ChatTemplate:
     """A compiled chat template.
 
     `variables` are the names that a template can use beside the messages (`bos_token`, `eos_token`, ...);
-    `special_tokens` the strings among which a turn's end marker is looked for. Raises `TemplateError`, with the line,
-    where `source` is not valid Jinja.
+    `special_tokens` the strings among which a turn's end marker is looked for. Raises `TemplateError` where `source` is
+    not valid Jinja, with the line, or where today's date in it cannot be pinned.
     """
 
     def __init__(
@@ -148,6 +151,12 @@ class ChatTemplate:
 
         self.source, n_dates = _DATE_CALL.subn(_pinned_date, source)
         self.description = description
+        if _OTHER_DATE.search(_COMMENT.sub("", self.source)):
+            raise TemplateError(
+                f"{description}: it prints today's date in a way that cannot be pinned, so that a run resumed tomorrow "
+                "would differ; copy the template to a file, write a date in the place of strftime_now(...), and give "
+                "that with --template FILE"
+            )
         if n_dates:
             self.description += f", its date pinned to {PINNED_DATE:%d %b %Y}"
         self._variables = dict(variables)

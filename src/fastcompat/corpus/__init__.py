@@ -1,9 +1,10 @@
 """From files of responses to normalised rows. The way of a row, one module a step:
 
-    sources       what a user names -> the files behind it
+    sources       what a user names -> the files behind it (filenames: what their names say)
     containers    a file -> its records (bytestream: compressed and cut-off bytes; jsonrecords: JSON and JSON lines)
     detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape)
     formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages)
+    reading       a file -> its rows (documents: a JSON document that holds the records somewhere inside)
     preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made)
 
 A record that cannot be read becomes a row with the reason (`response.Status`), never an exception and never nothing.

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcompat.corpus.bytestream import BLOCK_BYTES, ByteStream
+from fastcompat.corpus.filenames import has_known_suffix
 from fastcompat.corpus.jsonrecords import document_records, is_document, line_records
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
-from fastcompat.corpus.sources import JSON_SUFFIXES, Source
+from fastcompat.corpus.sources import Source
 
 # What pyarrow raises for damaged files: ArrowInvalid is a ValueError, ArrowIOError an OSError.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, EOFError)
@@ -133,7 +135,8 @@ def _not_json(head: bytes, name: str, compression: str) -> str:
         return ""
     if b"\0" in head[:1024]:
         return "binary data of no known container"
-    if name.endswith((*JSON_SUFFIXES, ".gz", ".zst", ".zstd")):
+    # JSON lines may begin with a broken one.
+    if has_known_suffix(PurePath(name).name) or (compression and PurePath(name).suffixes in ([".gz"], [".zst"])):
         return ""
     return "neither JSON lines, JSON, Parquet nor Arrow; convert it to JSON lines"
 

@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as AbstractMapping
 
-from fastcompat.corpus.detection import Mapping, Overrides, detect, parse_overrides
+from fastcompat.corpus.detection import detect
+from fastcompat.corpus.mapping import Mapping, Overrides, parse_overrides
 from fastcompat.corpus.records import Broken, Record, Unreadable
 from fastcompat.corpus.sample import form_of
 from fastcompat.corpus.shapes import MissingColumnError, Read
@@ -37,22 +38,33 @@ _REMEMBERED_SHAPES = 1024
 
 
 class RecordReader:
-    """Reads the records of one file. `mapping` is None where no known shape fits; `error` then says why."""
+    """Reads the records of one file. `mapping` is None where no known shape fits; `error` and, in short, `problem`
+    then say why. `more_columns` is False where later records cannot have columns that the sample lacks.
+    """
 
     def __init__(
-        self, sample: Sequence[Record], *, overrides: Overrides | None = None, label: str = "the records"
+        self,
+        sample: Sequence[Record],
+        *,
+        overrides: Overrides | None = None,
+        label: str = "the records",
+        more_columns: bool = True,
     ) -> None:
         self.tally = Tally()
         self.mapping: Mapping | None = None
         self.error: SchemaError | None = None
+        self.problem = ""
         self._overrides = overrides
         self._alone: dict[object, Read | None] = {}
         self._read: Read = self._read_unmapped
         try:
-            self.mapping = detect(sample, overrides=overrides, label=label)
+            self.mapping = detect(sample, overrides=overrides, label=label, more_columns=more_columns)
             self._read = self.mapping.reader()
         except SchemaError as error:
             self.error = error
+            # The closest shape's lack stands on the line after "Shapes tried".
+            first, *rest = str(error).splitlines()
+            self.problem = f"no known schema; closest: {rest[1].strip()}" if len(rest) > 1 else first
 
     def read(self, record: object) -> list[Reading]:
         """One reading for each response of the record, at least one."""
@@ -75,11 +87,8 @@ class RecordReader:
         return readings
 
     def _read_unmapped(self, record: Record, tally: Tally) -> list[Reading]:
-        # The closest shape's lack stands on the line after "Shapes tried".
-        lines = str(self.error).splitlines()
-        detail = lines[2].strip() if len(lines) > 2 else lines[0]
         found = ", ".join(map(str, list(record)[:12])) or "none"
-        raise MissingColumnError("", invalid(f"no known schema; closest: {detail}; this record has: {found}"))
+        raise MissingColumnError("", invalid(f"{self.problem}; this record has: {found}"))
 
     def _read_alone(self, record: Record, otherwise: Reading) -> list[Reading]:
         filled = {name: value for name, value in record.items() if value is not None}
@@ -87,10 +96,7 @@ class RecordReader:
         if key not in self._alone:
             if len(self._alone) >= _REMEMBERED_SHAPES:
                 self._alone.clear()
-            try:
-                self._alone[key] = detect([filled], overrides=self._overrides).reader()
-            except SchemaError:
-                self._alone[key] = None
+            self._alone[key] = self._reader_of(filled)
         read = self._alone[key]
         if read is None:
             return [otherwise]
@@ -100,6 +106,17 @@ class RecordReader:
             return [otherwise]
         self.tally.other_shapes[", ".join(sorted(map(str, filled)))] += 1
         return readings
+
+    def _reader_of(self, record: Record) -> Read | None:
+        try:
+            mapping = detect([record], overrides=self._overrides)
+        except SchemaError:
+            return None
+        # A response that an override names may stand without a prompt, but not where the prompt is only null.
+        if self.mapping and self.mapping.shape == mapping.shape == "prompt + response":
+            lost = self.mapping.columns.keys() - mapping.columns.keys()
+            return None if "prompt" in lost else mapping.reader()
+        return mapping.reader()
 
 
 def take_sample(records: Iterable[object]) -> tuple[list[Record], Iterator[object]]:

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import pyarrow.parquet as pq
 
-from fastcompat.corpus.containers import SourceReader
-from fastcompat.corpus.formats import SAMPLE_RECORDS, Overrides, RecordReader
+from fastcompat.corpus.formats import Overrides
 from fastcompat.corpus.partition import Partition, writing
-from fastcompat.corpus.records import Broken, Record, Unreadable
-from fastcompat.corpus.sources import Source, find_sources
+from fastcompat.corpus.reading import SourceRows
+from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
 from fastcompat.errors import CorpusError, SchemaError
 from fastcompat.response import ROW_SCHEMA, Message, Response, Status, prompt_id
@@ -33,8 +32,6 @@ _TEMPORARY = ".partition"
 _SHARD_NAME = re.compile(r"shard-(\d+)\.parquet")
 _MAX_BUCKETS = 1024
 _STAGE_BYTES = 48 << 20
-# Where records are large or broken, the mapping is chosen from what this many batches hold.
-_SAMPLE_BATCHES = 4
 # Text against bytes on disk, roughly; it only decides the number of buckets.
 _EXPANSION = {".gz": 4, ".zst": 4, ".zstd": 4, ".parquet": 3, ".pq": 3}
 
@@ -76,10 +73,11 @@ def prepare(
     Shards appear by rename once all are written; those of this number or higher that a killed preparation left are
     replaced. `filesystem` is an fsspec filesystem for hf:// inputs.
 
-    Raises CorpusError (no such input, with `strict` the first row that cannot be read), SchemaError (no file has a
-    known schema), UsageError (an override of nothing), RunError (the directory cannot be written).
+    Raises CorpusError (no such input, no row that can be scored, with `strict` the first row that cannot be read),
+    SchemaError (no file has a known schema), UsageError (an override of nothing), RunError (the directory cannot be
+    written).
     """
-    sources = find_sources(inputs, filesystem=filesystem)
+    sources, left_out = find_inputs(inputs, filesystem=filesystem)
     directory = Path(directory)
     temporary = directory / _TEMPORARY
     report = on_progress or (lambda progress: None)
@@ -90,6 +88,7 @@ def prepare(
         n_buckets = _number_of_buckets(sources, target_shard_bytes)
         partition = Partition(temporary, n_buckets=n_buckets, stage_bytes=_STAGE_BYTES)
         files, generators = _read(sources, partition, overrides, strict, report)
+        _check_scorable(files)
         labels = [source.label for source in sources]
         partition.finish()
         shards = _write_shards(partition, labels, first_shard, target_unit_chars, max_unit_rows, report)
@@ -98,7 +97,11 @@ def prepare(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return CorpusSummary(
-        files=tuple(files), shards=tuple(shards), generators=generators, overrides=dict(overrides or {})
+        files=tuple(files),
+        shards=tuple(shards),
+        generators=generators,
+        overrides=dict(overrides or {}),
+        left_out=left_out,
     )
 
 
@@ -107,7 +110,7 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
     known = False
     sources = find_sources(inputs, filesystem=filesystem)
     for number, source in enumerate(sources):
-        rows = _SourceRows(source, overrides)
+        rows = SourceRows(source, overrides)
         for row_index, readings, _ in rows:
             if not known:
                 known = _check_schema(rows, sources[number + 1 :], overrides)
@@ -126,52 +129,6 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
 # --- the first pass
 
 
-class _SourceRows:
-    """The readings of a file's records with their row index, and what is to be said about the file afterwards."""
-
-    def __init__(self, source: Source, overrides: Overrides | None) -> None:
-        self._source = source
-        self._overrides = overrides
-        self.container = SourceReader(source)
-        self.reader: RecordReader | None = None
-        self.n_records = 0
-        self.n_valid = 0
-
-    def __iter__(self) -> Iterator[tuple[int, list[Any], int]]:
-        held: list[tuple[list[Record | Broken | Unreadable], int]] = []
-        sample: list[Record] = []
-        for records, position in self.container:
-            if self.reader is None:
-                held.append((records, position))
-                sample.extend(record for record in records if type(record) is dict)
-                if len(sample) < SAMPLE_RECORDS and len(held) < _SAMPLE_BATCHES:
-                    continue
-                yield from self._read_held(sample, held)
-                held, sample = [], []
-            else:
-                yield from self._readings(records, position)
-        if self.reader is None:
-            yield from self._read_held(sample, held)
-
-    def _read_held(
-        self, sample: list[Record], held: list[tuple[list[Record | Broken | Unreadable], int]]
-    ) -> Iterator[tuple[int, list[Any], int]]:
-        self.reader = RecordReader(sample[:SAMPLE_RECORDS], overrides=self._overrides, label=self._source.label)
-        self.n_valid = len(sample)
-        for records, position in held:
-            yield from self._readings(records, position)
-
-    def _readings(
-        self, records: list[Record | Broken | Unreadable], position: int
-    ) -> Iterator[tuple[int, list[Any], int]]:
-        assert self.reader is not None
-        read = self.reader.read
-        for record in records:
-            yield self.n_records, read(record), position
-            if type(record) is not Unreadable:
-                self.n_records += 1
-
-
 def _read(
     sources: list[Source], partition: Partition, overrides: Overrides | None, strict: bool, report: OnProgress
 ) -> tuple[list[FileSummary], dict[str, int]]:
@@ -181,8 +138,7 @@ def _read(
     total = sum(source.size for source in sources)
     done = 0
     for number, source in enumerate(sources):
-        rows = _SourceRows(source, overrides)
-        statuses: Counter[Status] = Counter()
+        rows = SourceRows(source, overrides)
         reported = -1
         last_prompt: tuple[Message, ...] | None = None
         last_id = ""
@@ -202,34 +158,14 @@ def _read(
                     last_prompt, last_id = prompt, prompt_id(prompt)
                 generator = generator or source.generator
                 partition.add(last_id, number, row_index, response_index, generator, messages, status, detail)
-                statuses[status] += 1
                 generators[generator] += 1
-        reader = rows.reader
-        assert reader is not None
         done += source.size
-        sha256 = rows.container.sha256()
-        rows.container.close()
-        files.append(
-            FileSummary(
-                label=source.label,
-                size=source.size,
-                mtime_ns=source.mtime_ns,
-                sha256=sha256,
-                oid=source.oid,
-                container=rows.container.container,
-                mapping=reader.mapping.describe() if reader.mapping else "",
-                n_records=rows.n_records,
-                n_rows=statuses.total(),
-                statuses={str(status): count for status, count in sorted(statuses.items())},
-                dropped_turns=reader.tally.dropped_turns,
-                unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
-                other_shapes=dict(sorted(reader.tally.other_shapes.items())),
-            )
-        )
+        files.append(rows.summary())
+        rows.close()
     return files, dict(sorted(generators.items()))
 
 
-def _check_schema(rows: _SourceRows, others: list[Source], overrides: Overrides | None) -> bool:
+def _check_schema(rows: SourceRows, others: list[Source], overrides: Overrides | None) -> bool:
     """Whether some file has a known schema; asked at the first file's first row, so that a hopeless corpus ends soon.
 
     Raises the first file's SchemaError where neither it nor any other has one.
@@ -240,13 +176,29 @@ def _check_schema(rows: _SourceRows, others: list[Source], overrides: Overrides 
     if rows.reader.error is None or not rows.n_valid:
         return False
     for source in others:
-        other = _SourceRows(source, overrides)
+        other = SourceRows(source, overrides)
         next(iter(other), None)
-        other.container.close()
+        other.close()
         if other.reader is not None and other.reader.mapping is not None:
             return True
     more = f"\n({len(others)} more files have none either.)" if others else ""
     raise SchemaError(f"{rows.reader.error}{more}")
+
+
+def _check_scorable(files: list[FileSummary]) -> None:
+    """Raises CorpusError, with the most frequent reasons, where not one row of all files can be scored."""
+    statuses = {status for file in files for status in file.statuses}
+    if Status.OK in statuses:
+        return
+    shown = [f"  {file.label}: {_reasons(file)}" for file in files[:8]]
+    more = [f"  and {len(files) - 8:,} more files"] if len(files) > 8 else []
+    what = "the corpus holds no response" if statuses <= {Status.EMPTY} else "nothing in the corpus can be scored"
+    raise CorpusError("\n".join([f"{what}:", *shown, *more]))
+
+
+def _reasons(file: FileSummary) -> str:
+    reasons = [f"{reason} ({count:,} row{'s' if count > 1 else ''})" for reason, count in file.reasons.items()]
+    return "; ".join(reasons[:3]) or file.problem
 
 
 def _stop(source: Source, row_index: int, detail: str) -> NoReturn:

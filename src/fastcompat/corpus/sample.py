@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
 from fastcompat.corpus.records import Record
-from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, looks_like_turns
+from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, filled_key, looks_like_turns, unrolled
 
 # Names under which the parts of a record go, the likeliest first.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "user", "inputs", "input")
@@ -21,23 +22,41 @@ RESPONSES = (
         "generated_text",
         "model_output",
         "reply",
-        "solution",
     ),
     *("solution", "assistant", "targets"),
 )
+# What a task in words is about; Dolly calls it `context`.
+INPUTS = ("input", "context")
+TASKS = ("instruction", "question", "prompt")
 SYSTEMS = ("system", "system_prompt", "system_message")
 GENERATORS = (
     *("generator", "model", "model_name", "generation_model", "source_model", "generator_model", "response_model"),
     *("generator_name", "model_id"),
 )
 GENERATOR_LISTS = ("generation_models", "generators", "models", "model_names", *GENERATORS)
-COMPLETIONS = ("completions", "responses", "answers", "generations", "candidates", "outputs")
-GENERATIONS = ("generations", "responses", "completions", "outputs", "answers", "candidates")
+COMPLETIONS = ("completions", "generations")
+GENERATIONS = ("generations", "completions")
+# Several responses only where nothing plainer is there: beside a response these are references or choices.
+FALLBACKS = ("responses", "candidates", "outputs", "answers")
 CONVERSATIONS = ("conversations", "conversation", "dialogue", "dialog", "chat", "items")
-PREFERENCES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("accepted", "rejected"))
+PREFERENCES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("accepted", "rejected"),
+    ("response_0", "response_1"),
+)
 # Keys of one completion, besides those of RESPONSES.
 COMPLETION_TEXTS = ("response", "content", "text", *RESPONSES[1:])
 NOT_GENERATORS = frozenset((*PROMPTS, *RESPONSES, *SYSTEMS, *GENERATORS, "metadata", "meta", "message"))
+
+
+# Names of columns that are no text for a response, whatever type they have.
+_BOOKKEEPING = re.compile(
+    r"(.*[-_ ])?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha\d*|urls?|time|timestamp|date|created_at|version"
+    r"|scores?|ratings?|rewards?)",
+    re.IGNORECASE,
+)
+_POSITION = re.compile(r"\[(-?\d+)\]")
 
 
 class Sample:
@@ -46,23 +65,35 @@ class Sample:
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = records
         self.names = list(dict.fromkeys(name for record in records for name in record))
+        self._by_lower_case = {str(name).lower(): name for name in reversed(self.names)}
         self._forms: dict[str, set[str]] = {}
+
+    def spelled(self, path: str) -> str:
+        """The path as the records spell it, whose columns may be upper case."""
+        head, dot, rest = path.partition(".")
+        if path in self.names or head in self.names:
+            return path
+        return f"{self._by_lower_case.get(head.lower(), head)}{dot}{rest}"
 
     def has(self, path: str) -> bool:
         """Whether any record has the column."""
         return bool(self.forms(path))
 
+    def values(self, path: str) -> list[Any]:
+        """Those of the records that have the column."""
+        get = getter(self.spelled(path))
+        found = []
+        for record in self._records:
+            try:
+                found.append(get(record))
+            except KeyError:
+                continue
+        return found
+
     def forms(self, path: str) -> set[str]:
         """Of the column's values: "text", "turns", "texts", "objects", "object", "null", "list", "other"."""
         if path not in self._forms:
-            get = getter(path)
-            forms = set()
-            for record in self._records:
-                try:
-                    forms.add(form_of(get(record)))
-                except KeyError:
-                    continue
-            self._forms[path] = forms
+            self._forms[path] = {form_of(value) for value in self.values(path)}
         return self._forms[path]
 
     def first(self, names: Sequence[str], forms: set[str]) -> str | None:
@@ -72,14 +103,49 @@ class Sample:
         nulls = [name for name in present if self.forms(name) <= {"null", "list", "other"}]
         return next(iter(usable or nulls), None)
 
-    def answered(self, path: str) -> bool:
-        """Whether any conversation in the column has an assistant turn."""
-        get = getter(path)
+    def may_hold(self, path: str, forms: set[str]) -> bool:
+        """Whether the column has values of these forms, or none so far: later records may bring them."""
+        return bool(self.forms(path) & forms) or self.forms(path) <= {"null"}
+
+    def told(self, paths: Sequence[str], tells: Callable[[Any], object]) -> tuple[str, ...]:
+        """Those of `paths` that are the first with a value, as `tells` has it, in some record."""
+        getters = [(path, getter(path)) for path in paths]
+        found = set()
+        for record in self._records:
+            for path, get in getters:
+                try:
+                    value = get(record)
+                except KeyError:
+                    continue
+                if value is not None and tells(value) is not None:
+                    found.add(path)
+                    break
+        return tuple(path for path in paths if path in found)
+
+    def together(self, one: str, other: str) -> bool:
+        """Whether some record has a value in both columns."""
+        first, second = getter(self.spelled(one)), getter(self.spelled(other))
         for record in self._records:
             try:
-                value = get(record)
+                if first(record) is not None and second(record) is not None:
+                    return True
             except KeyError:
                 continue
+        return False
+
+    def unused(self, used: Sequence[str]) -> tuple[str, ...]:
+        """Columns of text, objects or lists of them that are none of `used`; not those that are plain bookkeeping."""
+        roots = {path if path in self.names else path.partition(".")[0].partition("[")[0] for path in used}
+        forms = {"text", "turns", "texts", "parts", "objects", "object"}
+        return tuple(
+            str(name)
+            for name in self.names
+            if name not in roots and not _BOOKKEEPING.fullmatch(str(name)) and self.forms(str(name)) & forms
+        )
+
+    def answered(self, path: str) -> bool:
+        """Whether any conversation in the column has an assistant turn."""
+        for value in self.values(path):
             roles = value if isinstance(value, list) else [value]
             for turn in roles:
                 role = next((turn[key] for key in ROLE_KEYS if key in turn), None) if isinstance(turn, dict) else None
@@ -88,18 +154,28 @@ class Sample:
                     return True
         return False
 
+    def unrolls(self, path: str) -> bool:
+        """Whether the column holds conversations that are not lists of turns with a role each."""
+        return any(unrolled(value) is not None for value in self.values(path))
+
+    def has_keys(self, path: str, keys: Sequence[str]) -> bool:
+        """Whether any object in the column's lists has one of the keys."""
+        for value in self.values(path):
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, dict) and not item.keys().isdisjoint(keys) for item in items):
+                return True
+        return False
+
     def turn_keys(self, path: str) -> str:
         """How the column's turns name role and text: "role/content", "from/value", ..."""
-        get = getter(path)
-        for record in self._records:
-            try:
-                value = get(record)
-            except KeyError:
-                continue
+        for value in self.values(path):
             turn = value[0] if isinstance(value, list) and value else value
             if isinstance(turn, dict):
-                keys = [next((key for key in names if key in turn), "?") for names in (ROLE_KEYS, CONTENT_KEYS)]
-                return "/".join(keys)
+                if "input" in turn and "output" in turn:
+                    return "input/output"
+                return "/".join(filled_key(turn, names) or "?" for names in (ROLE_KEYS, CONTENT_KEYS))
+            if isinstance(turn, str) and isinstance(value, list):
+                return "user and assistant by turns"
         return "role/content"
 
     def structs(self) -> tuple[str, ...]:
@@ -120,8 +196,8 @@ class Sample:
 
 
 def getter(path: str) -> Callable[[Record], Any]:
-    """Reads a column, or a value inside one: keys and list positions joined by dots. Raises KeyError where absent."""
-    parts = path.split(".")
+    """Reads a column, or a value inside one, as in `a.b.0.c` or `a.b[0].c`. Raises KeyError where absent."""
+    parts = _POSITION.sub(r".\1", path).split(".")
     if len(parts) == 1:
         return itemgetter(path)
 

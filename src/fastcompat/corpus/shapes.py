@@ -6,6 +6,7 @@ function that turns one record into one `Reading` for each response inside.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from fastcompat.corpus.turns import (
     answer,
     conversation,
     empty,
+    filled_key,
     hh_turns,
     invalid,
     kind_of,
@@ -27,8 +29,13 @@ from fastcompat.corpus.turns import (
 )
 from fastcompat.response import Message
 
-Columns: TypeAlias = dict[str, str]
+# A part's columns, the likeliest first: the first that has a value in a record is read. A file's first records need
+# not have them all, since later ones may.
+Columns: TypeAlias = dict[str, tuple[str, ...]]
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]
+
+
+_NUMBERED = re.compile(r"_\d$")
 
 
 class MissingColumnError(Exception):
@@ -42,44 +49,65 @@ class MissingColumnError(Exception):
 # --- parts that several shapes share
 
 
-def _nothing(record: Record) -> None:
-    return None
-
-
-def _optional(columns: Columns, field: str) -> Callable[[Record], Any]:
-    if field not in columns:
-        return _nothing
-    get = getter(columns[field])
-
-    def read(record: Record) -> Any:
-        try:
-            return get(record)
-        except KeyError:
-            return None
-
-    return read
-
-
-def _required(columns: Columns, field: str) -> Callable[[Record], Any]:
-    path = columns[field]
-    get = getter(path)
-
-    def read(record: Record) -> Any:
-        try:
-            return get(record)
-        except KeyError:
-            shown = ", ".join(map(str, list(record)[:12])) or "none"
-            detail = storable(f"column `{path}` is missing; this record has: {shown}")
-            raise MissingColumnError(path, invalid(detail)) from None
-
-    return read
-
-
-def _named(value: object) -> str | None:
+def named(value: object) -> str | None:
     """A generator's name; None where the value names none."""
     if isinstance(value, str):
         return value if value.strip() else None
     return None if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _nothing(record: Record) -> None:
+    return None
+
+
+def _optional(columns: Columns, part: str, tells: Callable[[Any], Any] | None = None) -> Callable[[Record], Any]:
+    """The first value in the part's columns that is not null, nor is what `tells` makes of it; else None."""
+    paths = columns.get(part, ())
+    if not paths:
+        return _nothing
+    if len(paths) == 1:
+        get = getter(paths[0])
+
+        def read_one(record: Record) -> Any:
+            try:
+                value = get(record)
+            except KeyError:
+                return None
+            return tells(value) if tells else value
+
+        return read_one
+    # Several are names of columns, never paths. Most records have none of them: one call tells.
+    names = frozenset(paths)
+
+    def read(record: Record) -> Any:
+        if names.isdisjoint(record):
+            return None
+        for name in paths:
+            value = record.get(name)
+            if value is not None and tells:
+                value = tells(value)
+            if value is not None:
+                return value
+        return None
+
+    return read
+
+
+def _required(columns: Columns, part: str) -> Callable[[Record], Any]:
+    path, *others = columns[part]
+    get = getter(path)
+    instead = _optional({part: tuple(others)}, part)
+
+    def read(record: Record) -> Any:
+        try:
+            value = get(record)
+        except KeyError:
+            shown = ", ".join(map(str, list(record)[:12])) or "none"
+            detail = storable(f"column `{path}` is missing; this record has: {shown}")
+            raise MissingColumnError(path, invalid(detail)) from None
+        return instead(record) if value is None else value
+
+    return read
 
 
 def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]:
@@ -89,7 +117,7 @@ def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]
     if "prompt" not in columns:
         return lambda record, tally: _system_turn(system_of(record))
     value_of = _required(columns, "prompt")
-    place = columns["prompt"]
+    place = columns["prompt"][0]
     has_system = "system" in columns
     has_input = "input" in columns
 
@@ -101,7 +129,7 @@ def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]
         if has_input:
             context = input_of(record)
             if context is not None and not isinstance(context, str):
-                raise UnfitError(f"{columns['input']} is {kind_of(context)}, not text")
+                raise UnfitError(f"{columns['input'][0]} is {kind_of(context)}, not text")
             if context and not context.isspace():
                 messages[-1] = Message(messages[-1].role, f"{messages[-1].content}\n\n{context}")
         if has_system and (not messages or messages[0].role != "system"):
@@ -127,12 +155,12 @@ def read_turns(columns: Columns) -> Read:
     field = "messages" if "messages" in columns else "conversations"
     turns_in = _required(columns, field)
     system_of = _optional(columns, "system")
-    generator_of = _optional(columns, "generator")
-    place = columns[field]
+    generator_of = _optional(columns, "generator", named)
+    place = columns[field][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
         value = turns_in(record)
-        generator = _named(generator_of(record))
+        generator = generator_of(record)
         if value is None:
             raise MissingColumnError(place, empty([], generator, f"{place} is null"))
         try:
@@ -150,12 +178,12 @@ def read_pair(columns: Columns) -> Read:
     """One prompt and one response."""
     prompt_in = _prompt_reader(columns)
     response_in = _required(columns, "response")
-    generator_of = _optional(columns, "generator")
-    place = columns["response"]
+    generator_of = _optional(columns, "generator", named)
+    place = columns["response"][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
         value = response_in(record)
-        generator = _named(generator_of(record))
+        generator = generator_of(record)
         try:
             prompt = prompt_in(record, tally)
         except UnfitError as error:
@@ -167,18 +195,20 @@ def read_pair(columns: Columns) -> Read:
     return read
 
 
-def _read_several(
-    columns: Columns, field: str, each: Callable[[Record, list[Any]], list[tuple[Any, object, str]]]
-) -> Read:
-    """Several responses per record: `each` gives (response, generator, place) of every one."""
+def _read_several(columns: Columns, part: str, each: Callable[[list[Any]], list[tuple[Any, object, str]]]) -> Read:
+    """Several responses per record: `each` gives (response, its own generator, place) of every one.
+
+    The generator column names one for all, or is a list with one for each.
+    """
     prompt_in = _prompt_reader(columns)
-    list_in = _required(columns, field)
-    generator_of = _optional(columns, "generator")
-    column = columns[field]
+    list_in = _required(columns, part)
+    generators_of = _optional(columns, "generator")
+    column = columns[part][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
         values = list_in(record)
-        own = _named(generator_of(record))
+        told = generators_of(record)
+        own = named(told)
         if values is None:
             raise MissingColumnError(column, empty([], own, f"{column} is null"))
         if isinstance(values, dict):
@@ -193,15 +223,21 @@ def _read_several(
             prompt, flaw = [], str(error)
         if not values:
             return [empty(prompt, own, f"{column} is an empty list")]
+        names = told if isinstance(told, list) and told else [own] * len(values)
+        unnamed = ""
+        if len(names) != len(values):
+            unnamed = f"the generator column names {len(names)}, but {column} has {len(values)} responses"
+            names = [None] * len(values)
         readings = []
-        for value, generator, place in each(record, values):
-            name = _named(generator) or own
+        for (value, generator, place), name_beside in zip(each(values), names, strict=True):
+            name = named(name_beside) or named(generator)
             if flaw:
                 readings.append(invalid(flaw, name))
             elif isinstance(value, UnfitError):
                 readings.append(invalid(str(value), name, prompt))
             else:
-                readings.append(answer(prompt, value, name, place, tally))
+                reading = answer(prompt, value, name, place, tally)
+                readings.append(reading._replace(detail=unnamed) if unnamed and not reading.detail else reading)
         return readings
 
     return read
@@ -209,19 +245,18 @@ def _read_several(
 
 def read_completions(columns: Columns) -> Read:
     """UltraFeedback: `completions` of {model, response, ...}, one row each."""
-    column = columns["completions"]
+    column = columns["completions"][0]
 
-    def each(record: Record, values: list[Any]) -> list[tuple[Any, object, str]]:
+    def each(values: list[Any]) -> list[tuple[Any, object, str]]:
         found: list[tuple[Any, object, str]] = []
         for index, item in enumerate(values):
             place = f"{column}[{index}]"
             if not isinstance(item, dict):
                 found.append((UnfitError(f"{place} is {kind_of(item)}, not an object with a response"), None, place))
                 continue
-            key = next((name for name in COMPLETION_TEXTS if name in item), None)
+            key = filled_key(item, COMPLETION_TEXTS)
             lack = UnfitError(f"{place} has no response; its keys are {', '.join(map(str, item))}")
-            # An override names the generator of every row of the record.
-            model = None if "generator" in columns else next((item[n] for n in GENERATORS if item.get(n)), None)
+            model = next((item[name] for name in GENERATORS if item.get(name)), None)
             found.append((lack if key is None else item[key], model, f"{place}.{key}"))
         return found
 
@@ -230,17 +265,10 @@ def read_completions(columns: Columns) -> Read:
 
 def read_generations(columns: Columns) -> Read:
     """distilabel: `generations`, a list of texts, and beside it a list of their models."""
-    column = columns["generations"]
-    models_of = _optional(columns, "generators")
+    column = columns["generations"][0]
 
-    def each(record: Record, values: list[Any]) -> list[tuple[Any, object, str]]:
-        models = models_of(record)
-        aligned = isinstance(models, list) and len(models) == len(values)
-        found = []
-        for index, value in enumerate(values):
-            place = f"{column}[{index}]"
-            found.append((value, models[index] if aligned else None if isinstance(models, list) else models, place))
-        return found
+    def each(values: list[Any]) -> list[tuple[Any, object, str]]:
+        return [(value, None, f"{column}[{index}]") for index, value in enumerate(values)]
 
     return _read_several(columns, "generations", each)
 
@@ -248,12 +276,12 @@ def read_generations(columns: Columns) -> Read:
 def read_structs(columns: Columns, structs: tuple[str, ...]) -> Read:
     """Magpie-100K-Generator-Zoo: one struct column per generator, with the response in its `content`."""
     prompt_in = _prompt_reader(columns)
-    generator_of = _optional(columns, "generator")
+    generator_of = _optional(columns, "generator", named)
     # JSON lines may bring a generator that the first records did not have.
-    known = {*structs, *NOT_GENERATORS, *columns.values()}
+    known = {*structs, *NOT_GENERATORS, *(path for paths in columns.values() for path in paths)}
 
     def read(record: Record, tally: Tally) -> list[Reading]:
-        own = _named(generator_of(record))
+        own = generator_of(record)
         if not any(name in record for name in structs):
             raise MissingColumnError(
                 structs[0], invalid(f"column `{structs[0]}` is missing, and those of all other generators")
@@ -285,19 +313,21 @@ def read_preference(columns: Columns) -> Read:
     """A chosen and a rejected response: texts after a prompt, whole conversations, or HH strings."""
     sides = ("chosen", "rejected")
     values_in = [_required(columns, side) for side in sides]
-    generators_of = [_optional(columns, f"{side}_generator") for side in sides]
-    generator_of = _optional(columns, "generator")
+    generators_of = [_optional(columns, f"{side}_generator", named) for side in sides]
+    generator_of = _optional(columns, "generator", named)
     prompt_in = _prompt_reader(columns)
+    places = [columns[side][0] for side in sides]
+    # PKU's `response_0` and `response_1` are named after the column: neither is said to be the better.
+    labels = [place if _NUMBERED.search(place) else side for place, side in zip(places, sides, strict=True)]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
-        own = _named(generator_of(record))
+        own = generator_of(record)
         values = [value_in(record) for value_in in values_in]
         if values == [None, None]:
-            raise MissingColumnError(columns["chosen"], empty([], own or "chosen", f"{columns['chosen']} is null"))
+            raise MissingColumnError(places[0], empty([], own or labels[0], f"{places[0]} is null"))
         readings = []
-        for side, value, side_generator in zip(sides, values, generators_of, strict=True):
-            name = own or _named(side_generator(record)) or side
-            place = columns[side]
+        for label, value, side_generator, place in zip(labels, values, generators_of, places, strict=True):
+            name = own or side_generator(record) or label
             try:
                 if isinstance(value, str) and value.startswith("\n\nHuman:"):
                     readings.append(conversation(hh_turns(value), name, place, tally))

@@ -12,28 +12,21 @@ import glob
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePath, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
+from fastcompat.corpus.filenames import (
+    KNOWN_SUFFIXES,
+    generator_name,
+    has_known_suffix,
+    is_bookkeeping,
+    may_be_data,
+)
 from fastcompat.errors import CorpusError
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd")
-COLUMNAR_SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
-KNOWN_SUFFIXES = (*JSON_SUFFIXES, *COLUMNAR_SUFFIXES)
-
-# What `datasets` keeps beside the data, and its cache of transformed copies.
-_BOOKKEEPING = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|cache-.*\.arrow")
-_SHARD_NUMBER = re.compile(r"[-_.]\d{3,}([-_]of[-_]\d{3,})?$")
-# Names that say which part of a data set a file is, never who generated it.
-_PART_NAMES = frozenset(
-    f"{part}{use}"
-    for part in ("data", "train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "default")
-    for use in ("", "_sft", "_gen", "_prefs")
-)
 _HUB = "hf://"
 
 
@@ -64,6 +57,13 @@ class Source:
             raise CorpusError(f"cannot open {self.label}: {_reason(error)}.") from error
 
 
+class Found(NamedTuple):
+    """The files behind some inputs, and the labels of those in directories and patterns whose endings are not known."""
+
+    sources: list[Source]
+    left_out: tuple[str, ...] = ()
+
+
 def find_sources(
     inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, filesystem: Any = None
 ) -> list[Source]:
@@ -72,67 +72,62 @@ def find_sources(
     `filesystem` replaces the hub's fsspec filesystem for hf:// inputs. Raises CorpusError for an input that names
     nothing, with the nearest names there are.
     """
+    return find_inputs(inputs, filesystem=filesystem).sources
+
+
+def find_inputs(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, filesystem: Any = None) -> Found:
+    """Like `find_sources`, and what was left out."""
     found: dict[tuple[bool, str], Source] = {}
+    left_out: dict[str, None] = {}
     for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
         text = os.fspath(item)
         if text.startswith(_HUB):
-            sources = _remote_sources(text, filesystem)
+            sources, others = _remote_sources(text, filesystem)
         elif "://" in text and not os.path.exists(text):
             raise CorpusError(f"cannot read {text}: only hf:// addresses and local paths are known; download it first.")
         else:
-            sources = _local_sources(text)
+            sources, others = _local_sources(text)
         for source in sources:
             identity = source.path if source.remote else os.path.abspath(source.path)
             found.setdefault((source.remote, identity), source)
+        left_out.update(dict.fromkeys(map(_storable, others)))
     if not found:
         raise CorpusError("no input was named: give files, directories, globs or hf://datasets/ids.")
-    return _with_unique_labels(list(found.values()))
+    sources = _named(list(found.values()))
+    named = {source.label for source in sources}
+    return Found(sources, tuple(label for label in left_out if label not in named))
 
 
-def has_known_suffix(name: str) -> bool:
-    """Whether the name ends like a corpus file: .jsonl, .json.gz, .parquet, ..."""
-    return bool(_split_suffixes(name)[1]) and not name.startswith(".")
+def _named(sources: Sequence[Source]) -> list[Source]:
+    """With unique, storable labels, and the generators that the names tell."""
+    listed: dict[tuple[bool, str], list[str]] = {}
+    for source in sources:
+        if source.remote:
+            directory, _, name = source.path.rpartition("/")
+            listed.setdefault((True, directory), []).append(name)
 
+    def siblings(source: Source) -> list[str]:
+        directory = os.path.split(source.path)[0]
+        if (source.remote, directory) not in listed:
+            # All of the directory: a shard that is added later belongs to those that were there.
+            listed[False, directory] = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
+        return listed[source.remote, directory]
 
-def generator_name(label: str) -> str:
-    """The file's stem; for numbered parts (`data-00000-of-00002`) the nearest name above that is not just "train"."""
-    path = PurePosixPath(label.removeprefix(_HUB).replace("\\", "/"))
-    stem = _split_suffixes(path.name)[0]
-    base = _SHARD_NUMBER.sub("", stem)
-    if base == stem or not base:
-        return stem
-    for name in (base, *reversed(path.parts[:-1])):
-        name = name.partition("@")[0]
-        if name.lower() not in _PART_NAMES and name.strip("./~"):
-            return name
-    return base
-
-
-def _split_suffixes(name: str) -> tuple[str, str]:
-    """("alpaca", ".jsonl.gz") of alpaca.jsonl.gz; the suffix is empty where it is not one of ours."""
-    stem, compression = name, ""
-    for suffix in COMPRESSION_SUFFIXES:
-        if stem.lower().endswith(suffix):
-            stem, compression = stem[: -len(suffix)], stem[-len(suffix) :]
-            break
-    for suffix in JSON_SUFFIXES if compression else KNOWN_SUFFIXES:
-        if stem.lower().endswith(suffix) and len(stem) > len(suffix):
-            return stem[: -len(suffix)], stem[-len(suffix) :] + compression
-    return PurePath(stem).stem or name, ""
-
-
-def _with_unique_labels(sources: Sequence[Source]) -> list[Source]:
     # File names need not be UTF-8; two of them may look alike once they are made storable.
     seen: dict[str, int] = {}
     unique = []
     for source in sources:
-        label = source.label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        generator = _storable(generator_name(source.label, partial(siblings, source)))
+        label = _storable(source.label)
         seen[label] = seen.get(label, 0) + 1
         if seen[label] > 1:
             label = f"{label}~{seen[label]}"
-        generator = source.generator.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         unique.append(replace(source, label=label, generator=generator))
     return unique
+
+
+def _storable(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _RemoteFile(io.RawIOBase):
@@ -168,23 +163,36 @@ class _RemoteFile(io.RawIOBase):
 # --- this machine's files
 
 
-def _local_sources(text: str) -> list[Source]:
+def _local_sources(text: str) -> Found:
     # An existing path is meant literally, whatever brackets or stars its name has.
     if os.path.isdir(text):
-        files = list(_walk(text, set()))
+        files, others = _divided(_walk(text, set()))
         if not files:
             known = " ".join((*KNOWN_SUFFIXES, "(.gz and .zst of the JSON ones)"))
             raise CorpusError(f"the directory {text} holds no corpus file; known endings: {known}.")
-        return [_local_source(path) for path in files]
-    if os.path.exists(text):
+    elif os.path.exists(text):
         if not os.path.isfile(text):
             raise CorpusError(
                 f"{text} is not a regular file; write it to a file first, since it is read more than once."
             )
-        return [_local_source(text)]
-    if glob.has_magic(text):
-        return [_local_source(path) for path in _glob(text)]
-    raise CorpusError(_no_such_file(text))
+        files, others = [text], []
+    elif glob.has_magic(text):
+        files, others = _glob(text)
+    else:
+        raise CorpusError(_no_such_file(text))
+    return Found([_local_source(path) for path in files], tuple(PurePath(path).as_posix() for path in others))
+
+
+def _divided(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The corpus files, and those that may have been meant as such."""
+    files, others = [], []
+    for path in paths:
+        name = os.path.basename(path)
+        if has_known_suffix(name):
+            files.append(path)
+        elif may_be_data(name):
+            others.append(path)
+    return files, others
 
 
 def _local_source(path: str) -> Source:
@@ -195,7 +203,7 @@ def _local_source(path: str) -> Source:
     except OSError:
         # Named by a data set's state.json but not there: reading it gives one `unreadable` row that says so.
         size, mtime_ns = 0, 0
-    return Source(label=label, path=path, generator=generator_name(label), size=size, mtime_ns=mtime_ns)
+    return Source(label=label, path=path, generator="", size=size, mtime_ns=mtime_ns)
 
 
 def _walk(directory: str, visited: set[str]) -> Iterator[str]:
@@ -218,7 +226,7 @@ def _walk(directory: str, visited: set[str]) -> Iterator[str]:
             continue
         if os.path.isdir(path):
             yield from _walk(path, visited)
-        elif has_known_suffix(name) and not _BOOKKEEPING.fullmatch(name) and os.path.isfile(path):
+        elif not is_bookkeeping(name) and os.path.isfile(path):
             yield path
 
 
@@ -232,19 +240,21 @@ def _saved_files(directory: str) -> list[str] | None:
         return None
 
 
-def _glob(pattern: str) -> list[str]:
+def _glob(pattern: str) -> tuple[list[str], list[str]]:
     matches = sorted(glob.glob(pattern, recursive=True))
-    files = [path for path in matches if os.path.isfile(path) and not _BOOKKEEPING.fullmatch(os.path.basename(path))]
+    matched = [path for path in matches if os.path.isfile(path) and not is_bookkeeping(os.path.basename(path))]
     # A directory is entered only where no deeper pattern (**) already lists what is in it.
     directories = [path for path in matches if os.path.isdir(path)] if "**" not in pattern else []
-    chosen = [path for path in files if has_known_suffix(os.path.basename(path))]
+    files, others = _divided(matched)
     for directory in directories:
-        chosen.extend(_walk(directory, set()))
+        for every, more in zip((files, others), _divided(_walk(directory, set())), strict=True):
+            every.extend(more)
     # Foreign endings are left out of a broad pattern, but a pattern that asks for nothing else means them.
-    chosen = chosen or files
-    if not chosen:
+    if not files:
+        files, others = matched, []
+    if not files:
         raise CorpusError(f"no file matches {pattern}; quote the pattern, and check it with ls.")
-    return chosen
+    return files, others
 
 
 def _no_such_file(text: str) -> str:
@@ -263,7 +273,7 @@ def _no_such_file(text: str) -> str:
 # --- the hub's files
 
 
-def _remote_sources(address: str, filesystem: Any) -> list[Source]:
+def _remote_sources(address: str, filesystem: Any) -> Found:
     path = address.removeprefix(_HUB).rstrip("/")
     if not path.startswith("datasets/"):
         raise CorpusError(
@@ -274,7 +284,7 @@ def _remote_sources(address: str, filesystem: Any) -> list[Source]:
 
         filesystem = HfFileSystem()
     try:
-        entries = _remote_entries(path, filesystem)
+        entries, others = _remote_entries(path, filesystem)
     except FileNotFoundError as error:
         raise CorpusError(
             f"{address} does not exist on the hub (or is private: log in with `hf auth login`)."
@@ -285,26 +295,30 @@ def _remote_sources(address: str, filesystem: Any) -> list[Source]:
         ) from error
     if not entries:
         raise CorpusError(f"{address} holds no corpus file; known endings: {' '.join(KNOWN_SUFFIXES)}.")
-    return [_remote_source(entry, filesystem) for entry in entries]
+    return Found([_remote_source(entry, filesystem) for entry in entries], tuple(others))
 
 
-def _remote_entries(path: str, filesystem: Any) -> list[dict[str, Any]]:
+def _remote_entries(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:
     if not glob.has_magic(path):
         info = filesystem.info(path)
         if info["type"] == "file":
-            return [info]
+            return [info], []
         listed = filesystem.find(path, detail=True)
     else:
         listed = filesystem.glob(path, detail=True)
     root = PurePosixPath(path).parts
-    entries = []
+    entries, others = [], []
     for name, info in sorted(listed.items()):
         parts = PurePosixPath(name.lstrip("/")).parts
         hidden = any(part.startswith(".") for part in parts[len(root) - 1 :])
         base = parts[-1]
-        if info["type"] == "file" and not hidden and has_known_suffix(base) and not _BOOKKEEPING.fullmatch(base):
+        if info["type"] != "file" or hidden or is_bookkeeping(base):
+            continue
+        if has_known_suffix(base):
             entries.append(info)
-    return entries
+        elif may_be_data(base):
+            others.append(_HUB + name.lstrip("/"))
+    return entries, others
 
 
 def _remote_source(info: dict[str, Any], filesystem: Any) -> Source:
@@ -315,7 +329,7 @@ def _remote_source(info: dict[str, Any], filesystem: Any) -> Source:
     return Source(
         label=label,
         path=name,
-        generator=generator_name(label),
+        generator="",
         size=int(info.get("size") or 0),
         oid=str(oid),
         filesystem=filesystem,

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from fastcompat.corpus.containers import file_sha256
@@ -22,7 +23,9 @@ NORMALISATION = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSummary:
     """One input file. `size` in bytes; `sha256` of its bytes as they lie on disk ("" where it cannot be opened, the
-    hub's id of the content for remote columnar files); `mapping` is "" where no record could be read.
+    hub's id of the content for remote columnar files); `mapping` is "" where no known shape was found, and `problem`
+    says why that is, or why the file could not be read to its end. `reasons` counts what the rows' details say, the
+    most frequent first.
     """
 
     label: str
@@ -38,6 +41,8 @@ class FileSummary:
     dropped_turns: int = 0
     unknown_roles: Mapping[str, int] = field(default_factory=dict)
     other_shapes: Mapping[str, int] = field(default_factory=dict)
+    problem: str = ""
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -57,13 +62,17 @@ class ShardSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSummary:
-    """A prepared corpus. `generators` counts rows by generator; `overrides` are those that the rows were read with."""
+    """A prepared corpus. `generators` counts rows by generator; `overrides` are those that the rows were read with.
+
+    `left_out` are files in the inputs' directories and patterns whose endings are not known.
+    """
 
     files: tuple[FileSummary, ...]
     shards: tuple[ShardSummary, ...]
     generators: Mapping[str, int]
     overrides: Mapping[str, str] = field(default_factory=dict)
     normalisation: int = NORMALISATION
+    left_out: tuple[str, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -99,6 +108,7 @@ class CorpusSummary:
             generators=value["generators"],
             overrides=value["overrides"],
             normalisation=value["normalisation"],
+            left_out=tuple(value.get("left_out", ())),
         )
 
 
@@ -135,8 +145,10 @@ def compare_inputs(
 ) -> InputDifference:
     """What `inputs` add to, lack or change of a prepared corpus (several summaries: as prepared, then extended).
 
-    A file of equal size and time is taken as unchanged; otherwise its content decides. `added` labels can be given
-    to `prepare` as inputs. With `overrides` None they are not compared. Raises CorpusError like `find_sources`.
+    A file of equal size and time is taken as unchanged; otherwise its content decides, also of a file that goes by
+    another path now (absolute, or from another working directory) but has its name and content. `added` labels
+    can be given to `prepare` as inputs. With `overrides` None they are not compared. Raises CorpusError like
+    `find_sources`.
     """
     summaries = [prepared] if isinstance(prepared, CorpusSummary) else list(prepared)
     known = {file.label: file for summary in summaries for file in summary.files}
@@ -147,12 +159,28 @@ def compare_inputs(
         before = "; ".join(" ".join(f"--map {a}={b}" for a, b in given) or "no --map" for given in sorted(used))
         now = " ".join(f"--map {a}={b}" for a, b in sorted(overrides.items())) or "no --map"
         settings = f"columns: the corpus was read with {before}, now with {now}"
+    removed = {label: file for label, file in known.items() if label not in sources}
+    added = []
+    for label, source in sources.items():
+        if label not in known:
+            same = next((old for old, file in removed.items() if _is_same(file, source)), None)
+            if same is None:
+                added.append(label)
+            else:
+                del removed[same]
     return InputDifference(
-        added=tuple(label for label in sources if label not in known),
-        removed=tuple(label for label in known if label not in sources),
+        added=tuple(added),
+        removed=tuple(removed),
         changed=tuple(label for label, source in sources.items() if label in known and _changed(known[label], source)),
         settings=settings,
     )
+
+
+def _is_same(file: FileSummary, source: Source) -> bool:
+    """Whether the source is that file under another path."""
+    if file.size != source.size or PurePosixPath(file.label).name != PurePosixPath(source.label).name:
+        return False
+    return bool(file.sha256) and file.sha256 == (source.oid or file_sha256(source))
 
 
 def _changed(file: FileSummary, source: Source) -> bool:

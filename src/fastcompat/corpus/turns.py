@@ -6,8 +6,10 @@ of all dialects become system, user, assistant and tool; a role that is none of 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +26,9 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -117,6 +122,8 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
     """A conversation's messages, roles normalised. UnfitError where a turn has no role or no text."""
     if isinstance(value, dict):
         value = _rows_of_columns(value)
+    if not isinstance(value, list) and (turns := unrolled(value)):
+        value = turns
     if not isinstance(value, list):
         raise UnfitError(f"{place} is {kind_of(value)}, not a list of turns")
     messages = []
@@ -124,6 +131,10 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
         try:
             role, content = turn["role"], turn["content"]
         except (KeyError, TypeError):
+            role = content = None
+        if role is None or content is None:
+            if index == 0 and (turns := unrolled(value)):
+                return turns_of(turns, place, tally)
             role, content = _role_and_content(turn, f"{place}[{index}]")
         known = ROLES.get(role) if type(role) is str else None
         if known is None:
@@ -133,6 +144,35 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
             content = "" if content is None and known == _ASSISTANT else text_of(content, f"{place}[{index}]")
         messages.append(Message(known, content))
     return messages
+
+
+def unrolled(value: object) -> list[dict[str, Any]] | None:
+    """The turns of conversations with another layout, None for all else: texts by turns (LIMA), `{"input", "output"}`
+    exchanges (Capybara), and turns as JSON text."""
+    if isinstance(value, str):
+        if not value.startswith("[{"):
+            return None
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        return parsed if looks_like_turns(parsed) else None
+    if not isinstance(value, list) or not value:
+        return None
+    if len(value) > 1 and all(isinstance(text, str) for text in value):
+        return [{"role": ("user", _ASSISTANT)[index % 2], "content": text} for index, text in enumerate(value)]
+    if all(isinstance(turn, dict) and "input" in turn and "output" in turn for turn in value):
+        if looks_like_turns(value):
+            return None
+        sides = (("user", "input"), (_ASSISTANT, "output"))
+        return [{"role": role, "content": turn[key]} for turn in value for role, key in sides]
+    return None
+
+
+def filled_key(item: dict[str, Any], keys: Sequence[str]) -> str | None:
+    """The first of `keys` that has a value in `item`; failing that, the first that is there."""
+    present = [key for key in keys if key in item]
+    return next((key for key in present if item[key] is not None), present[0] if present else None)
 
 
 def prompt_of(value: object, place: str, tally: Tally) -> list[Message]:
@@ -150,7 +190,7 @@ def hh_turns(text: str) -> list[Message]:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; UnfitError where the text does not begin so."""
     pieces = _HH_TURN.split(text)
     if pieces[0].strip() or len(pieces) < 3:
-        raise UnfitError('the text has no "\\n\\nHuman:" and "\\n\\nAssistant:" turns and there is no prompt column')
+        raise UnfitError('the text has no "\\n\\nHuman:" and "\\n\\nAssistant:" turns and there is no prompt')
     roles = ["user" if name == "Human" else _ASSISTANT for name in pieces[1::2]]
     return [Message(role, content.strip()) for role, content in zip(roles, pieces[2::2], strict=True)]
 
@@ -233,8 +273,8 @@ def _storable(message: Message) -> bool:
 def _role_and_content(turn: object, place: str) -> tuple[object, object]:
     if not isinstance(turn, dict):
         raise UnfitError(f"{place} is {kind_of(turn)}, not a turn with a role and a text")
-    role_key = next((key for key in ROLE_KEYS if key in turn), None)
-    content_key = next((key for key in CONTENT_KEYS if key in turn), None)
+    role_key = filled_key(turn, ROLE_KEYS)
+    content_key = filled_key(turn, CONTENT_KEYS)
     if role_key is None:
         raise UnfitError(f"{place} names no role (looked for {', '.join(ROLE_KEYS)})")
     if content_key is None:

@@ -1,0 +1,153 @@
+"""What was chosen for a file: a shape and the columns that fill it, printable, and bent by overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as AbstractMapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from fastcompat.corpus.shapes import (
+    Columns,
+    Read,
+    read_completions,
+    read_generations,
+    read_pair,
+    read_preference,
+    read_structs,
+    read_turns,
+)
+from fastcompat.errors import UsageError
+
+Overrides: TypeAlias = AbstractMapping[str, str]
+# Overrides by the part that each fills.
+Given: TypeAlias = dict[str, str]
+
+# What may stand left of `=` in --map, and the part of a shape that it fills.
+CANONICAL = {
+    "prompt": "prompt",
+    "instruction": "prompt",
+    "question": "prompt",
+    "input": "input",
+    "context": "input",
+    "response": "response",
+    "output": "response",
+    "completion": "response",
+    "answer": "response",
+    "messages": "messages",
+    "conversations": "conversations",
+    "conversation": "conversations",
+    "completions": "completions",
+    "generations": "generations",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "chosen_generator": "chosen_generator",
+    "rejected_generator": "rejected_generator",
+    "generator": "generator",
+    "model": "generator",
+    "system": "system",
+    "system_prompt": "system",
+}
+# Parts that any shape may have, so an override of them does not choose the shape.
+COMMON = frozenset(("generator", "system", "chosen_generator", "rejected_generator"))
+# Parts that a record may do without, so that columns which the first records lack may still come.
+OPTIONAL = COMMON | {"input"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """How a file's records become responses: the shape's name and the columns (or paths) of each of its parts.
+
+    `told` are those of `columns` that have a value in the first records, `unused` the columns that play no part.
+    """
+
+    shape: str
+    columns: Columns
+    structs: tuple[str, ...] = ()
+    turn_keys: str = ""
+    told: Columns = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    inside: str = ""
+
+    def describe(self) -> str:
+        """One line for the user: `messages (role/content); generator from column `model`; not used: category`."""
+        system = f"; system from {_alternatives(told)}" if (told := self.told.get("system")) else ""
+        more = f" and {len(self.unused) - 6} more" if len(self.unused) > 6 else ""
+        unused = f"; not used: {', '.join(self.unused[:6])}{more}" if self.unused else ""
+        inside = f"{self.inside}: " if self.inside else ""
+        return f"{inside}{self._parts()}{system}; generator from {self._generator()}{unused}"
+
+    def _generator(self) -> str:
+        if told := self.told.get("generator"):
+            return _alternatives(told)
+        if self.shape == "completions":
+            source = "each completion's model, else the file's name"
+        elif self.shape == "struct per generator":
+            shown = ", ".join(self.structs[:3]) + (", ..." if len(self.structs) > 3 else "")
+            source = f"the names of {len(self.structs)} struct columns ({shown})"
+        elif self.shape == "chosen/rejected":
+            sides = [path for side in ("chosen", "rejected") for path in self.told.get(f"{side}_generator", ())]
+            source = (
+                f"columns {' and '.join(f'`{path}`' for path in sides)}" if sides else "the side (chosen or rejected)"
+            )
+        else:
+            source = "the file's name"
+        # One that is asked for may come later.
+        awaited = self.columns.get("generator", ())
+        return f"column `{awaited[0]}` (nothing in the first records), else {source}" if len(awaited) == 1 else source
+
+    def _parts(self) -> str:
+        columns = {part: " / ".join(self.told.get(part) or paths[:1]) for part, paths in self.columns.items()}
+        if self.turn_keys:
+            return f"{columns.get('messages') or columns.get('conversations')} ({self.turn_keys})"
+        if not self.told.get("input"):
+            columns.pop("input", None)
+        names = ("prompt", "input", "response", "completions", "generations", "chosen", "rejected")
+        parts = " + ".join(columns[name] for name in names if name in columns)
+        return f"{parts} + struct per generator" if self.structs else parts
+
+    def reader(self) -> Read:
+        """The function that turns a record into one `Reading` per response."""
+        if self.shape == "struct per generator":
+            return read_structs(self.columns, self.structs)
+        return _READERS[self.shape](self.columns)
+
+
+_READERS = {
+    "completions": read_completions,
+    "generations": read_generations,
+    "chosen/rejected": read_preference,
+    "messages": read_turns,
+    "conversations": read_turns,
+    "prompt + response": read_pair,
+}
+
+
+def _alternatives(paths: Sequence[str]) -> str:
+    return "column " + ", else ".join(f"`{path}`" for path in paths)
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, str]:
+    """`["response=answer"]` -> `{"response": "answer"}`. Raises UsageError for anything else."""
+    overrides = {}
+    for item in items:
+        name, equals, column = item.partition("=")
+        if not (equals and name.strip() and column.strip()):
+            raise UsageError(f"--map {item}: write it as NAME=COLUMN, for example --map response=answer.")
+        overrides[name.strip()] = column.strip()
+    parts_of(overrides)
+    return overrides
+
+
+def parts_of(overrides: Overrides | None) -> Given:
+    """Overrides with their names replaced by the parts that they fill."""
+    parts: Given = {}
+    for name, column in (overrides or {}).items():
+        if name not in CANONICAL:
+            raise UsageError(
+                f"--map {name}={column}: there is no part `{name}`; known are {', '.join(sorted(CANONICAL))}."
+            )
+        part = CANONICAL[name]
+        if parts.setdefault(part, column) != column:
+            raise UsageError(f"--map sets the {part} to both `{parts[part]}` and `{column}`; keep one of them.")
+    return parts
