@@ -16,7 +16,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 # The whole job on the embedded corpus and model; nothing reaches the network.
 demo: install
-	HF_HUB_OFFLINE=1 $(BIN)/fastcompat demo
+	rm -rf demo-run demo-run-corpus
+	HF_HUB_OFFLINE=1 $(BIN)/fastcompat demo --output demo-run
 
 # One torch thread a worker: two processes of two threads each would fight over two cores.
 test: install

@@ -37,8 +37,9 @@ def speed() -> str:
         [
             f"Measured on {machine['cores']} cores of an {machine['processor']} "
             f"({', '.join(machine['instructions'])}), bf16, torch {machine['versions']['torch']}, "
-            f"transformers {machine['versions']['transformers']}; medians of interleaved runs in one process (`make bench`). The error is against float32 with the same weights; the "
-            "product is a plain matrix product of the model's own shape, measured in the same run.",
+            f"transformers {machine['versions']['transformers']}; medians of interleaved runs in one process "
+            "(`make bench`). The error is against float32 with the same weights; the product is a plain matrix product "
+            "of the model's own shape, measured in the same run.",
             *blocks,
             f"Preparation of {preparation['rows']:,} short rows: {preparation['rows_per_second']:,.0f} rows/s, "
             f"{preparation['peak_rss_anon_mib']:.0f} MiB of memory at most (quarter by quarter of the run: "

@@ -325,7 +325,8 @@ def demo(
     corpus = directory.parent / f"{directory.name}-corpus"
     if not (directory / "manifest.json").exists():
         write_corpus(corpus, n_prompts=prompts)
-    model = str(model_directory())
+    path = model_directory()
+    model = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     say(
         "What Python's standard library says about itself, answered by several response generators;\n"
         "which of them does the small base model find most compatible?\n"
@@ -335,7 +336,11 @@ def demo(
     say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
     rank(directory)
     say(
-        "\nOn your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
+        "Loss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text about\n"
+        "something else. It is half of the answer; quality is the other.\n"
+    )
+    say(
+        "On your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
         "then [bold]fastcompat rank RUN[/].\n"
         f"One row and its scored tokens: [bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
     )

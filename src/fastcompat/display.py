@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -127,7 +128,7 @@ def printable(text: str) -> str:
 
 def ranking_table(ranking: pa.Table, *, by: str) -> Table:
     """A ranking for the terminal."""
-    table = Table(title=None, header_style="bold", row_styles=["", "dim"], pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     several = len(set(ranking["base_model"].to_pylist())) > 1
     if several:
         table.add_column("base model", overflow="fold")
