@@ -336,13 +336,14 @@ def demo(
     say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
     rank(directory)
     say(
-        "Loss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text about\n"
+        "\nLoss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text about\n"
         "something else. It is half of the answer; quality is the other.\n"
     )
     say(
         "On your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
         "then [bold]fastcompat rank RUN[/].\n"
-        f"One row and its scored tokens: [bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
+        "One row and its scored tokens: "
+        f"[bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
     )
 
 
