@@ -336,8 +336,8 @@ def demo(
     say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
     rank(directory)
     say(
-        "\nLoss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text about\n"
-        "something else. It is half of the answer; quality is the other.\n"
+        "\nLoss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text\n"
+        "about something else. It is half of the answer; quality is the other.\n"
     )
     say(
         "On your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
