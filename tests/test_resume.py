@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import prepare_small_units, save_small_model, write_corpus, write_jsonl
 
-from fastcompat.store import Run, open_run
+from fastcompat.corpus import CorpusSummary, prepare
+from fastcompat.errors import RunError
+from fastcompat.store import Run, add_generation, open_run
 
 N_KILLS = 20
 
@@ -138,6 +140,30 @@ def test_two_processes_on_one_run_leave_each_other_what_is_done(tmp_path, corpus
         output, _ = process.communicate()
         assert process.returncode == 0, output
     assert parts(open_run(directory)) == parts(undisturbed)
+
+
+def test_processes_that_start_together_prepare_the_corpus_once(tmp_path, corpus, model):
+    directory = tmp_path / "run"
+    workers = [start(directory, model, str(corpus), "--worker", f"{k}/3") for k in (1, 2, 3)]
+    for worker in workers:
+        output, _ = worker.communicate()
+        assert worker.returncode == 0, output
+    run = open_run(directory)
+    assert run.scores().num_rows == run.n_rows == 240
+
+
+def test_a_process_that_extends_a_run_meanwhile_extended_starts_over(tmp_path):
+    corpus = tmp_path / "corpus"
+    paths = write_corpus(corpus, generators=3, n_prompts=4)
+    run = prepare_small_units(tmp_path / "run", paths[0], target_unit_chars=600)
+
+    def slow(shards: Path, first: int) -> CorpusSummary:
+        add_generation(run.directory, run.generations, lambda d, n: prepare([str(paths[1])], d, first_shard=n))
+        return prepare([str(paths[2])], shards, first_shard=first)
+
+    with pytest.raises(RunError, match="another process"):
+        add_generation(run.directory, run.generations, slow)
+    assert open_run(run.directory).n_rows == 8
 
 
 def test_a_finished_run_computes_nothing_again(undisturbed, model):

@@ -131,5 +131,16 @@ def test_bad_settings():
         fc.Scorer(directory, turns="first")
 
 
+def test_ids_and_lengths_may_be_tensors(scorer):
+    table = scorer.score_ids(torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([1, 2]))
+    assert table["n_tokens"].to_pylist() == [2, 1]
+
+
+@pytest.mark.parametrize("rows", [None, 3, "text", {"prompt": "p", "response": "r"}])
+def test_rows_that_are_no_rows_are_refused(scorer, rows):
+    with pytest.raises(UsageError, match="rows must be"):
+        scorer.score(rows)
+
+
 def test_nothing_to_score(scorer):
     assert scorer.score_ids([], []).num_rows == 0

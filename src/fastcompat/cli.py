@@ -49,6 +49,9 @@ def main() -> None:
     except FastcompatError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted; give the same command again to go on", highlight=False)
+        sys.exit(Interrupted.exit_code)
     except OSError as error:  # standard output on a full disk, an input that vanished
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -137,7 +140,7 @@ def score(
     transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
     settings = CorpusSettings(overrides=parse_overrides(mapping or []), strict=strict)
-    # A wrong model or template shows here, not after hours of reading.
+    # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
     scorers = [
         Scorer(
             model,
@@ -154,6 +157,8 @@ def score(
         for model in base_model
     ]
     with stopping() as stop:
+        if extend or not (output / "manifest.json").exists():
+            _ = scorers[0].model  # a checkpoint that lacks weights, or cannot be packed, shows before hours of reading
         display = LiveDisplay("corpus")
 
         def preparing(progress: PreparationProgress) -> None:

@@ -162,6 +162,8 @@ def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: 
             f"[dim]loss: mean NLL in nats a token, averaged over {over}; 95% interval from {draws:,} bootstrap draws "
             "clustered by prompt;\nneighbours that the draws do not tell apart share a rank.[/]"
         )
+        if any(row["loss"] is not None and row["loss_low"] is None for row in ranking.to_pylist()):
+            say("[dim]No interval, and no rank of its own, for fewer than 10 prompts.[/]")
     elif format is TableFormat.json:
         print(json.dumps(ranking.to_pylist(), indent=2))
     elif format is TableFormat.csv:
@@ -172,7 +174,7 @@ def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: 
         names = ranking.column_names
         print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
         for row in ranking.to_pylist():
-            cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+            cells = ("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())
             print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -176,7 +177,11 @@ class Scorer:
             raise UsageError(f"input_ids[{n}] must be a list of integers")
         if len(values) and int(values.min()) < 0:
             raise UsageError(f"input_ids[{n}] holds {int(values.min())}: leave padding and masks out")
-        if not isinstance(prompt_length, int | np.integer) or not 0 <= prompt_length <= len(values):
+        try:
+            prompt_length = operator.index(prompt_length)
+        except TypeError:
+            raise UsageError(f"prompt_lengths[{n}] is {prompt_length!r}, not a whole number") from None
+        if not 0 <= prompt_length <= len(values):
             raise UsageError(f"prompt_lengths[{n}] is {prompt_length!r}, not a whole number in 0..{len(values)}")
         scored = np.arange(len(values)) >= max(prompt_length, 1)
         status, detail = Status.OK, ""
@@ -200,10 +205,14 @@ def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
     """The rows of a table, or of a list, as dictionaries. Raises UsageError for what would be taken apart wrongly."""
     if isinstance(rows, Mapping | str | bytes):
         raise UsageError(f"rows must be a list of dictionaries or a table, got one {type(rows).__name__}")
+    if hasattr(rows, "read_all"):  # pyarrow's readers
+        rows = rows.read_all()
     if hasattr(rows, "to_pylist"):  # pyarrow
         return rows.to_pylist()  # type: ignore[no-any-return]
     if hasattr(rows, "to_dicts"):  # polars
         return rows.to_dicts()  # type: ignore[no-any-return]
     if hasattr(rows, "to_dict"):  # pandas
         return rows.to_dict("records")  # type: ignore[no-any-return]
-    return rows  # type: ignore[no-any-return]
+    if not isinstance(rows, Iterable):
+        raise UsageError(f"rows must be a list of dictionaries or a table, got {type(rows).__name__}")
+    return rows

@@ -233,9 +233,11 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
     try:
-        return Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
-    except (KeyError, TypeError, AttributeError) as error:
+        run = Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
+        _ = run.units  # every shard's name is read here
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error!r}); prepare the corpus in a new run") from error
+    return run
 
 
 def add_generation(
@@ -259,10 +261,15 @@ def add_generation(
     try:
         numbers = [_shard_number(shard.name) for generation in generations for shard in generation.shards]
         summary = prepare(own, max(numbers, default=-1) + 1)
+        done = [*generations, summary]
+        there = open_run(directory).generations if (directory / "manifest.json").exists() else ()
+        if [g.fingerprint for g in there] == [g.fingerprint for g in done]:
+            return open_run(directory)  # another worker has just prepared the same
+        if [g.fingerprint for g in there] != [g.fingerprint for g in generations]:
+            raise RunError(f"another process changed {directory} in the meantime; give the same command again")
         for shard in summary.shards:
             (own / shard.name).rename(corpus / shard.name)
         _sync_directory(corpus)
-        done = [*generations, summary]
         write_json(directory / "manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in done]})
     finally:
         remove_tree(own)
@@ -371,7 +378,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     record = _read_json(path)
-    if not {"identity", "settings", "created"} <= set(record) or "model" not in record["settings"]:
+    whole = {"identity", "settings", "created"} <= set(record) and isinstance(record["settings"], dict)
+    if not whole or not {"model", "token_budget"} <= set(record["settings"]):
         raise RunError(f"{path} is damaged: it does not say which scorer this is; move {path.parent} away")
     return record
 

@@ -184,15 +184,9 @@ def _fit_pair(sample: Sample, given: Given) -> Mapping | Lack:
         if "response" not in given:
             return prompt._replace(near=1)
         prompt = {}
-    # Where the response is null another name may hold it; but a text that stands beside responses is something else,
-    # such as the reference solution.
-    others = [
-        name
-        for name in names
-        if name != response and sample.may_hold(name, forms) and not sample.together(response, name)
-    ]
-    responses = (response, *([] if "response" in given else others))
-    return Mapping(shape="prompt + response", columns={**prompt, "response": responses, **_common(sample, given)})
+    # One column only: what stands beside a null response may be a reference solution, and a generator that failed must
+    # not be credited with it.
+    return Mapping(shape="prompt + response", columns={**prompt, "response": (response,), **_common(sample, given)})
 
 
 def _fit_several(part: str, names: Sequence[str], form: str) -> Fit:

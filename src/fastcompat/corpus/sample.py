@@ -122,17 +122,6 @@ class Sample:
                     break
         return tuple(path for path in paths if path in found)
 
-    def together(self, one: str, other: str) -> bool:
-        """Whether some record has a value in both columns."""
-        first, second = getter(self.spelled(one)), getter(self.spelled(other))
-        for record in self._records:
-            try:
-                if first(record) is not None and second(record) is not None:
-                    return True
-            except KeyError:
-                continue
-        return False
-
     def unused(self, used: Sequence[str]) -> tuple[str, ...]:
         """Columns of text, objects or lists of them that are none of `used`; not those that are plain bookkeeping."""
         roots = {path if path in self.names else path.partition(".")[0].partition("[")[0] for path in used}

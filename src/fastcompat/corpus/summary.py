@@ -177,7 +177,9 @@ def compare_inputs(
 
 
 def _is_same(file: FileSummary, source: Source) -> bool:
-    """Whether the source is that file under another path."""
+    """Whether the source is that file under another path: moved, or spelled another way, not a copy beside it."""
+    if os.path.exists(file.label) and not (os.path.exists(source.path) and os.path.samefile(file.label, source.path)):
+        return False
     if file.size != source.size or PurePosixPath(file.label).name != PurePosixPath(source.label).name:
         return False
     return bool(file.sha256) and file.sha256 == (source.oid or file_sha256(source))
