@@ -224,7 +224,7 @@ def _directory(records: Records, directory: Path) -> tuple[str, str]:
 
 def _glob(records: Records, directory: Path) -> tuple[str, str]:
     (directory / "a.b").mkdir()
-    (directory / "a.b" / "own.jsonl.gz").write_bytes(gzip.compress(lines(records)))
+    (directory / "a.b" / "own.jsonl.gz").write_bytes(gzip.compress(lines(records), mtime=0))
     (directory / "a.b" / "notes.txt").write_text("not a corpus")
     return "a.*/*", "own"
 
@@ -262,16 +262,19 @@ CONTAINERS: dict[str, Callable[[Records, Path], tuple[str, str]]] = {
         lambda records: b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(record).encode() for record in records),
     ),
     "ndjson": _file("own.ndjson", lines),
-    "jsonl.gz": _file("own.jsonl.gz", lambda records: gzip.compress(lines(records))),
+    "jsonl.gz": _file("own.jsonl.gz", lambda records: gzip.compress(lines(records), mtime=0)),
     "jsonl.gz of several members": _file(
-        "own.jsonl.gz", lambda records: b"".join(gzip.compress(lines([record])) for record in records) + b"\0" * 512
+        "own.jsonl.gz",
+        lambda records: b"".join(gzip.compress(lines([record]), mtime=0) for record in records) + b"\0" * 512,
     ),
     "jsonl.zst": _file("own.jsonl.zst", lambda records: zstd(lines(records))),
     "jsonl.zst of several frames": _file("own.jsonl.zst", lambda records: b"".join(zstd(lines([r])) for r in records)),
-    "gzip named jsonl": _file("own.jsonl", lambda records: gzip.compress(lines(records))),
+    "gzip named jsonl": _file("own.jsonl", lambda records: gzip.compress(lines(records), mtime=0)),
     "json array": _file("own.json", lambda records: json.dumps(records, ensure_ascii=False).encode()),
     "json array, indented": _file("own.json", lambda records: json.dumps(records, indent=2).encode()),
-    "json array, gz": _file("own.json.gz", lambda records: gzip.compress(json.dumps(records, indent=1).encode())),
+    "json array, gz": _file(
+        "own.json.gz", lambda records: gzip.compress(json.dumps(records, indent=1).encode(), mtime=0)
+    ),
     "json array named jsonl": _file("own.jsonl", lambda records: json.dumps(records).encode()),
     "json objects, indented": _file(
         "own.json", lambda records: b"\n".join(json.dumps(record, indent=2).encode() for record in records)

@@ -66,7 +66,7 @@ def test_container_gives_the_records(container: str, tmp_path: Path) -> None:
     ("name", "content", "container"),
     [
         ("a.jsonl", lines, "jsonl"),
-        ("a.jsonl", lambda r: gzip.compress(lines(r)), "jsonl.gz"),
+        ("a.jsonl", lambda r: gzip.compress(lines(r), mtime=0), "jsonl.gz"),
         ("a.json.zst", lambda r: zstd(json.dumps(r).encode()), "json.zst"),
         ("a.jsonl", parquet, "parquet"),
         ("a.parquet", arrow_file, "arrow"),
@@ -89,7 +89,7 @@ def test_empty_file_has_no_records(name: str) -> None:
 
 
 def test_empty_contents_have_no_records() -> None:
-    assert read(write("a.jsonl.gz", gzip.compress(b""))) == []
+    assert read(write("a.jsonl.gz", gzip.compress(b"", mtime=0))) == []
     assert read(write("a.jsonl", b"\n \n\t\r\n")) == []
     assert read(write("a.json", b" [ ] ")) == []
     assert read(write("a.parquet", parquet(RECORDS)[:0] + _empty_parquet())) == []
@@ -215,14 +215,14 @@ def test_truncated_compression_gives_all_before_the_break(compress: Any, kept: f
 
 def test_damaged_compression_gives_all_before_the_break() -> None:
     records = [{"a": os.urandom(60).hex()} for _ in range(20_000)]
-    data = bytearray(gzip.compress(lines(records)))
+    data = bytearray(gzip.compress(lines(records), mtime=0))
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
     *before, marker = read(write("a.jsonl.gz", bytes(data)))
     assert isinstance(marker, Unreadable)
     assert "damaged" in marker.reason
     assert len(before) > 9_000
     assert before[:9_000] == records[:9_000]
-    good = gzip.compress(lines(records[:10]))
+    good = gzip.compress(lines(records[:10]), mtime=0)
     *before, marker = read(write("b.jsonl.gz", good + b"something else"))
     assert before == records[:10]
     assert isinstance(marker, Unreadable)
@@ -272,9 +272,9 @@ def test_truncated_arrow_gives_the_batches_before(content: Any) -> None:
     [
         ("a.jsonl", "{}".encode("utf-16"), "UTF-16"),
         ("a.zip", b"PK\x03\x04rest", "zip archive"),
-        ("a.parquet.gz", gzip.compress(b"PAR1 and so on"), "unpack it from .gz"),
+        ("a.parquet.gz", gzip.compress(b"PAR1 and so on", mtime=0), "unpack it from .gz"),
         ("a.csv", b"prompt,response\na,b\n", "convert it to JSON lines"),
-        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n"), "convert it to JSON lines"),
+        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n", mtime=0), "convert it to JSON lines"),
         ("a.bin", bytes(100), "binary data"),
         ("a.parquet", b"garbage" * 10, "Parquet"),
     ],

@@ -150,7 +150,7 @@ def test_the_first_file_may_be_the_bad_one() -> None:
 def test_files_that_end_early_keep_what_they_have() -> None:
     records = [{"prompt": f"p{i}", "response": os.urandom(30).hex()} for i in range(3000)]
     write("d/good.jsonl", lines(records))
-    write("d/cut.jsonl.gz", gzip.compress(lines(records))[:-20_000])
+    write("d/cut.jsonl.gz", gzip.compress(lines(records), mtime=0)[:-20_000])
     write("d/cut.parquet", parquet(records)[:-100])
     write("d/empty.jsonl", b"")
     summary = prepare("d", "out")
@@ -343,7 +343,7 @@ def test_a_directory_that_cannot_be_made() -> None:
         ("a.jsonl", b"", "holds no response:\n  a.jsonl: the file holds no record"),
         ("a.jsonl", lines([{"prompt": "a", "response": None}] * 3), r"holds no response:\n.*is null \(3 rows\)"),
         ("a.csv", b"prompt,response\na,b\n", "a.csv: neither JSON lines, JSON, Parquet nor Arrow; convert it"),
-        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n"), "a.csv.gz: neither JSON lines"),
+        ("a.csv.gz", gzip.compress(b"prompt,response\na,b\n", mtime=0), "a.csv.gz: neither JSON lines"),
         ("a.jsonl", '{"prompt": "a", "response": "b"}'.encode("utf-16"), "the text is UTF-16"),
         ("a.jsonl", b"{broken\n" * 4, r"nothing in the corpus can be scored:\n  a.jsonl: line 1: .*\(4 rows\)"),
         (
