@@ -13,29 +13,27 @@ from fastcompat.corpus import prepare
 from fastcompat.demo import model_directory
 from fastcompat.store import Run, add_generation
 
-WORDS = [
-    *[
-        "the",
-        "list",
-        "of",
-        "a",
-        "file",
-        "returns",
-        "one",
-        "new",
-        "value",
-        "object",
-        "when",
-        "string",
-        "path",
-        "is",
-        "not",
-        "given",
-        "raises",
-        "an",
-        "error",
-    ]
-]
+WORDS = (
+    "the",
+    "list",
+    "of",
+    "a",
+    "file",
+    "returns",
+    "one",
+    "new",
+    "value",
+    "object",
+    "when",
+    "string",
+    "path",
+    "is",
+    "not",
+    "given",
+    "raises",
+    "an",
+    "error",
+)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,16 @@ def test_ids_and_lengths_may_be_tensors(scorer):
 def test_rows_that_are_no_rows_are_refused(scorer, rows):
     with pytest.raises(UsageError, match="rows must be"):
         scorer.score(rows)
+
+
+def test_an_unloaded_model_is_freed_and_comes_back():
+    scorer = fc.Scorer(str(model_directory()))
+    before = scorer.score(ROWS[:1])["nll_sum"]
+    weights = weakref.ref(scorer.model.weight)
+    scorer.unload()
+    gc.collect()
+    assert weights() is None
+    assert scorer.score(ROWS[:1])["nll_sum"] == before
 
 
 def test_nothing_to_score(scorer):

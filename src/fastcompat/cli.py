@@ -172,6 +172,7 @@ def score(
             show_corpus(summary, time.monotonic() - display.began)
         for scorer in scorers:
             score_model(run, scorer, token_budget=token_budget, worker=share, stop=stop)
+            scorer.unload()  # the next model needs the room
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
 
 

@@ -97,6 +97,10 @@ class Scorer:
         """The loaded model."""
         return load_causal_lm(self.source, self.settings)
 
+    def unload(self) -> None:
+        """Give the weights' memory back; they are loaded again when they are needed."""
+        self.__dict__.pop("model", None)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
