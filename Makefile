@@ -4,11 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check sanitize format bench bench-kernels triton-report gpu-check clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit("fastcompat needs Python 3.11 or newer (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -21,12 +23,23 @@ demo: install
 
 # One torch thread a worker: two processes of two threads each would fight over two cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark --numprocesses auto --dist worksteal
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ kernels on their own, every instruction set that this processor has, under the address and undefined-behaviour
+# sanitizers.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: build/native_check
+	build/native_check
+
+build/native_check: $(NATIVE) tests/native_check.cpp
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=off $(SANITIZE) csrc/linear_nll.cpp csrc/threads.cpp csrc/isa_*.cpp \
+	    tests/native_check.cpp -o $@ -ldl -lpthread
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -35,6 +48,19 @@ format: install
 # This machine against the loops that everybody writes; takes minutes, writes bench/results.
 bench: install
 	$(BIN)/python bench/end_to_end.py
+	$(BIN)/python bench/fused_head.py
+
+# One implementation's spread: pytest-benchmark's table.
+bench-kernels: install
+	$(BIN)/python -m pytest bench/test_fused_head.py --benchmark-columns=min,median,iqr,rounds
+
+# Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: fails where registers spill.
+triton-report: install
+	$(BIN)/python bench/triton_report.py
+
+# On a machine with a GPU, torch and triton; installs nothing. One JSON, in $OUT or bench/results.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --output $${OUT:-bench/results}
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info

@@ -1,0 +1,14 @@
+// What every processor can do.
+
+#define ISA_NAMESPACE portable
+#include "linear_nll_isa.h"
+#include "packed_nll_isa.h"
+
+namespace fastcompat {
+
+static bool offered() { return true; }
+
+const Isa kPortable{"portable",         offered, portable::kBlock, false, portable::pack, portable::widen,
+                    portable::target_logits, portable::fold, portable::packed_token};
+
+}  // namespace fastcompat

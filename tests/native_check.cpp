@@ -1,0 +1,169 @@
+// The C++ kernels on their own, against long double: built and run by `make sanitize` under ASan and UBSan, where a read
+// past the end of a row or a misaligned access stops the program. Every level that the processor offers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "../csrc/linear_nll.h"
+
+using namespace fastcompat;
+
+namespace {
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Values of a storage type in a buffer of exactly their size, and what they mean.
+struct Stored {
+  std::vector<unsigned char> bytes;
+  std::vector<float> values;
+};
+
+Stored stored(const std::vector<float>& wanted, Dtype dtype) {
+  Stored result;
+  const size_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  result.bytes.resize(wanted.size() * size);
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    uint32_t bits = bits_of(wanted[i]);
+    float value = wanted[i];
+    if (dtype == Dtype::kBfloat16) {
+      value = of_bits(bits & 0xffff0000u);
+      bits >>= 16;
+    } else if (dtype == Dtype::kFloat16) {
+      // Truncated; below the smallest normal number it becomes zero.
+      const int exponent = int((bits >> 23) & 0xff) - 127 + 15;
+      const uint32_t half = exponent <= 0 ? 0 : uint32_t(exponent) << 10 | ((bits >> 13) & 0x3ff);
+      value = exponent <= 0 ? 0.0f : of_bits(bits & 0xffffe000u);
+      bits = ((bits >> 16) & 0x8000) | half;
+    }
+    std::memcpy(result.bytes.data() + i * size, &bits, size);
+    result.values.push_back(value);
+  }
+  return result;
+}
+
+int failures = 0;
+
+void expect(bool holds, const char* what, const char* level, int64_t S, int64_t D, int64_t V, int dtype, double got,
+            double wanted) {
+  if (holds) return;
+  ++failures;
+  std::printf("%s: level %s S %ld D %ld V %ld dtype %d: got %.9g, wanted %.9g\n", what, level, long(S), long(D),
+              long(V), dtype, got, wanted);
+}
+
+std::vector<double> statistics(const std::vector<long double>& z, int64_t target) {
+  long double m = *std::max_element(z.begin(), z.end()), sum = 0, mean = 0, variance = 0, squares = 0, above = 0;
+  for (long double x : z) sum += std::exp(x - m);
+  const long double log_sum = m + std::log(sum);
+  for (long double x : z) {
+    const long double p = std::exp(x - log_sum);
+    if (p > 0) mean += p * (x - log_sum);
+    squares += p * p;
+    above += x > z[target];
+  }
+  for (long double x : z) {
+    const long double p = std::exp(x - log_sum);
+    if (p > 0) variance += p * (x - log_sum - mean) * (x - log_sum - mean);
+  }
+  return {double(log_sum - z[target]), double(-mean), double(variance), double(above), double(squares)};
+}
+
+void check(const Isa& isa, int64_t S, int64_t D, int64_t V, Dtype dtype, bool transformed) {
+  std::mt19937 random(unsigned(S * 1000003 + D * 1009 + V));
+  std::normal_distribution<float> normal;
+  std::vector<float> hidden(S * D), weight(V * D), bias(V);
+  for (float& x : hidden) x = normal(random);
+  for (float& x : weight) x = normal(random) * 4.0f / std::sqrt(float(D));
+  for (float& x : bias) x = normal(random);
+  if (V > 2) bias[V / 2] = -std::numeric_limits<float>::infinity();
+  std::vector<int64_t> target(S);
+  for (int64_t i = 0; i < S; ++i) target[i] = i % 3 == 0 ? V - 1 : int64_t(random() % V);
+  const Stored h = stored(hidden, dtype), w = stored(weight, dtype);
+  const float softcap = transformed ? 5.0f : 0.0f, scale = transformed ? 0.5f : 1.0f;
+
+  std::vector<float> out(kStatistics * S, NAN), again(kStatistics * S, NAN), nll(S, NAN);
+  LinearNll call{h.bytes.data(), w.bytes.data(), target.data(), transformed ? bias.data() : nullptr, out.data(), S, D, V,
+                 dtype,          softcap,        scale,         true};
+  linear_nll(isa, call, 1);
+  call.out = again.data();
+  linear_nll(isa, call, 3);
+  expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(float)) == 0, "threads", isa.name, S, D, V,
+         int(dtype), 0, 0);
+  call.out = nll.data();
+  call.all_statistics = false;
+  linear_nll(isa, call, 2);
+
+  std::vector<float> logits;
+  std::vector<std::vector<double>> wanted;
+  for (int64_t i = 0; i < S; ++i) {
+    std::vector<long double> z(V);
+    for (int64_t v = 0; v < V; ++v) {
+      for (int64_t k = 0; k < D; ++k) z[v] += (long double)(h.values[i * D + k]) * w.values[v * D + k];
+      if (transformed) z[v] = softcap * std::tanh((z[v] + bias[v]) * scale / softcap);
+      logits.push_back(float(z[v]));
+    }
+    wanted.push_back(statistics(z, target[i]));
+    for (int k = 0; k < kStatistics; ++k) {
+      const double got = out[k * S + i], want = wanted[i][k];
+      // The rank may differ where two logits are equal to float32's precision.
+      const double allowed = k == 3 ? 1.0 : 2e-5 * std::max(1.0, std::abs(want));
+      expect(got == want || std::abs(got - want) <= allowed, "linear_nll", isa.name, S, D, V, int(dtype), got, want);
+    }
+    expect(nll[i] == out[i], "nll alone", isa.name, S, D, V, int(dtype), nll[i], out[i]);
+  }
+
+  // The same logits, rounded to the type, through packed_nll; rows lie three elements further apart than they are long.
+  std::vector<float> spaced(S * (V + 3), 1e9f);
+  for (int64_t i = 0; i < S; ++i) std::copy_n(logits.begin() + i * V, V, spaced.begin() + i * (V + 3));
+  if (dtype == Dtype::kFloat16) std::replace(spaced.begin(), spaced.end(), 1e9f, 6e4f);
+  Stored rows = stored(spaced, dtype);
+  rows.bytes.resize(((S - 1) * (V + 3) + V) * (dtype == Dtype::kFloat32 ? 4 : 2));
+  rows.bytes.shrink_to_fit();
+  std::fill(out.begin(), out.end(), NAN);
+  packed_nll(isa, PackedNll{rows.bytes.data(), target.data(), out.data(), S, V, V + 3, dtype, true}, 2);
+  for (int64_t i = 0; i < S; ++i) {
+    const auto begin = rows.values.begin() + i * (V + 3);
+    const auto want = statistics(std::vector<long double>(begin, begin + V), target[i]);
+    for (int k = 0; k < kStatistics; ++k) {
+      const double got = out[k * S + i];
+      expect(got == want[k] || std::abs(got - want[k]) <= 2e-5 * std::max(1.0, std::abs(want[k])), "packed_nll",
+             isa.name, S, D, V, int(dtype), got, want[k]);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  int levels = 0;
+  for (const Isa* isa : {&kAvx512Bf16, &kAvx512, &kAvx2, &kPortable}) {
+    if (!isa->offered()) continue;
+    ++levels;
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBfloat16, Dtype::kFloat16}) {
+      // One of everything; blocks of tokens, groups of 6 rows and chunks of 96 from below, at and above; odd widths.
+      for (const int64_t S : {1, 15, 65}) {
+        for (const int64_t D : {1, 2, 33, 260}) {
+          for (const int64_t V : {1, 6, 7, 97, 211}) check(*isa, S, D, V, dtype, (S + D + V) % 2 == 0);
+        }
+      }
+      check(*isa, 3, 8, 2049, dtype, true);
+      check(*isa, 3, 8, 4099, dtype, false);
+    }
+  }
+  std::printf("%d levels, %d failures\n", levels, failures);
+  return failures == 0 ? 0 : 1;
+}
