@@ -27,7 +27,7 @@ namespace fastcompat {
 
 static bool offered() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 const Isa kAvx512{"avx512", offered, avx512::kBlock, false, avx512::pack, avx512::widen, avx512::target_logits,

@@ -68,20 +68,21 @@ struct Rows {
 struct Isa {
   const char* name;
   bool (*offered)();
-  int block;              // tokens of a block
-  bool multiplies_bf16;   // pairs of bfloat16 go in as they are; else everything is widened to float32
+  int block = 0;              // tokens of a block
+  bool multiplies_bf16 = false;   // pairs of bfloat16 go in as they are; else everything is widened to float32
 
   // Token rows [count, D] -> packed [K][block]; lanes past count are zero.
-  void (*pack)(const LinearNll&, int64_t first, int count, uint32_t* packed);
+  void (*pack)(const LinearNll&, int64_t first, int count, uint32_t* packed) = nullptr;
   // Weight rows -> widened or padded copies [count][K].
-  void (*widen)(const LinearNll&, int64_t first_row, int count, uint32_t* rows);
+  void (*widen)(const LinearNll&, int64_t first_row, int count, uint32_t* rows) = nullptr;
   // The target's logit of each token, by the arithmetic that `fold` uses; scratch holds one row.
-  void (*target_logits)(const LinearNll&, const uint32_t* packed, int64_t first, int count, uint32_t* scratch, float* z);
+  void (*target_logits)(const LinearNll&, const uint32_t* packed, int64_t first, int count, uint32_t* scratch,
+                        float* z) = nullptr;
   // Folds `count` vocabulary rows from first_row on into the state of a block of tokens; tile is [kChunkRows][block].
   void (*fold)(const LinearNll&, const uint32_t* packed, int tokens, Rows rows, int64_t first_row, int count,
-               const float* target_logit, float* tile, const State&);
+               const float* target_logit, float* tile, const State&) = nullptr;
   // One token of packed_nll: out[0], and with all statistics out[S], out[2 S] ...
-  void (*packed_token)(const PackedNll&, int64_t token);
+  void (*packed_token)(const PackedNll&, int64_t token) = nullptr;
 };
 
 extern const Isa kAvx512Bf16, kAvx512, kAvx2, kPortable;
