@@ -1,6 +1,11 @@
-"""Settings for every test: nothing may reach the network."""
+"""Settings for every test: nothing may reach the network; without a GPU, Triton's kernels run in its interpreter."""
 
 import os
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when a kernel is decorated, so before any kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fastcompat"
 HEAVY = {"torch", "transformers"}
 # Modules that a laptop uses on a finished run, or before any model is loaded.
 LIGHT = ["", ".cli", ".display", ".errors", ".response", ".corpus", ".tokenization", ".store", ".forest", ".statistics"]
-LIGHT += [".metrics", ".ranking", ".verification", ".demo", ".demo.corpus", ".inspection"]
+LIGHT += [".metrics", ".ranking", ".verification", ".demo", ".demo.corpus", ".inspection", ".doctor"]
 
 
 def run_python(code: str) -> str:
@@ -50,7 +50,9 @@ def test_kernels_import_nothing_of_fastcompat():
         assert not any(name.split(".")[0] == "fastcompat" for name in imported(path)), path
 
 
-@pytest.mark.parametrize("lower", ["errors", "response", "forest", "statistics", "nll", "attention", "reference"])
+@pytest.mark.parametrize(
+    "lower", ["errors", "response", "forest", "statistics", "backends", "nll", "nll_torch", "attention", "reference"]
+)
 def test_lower_modules_do_not_know_the_upper_ones(lower):
     upper = {f"fastcompat.{name}" for name in ("cli", "engine", "session", "scorer", "store", "ranking", "model")}
     assert not upper & imported(SOURCE / f"{lower}.py")

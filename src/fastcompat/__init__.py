@@ -22,13 +22,14 @@ _HOMES = {
     "Scorer": "fastcompat.scorer",
     "linear_nll": "fastcompat.nll",
     "open_run": "fastcompat.store",
+    "packed_nll": "fastcompat.nll",
     "rank": "fastcompat.ranking",
 }
 
-__all__ = ["FastcompatError", "Run", "Scorer", "__version__", "linear_nll", "open_run", "rank"]
+__all__ = ["FastcompatError", "Run", "Scorer", "__version__", "linear_nll", "open_run", "packed_nll", "rank"]
 
 if TYPE_CHECKING:
-    from fastcompat.nll import linear_nll
+    from fastcompat.nll import linear_nll, packed_nll
     from fastcompat.ranking import rank
     from fastcompat.scorer import Scorer
     from fastcompat.store import Run, open_run

@@ -1,4 +1,4 @@
-"""The command line: it reads options, calls the library, shows what came back. Only `score`, `inspect` load torch.
+"""The command line: it reads options, calls the library, shows what came back. `score`, `demo`, `doctor` load torch.
 
 Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its template; 5 the run directory;
 130 interrupted, everything finished kept.
@@ -81,6 +81,11 @@ class Bos(StrEnum):
     auto = "auto"
     one = "one"
     none = "none"
+
+
+class ReportFormat(StrEnum):
+    table = "table"
+    json = "json"
 
 
 class Average(StrEnum):
@@ -351,6 +356,17 @@ def demo(
         "One row and its scored tokens: "
         f"[bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
     )
+
+
+@app.command()
+def doctor(
+    format: Annotated[ReportFormat, typer.Option("--format", help="How it is written.")] = ReportFormat.table,
+) -> None:
+    """What computes what on this machine, and why nothing faster does."""
+    from fastcompat.display import write_findings
+    from fastcompat.doctor import examine
+
+    write_findings(examine(), as_json=format is ReportFormat.json)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fastcompat.corpus import CorpusSummary, PreparationProgress
+    from fastcompat.doctor import Finding
     from fastcompat.engine import Progress as EngineProgress
     from fastcompat.verification import ScorerProgress
 
@@ -222,6 +224,30 @@ def _oddities(summary: CorpusSummary) -> Iterator[str]:
     others = sum(sum(file.other_shapes.values()) for file in summary.files)
     if others:
         yield f"{counted_noun(others, 'record')} of another shape than the rest of the file, read by that shape"
+
+
+def write_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """What `doctor` found: section by section, then what to do."""
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    section = ""
+    for finding in findings:
+        if finding.section != section:
+            if section:
+                table.add_row()
+            section = finding.section
+            table.add_row(Text(section.capitalize(), style="bold"))
+        mark = Text("!", style="yellow") if finding.advice else Text(" ")
+        found = Text(printable(finding.found), style="yellow" if finding.advice else "green")
+        table.add_row(Text.assemble(mark, " ", finding.subject), found, Text(printable(finding.why or ""), style="dim"))
+    console.print(table)
+    advice = list(dict.fromkeys(finding.advice for finding in findings if finding.advice))
+    say("\n[bold]To do[/]" if advice else "\nNothing stands in the way of a faster back end.")
+    for line in advice:
+        say(f"[yellow]![/] {escape(printable(line))}")
 
 
 def counted_noun(count: int, noun: str) -> str:

@@ -18,6 +18,10 @@ class UsageError(FastcompatError):
     exit_code = 2
 
 
+class ArgumentError(FastcompatError, ValueError):
+    """A tensor or an option of a library call that does not fit; the message names the value and the fix."""
+
+
 class CorpusError(FastcompatError):
     """A corpus that cannot be read at all: no such file, no known schema, a changed input."""
 

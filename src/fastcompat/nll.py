@@ -1,23 +1,39 @@
-"""The fused head's one narrow function: hidden states and an LM head in, per-token NLL out, never the logits.
+"""The fused head's two narrow functions: an LM head or logits in, per-token statistics out; the device decides how.
 
-Dimension key: S scored tokens, D hidden size, V vocabulary.
+CPU tensors go to the C++ extension, CUDA tensors to Triton, and what those do not serve to plain torch; `backends.py`
+chooses. `reference.py` defines every statistic. Arguments are checked here, once: shapes and dtypes in the two public
+functions, values in the operators, which are single steps to torch.compile.
+
+Dimension key: S scored tokens, D hidden size, V vocabulary, N responses, K statistics.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Literal, overload
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# A tile of logits, [TOKENS, VOCABULARY] float32: 8 MiB, so that it stays in the cache between product and logsumexp.
-TILE_TOKENS = 1024
-TILE_VOCABULARY = 2048
-# The same on a GPU, where the product wants large tiles and 256 MiB are nothing.
-CUDA_TILE_TOKENS = 4096
-CUDA_TILE_VOCABULARY = 16384
+from fastcompat import nll_torch
+from fastcompat.backends import choose, native, native_levels
+from fastcompat.errors import ArgumentError
+
+Statistic = Literal["nll", "entropy", "varentropy", "rank", "collision"]
+
+# The rows of what every back end returns, in this order; or the first one alone.
+STATISTICS: tuple[Statistic, ...] = ("nll", "entropy", "varentropy", "rank", "collision")
+RANK = STATISTICS.index("rank")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+Several = tuple[Statistic, Statistic, *tuple[Statistic, ...]]
 
 
-@torch.no_grad()
+@overload
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -26,63 +42,330 @@ def linear_nll(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
-    """[S] float32 negative log-likelihood of each target, in nats, from float32-accumulated logits.
+    statistics: tuple[Statistic] = ("nll",),
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    statistics: Several,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]: ...
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    statistics: tuple[Statistic, ...] = ("nll",),
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Per-token NLL of each target under an LM head, and more of the same distributions, without the logits.
 
     The same as
 
         z = (hidden @ weight.T + bias) * logit_scale         # [S, V]
         z = softcap * tanh(z / softcap)                      # where softcap is given
-        logsumexp(z, dim=-1) - z[arange(S), target]
+        p = softmax(z)
 
-    with products of hidden's and weight's values accumulated in float32 whatever their dtype, and no [S, V] tensor.
+        nll         -log p[target]                           # nats
+        entropy     E_p[-log p]
+        varentropy  Var_p(log p)
+        rank        number of logits strictly above the target's
+        collision   sum of p^2
 
-    hidden: [S, D]; weight: [V, D], same dtype and device; target: [S] int64 in [0, V); bias: [V] or None.
-    softcap: Gemma-2's final_logit_softcapping; logit_scale: a factor on the logits (Cohere; 1 / Granite's).
-    Raises ValueError for shapes, dtypes or targets that do not fit, naming the value.
+    with everything in float32 whatever the dtype of hidden and weight, and no [S, V] tensor anywhere.
+
+    hidden: [S, D], contiguous; weight: [V, D], contiguous, same dtype and device; target: [S] int64 in [0, V);
+    bias: [V] or None; softcap: Gemma-2's final_logit_softcapping; logit_scale: a factor on the logits (Cohere; one over
+    Granite's logits_scaling).
+    statistics: the names above that are wanted. One: its tensor; several: a tuple in the order asked for. [S] float32
+    each, rank int64. All five cost hardly more than one.
+    cu_seqlens: [N + 1] int32 or int64, from 0 to S, non-decreasing: response n holds the tokens from cu_seqlens[n] up
+    to cu_seqlens[n + 1]. Then [N] float64 sums over each response's tokens are returned instead, 0 where it has none.
+    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch".
+
+    A bias of -inf bars a word: it adds nothing, and as a target it has NLL inf. Hidden states with NaN or inf give a
+    non-finite NLL. float64 is computed by torch, in float64. Raises ArgumentError, a ValueError, that names what does
+    not fit and the fix. Forward only: no gradients.
     """
-    _validate(hidden, weight, target, bias)
-    n_scored, vocabulary = len(hidden), len(weight)
-    on_cpu = hidden.device.type == "cpu"
-    tile_tokens = TILE_TOKENS if on_cpu else CUDA_TILE_TOKENS
-    tile_vocabulary = TILE_VOCABULARY if on_cpu else CUDA_TILE_VOCABULARY
-    hidden32 = hidden.float()
-    log_sum = hidden32.new_full((n_scored,), float("-inf"))
-    target_logit = hidden32.new_full((n_scored,), float("nan"))
-    # The vocabulary is the outer loop: each weight is cast to float32 once.
-    for v in range(0, vocabulary, tile_vocabulary):
-        weight32 = weight[v : v + tile_vocabulary].float()
-        bias32 = None if bias is None else bias[v : v + tile_vocabulary].float()
-        for s in range(0, n_scored, tile_tokens):
-            rows = slice(s, s + tile_tokens)
-            z = F.linear(hidden32[rows], weight32, bias32)
-            if logit_scale != 1.0:
-                z.mul_(logit_scale)
-            if softcap:
-                z.div_(softcap).tanh_().mul_(softcap)
-            column = target[rows] - v
-            (inside,) = torch.nonzero((column >= 0) & (column < z.shape[1]), as_tuple=True)
-            target_logit[s + inside] = z[inside, column[inside]]
-            log_sum[rows] = torch.logaddexp(log_sum[rows], torch.logsumexp(z, dim=1))
-    return log_sum - target_logit
+    rows = _rows(statistics)
+    _check_head(hidden, weight, bias)
+    _check_scaling(softcap, logit_scale)
+    _check_common("hidden", hidden, target, cu_seqlens)
+    _check_no_gradient("linear_nll", hidden=hidden, weight=weight, bias=bias)
+    token = _linear_nll(hidden, weight, target, bias, softcap, logit_scale, rows != (0,), backend)
+    return _pick(token, rows, cu_seqlens, backend)
 
 
-def _validate(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [S, D] and weight [V, D] with one D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+@overload
+def packed_nll(
+    logits: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    statistics: tuple[Statistic] = ("nll",),
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def packed_nll(
+    logits: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    statistics: Several,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]: ...
+def packed_nll(
+    logits: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    statistics: tuple[Statistic, ...] = ("nll",),
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """The statistics of `linear_nll` for callers who already hold logits, in one read of them.
+
+    logits: [S, V] with columns next to each other, rows any distance apart; widened to float32 as they are read.
+    target, cu_seqlens, statistics, backend and what is returned: as for `linear_nll`.
+    """
+    rows = _rows(statistics)
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ArgumentError(f"logits must be [S, V] with V > 0, got {tuple(logits.shape)}")
+    if logits.stride(1) != 1 and logits.shape[1] > 1 and logits.shape[0]:
+        raise ArgumentError(f"logits have strides {tuple(logits.stride())}: columns must adjoin, use .contiguous()")
+    _check_common("logits", logits, target, cu_seqlens)
+    _check_no_gradient("packed_nll", logits=logits)
+    return _pick(_packed_nll(logits, target, rows != (0,), backend), rows, cu_seqlens, backend)
+
+
+def _rows(statistics: Sequence[str]) -> tuple[int, ...]:
+    """Which rows of a back end's result are wanted."""
+    unknown = [name for name in statistics if name not in STATISTICS]
+    if isinstance(statistics, str) or unknown:  # a name alone would be taken apart into its letters
+        raise ArgumentError(f"statistics {statistics!r} must be a tuple of some of: {', '.join(STATISTICS)}")
+    if not statistics or len(set(statistics)) < len(statistics):
+        raise ArgumentError(f"statistics {tuple(statistics)} must name at least one, and none twice")
+    return tuple(STATISTICS.index(name) for name in statistics)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
+        raise ArgumentError(
+            "hidden must be [S, D] and weight [V, D] with one D, D and V above 0, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, both must be the same float")
-    if hidden.device != weight.device or target.device != hidden.device:
-        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}, target on {target.device}")
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"target must be [{len(hidden)}] int64, got {tuple(target.shape)} {target.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], got {tuple(bias.shape)}")
-    if len(target):
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= len(weight):
-            raise ValueError(
-                f"target must lie in [0, {len(weight)}), got {low}..{high}: leave padding out, do not mark it with -100"
+    if hidden.dtype != weight.dtype:
+        raise ArgumentError(f"hidden is {hidden.dtype}, weight {weight.dtype}: convert one, both must be the same")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"{name} has strides {tuple(tensor.stride())}: lay it out anew with .contiguous()")
+    if weight.device != hidden.device:
+        raise ArgumentError(f"hidden is on {hidden.device}, weight on {weight.device}: move one")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in DTYPES):
+        raise ArgumentError(f"bias must be [{len(weight)}] of a float dtype, got {tuple(bias.shape)} {bias.dtype}")
+    if bias is not None and bias.device != hidden.device:
+        raise ArgumentError(f"hidden is on {hidden.device}, bias on {bias.device}: move one")
+
+
+def _check_scaling(softcap: float | None, logit_scale: float) -> None:
+    # Comparisons, which are false for NaN: torch.compile cannot trace math.isfinite.
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ArgumentError(f"softcap must be above 0 and finite, or None for none, got {softcap}")
+    if not -math.inf < logit_scale < math.inf:
+        raise ArgumentError(f"logit_scale must be finite, got {logit_scale}")
+
+
+def _check_common(name: str, values: Tensor, target: Tensor, cu_seqlens: Tensor | None) -> None:
+    """What both functions ask of hidden or logits [S, ...], target and cu_seqlens."""
+    if values.dtype not in DTYPES:
+        raise ArgumentError(f"{name} is {values.dtype}: convert to one of {', '.join(map(str, DTYPES))}")
+    if target.shape != values.shape[:1] or target.dtype != torch.int64:
+        raise ArgumentError(f"target must be [{len(values)}] int64, got {tuple(target.shape)} {target.dtype}")
+    if target.device != values.device:
+        raise ArgumentError(f"{name} is on {values.device}, target on {target.device}: move one")
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(
+            f"cu_seqlens must be [N + 1] int32 or int64, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != values.device:
+        raise ArgumentError(f"{name} is on {values.device}, cu_seqlens on {cu_seqlens.device}: move one")
+
+
+def _check_no_gradient(function: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ArgumentError(
+                f"{function} computes no gradients, and {name} requires one: call it under torch.no_grad(), "
+                f"or pass {name}.detach()"
             )
+
+
+def _pick(
+    token: Tensor, rows: tuple[int, ...], cu_seqlens: Tensor | None, backend: str | None
+) -> Tensor | tuple[Tensor, ...]:
+    """The wanted rows of [1 or 5, S], or their sums over each response."""
+    if cu_seqlens is None:
+        picked = [token[row].to(torch.int64) if row == RANK else token[row] for row in rows]
+    else:
+        wanted = token if len(rows) == len(token) and rows == tuple(range(len(token))) else token[list(rows)]
+        picked = list(_segment_sum(wanted, cu_seqlens, backend).unbind())
+    return picked[0] if len(picked) == 1 else tuple(picked)
+
+
+@torch.library.custom_op("fastcompat::linear_nll", mutates_args=())
+def _linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    all_statistics: bool,
+    backend: str | None,
+) -> Tensor:
+    """[1 or 5, S] float32."""
+    backend = choose(backend, hidden)
+    _check_range(target, len(weight))
+    target = target.contiguous()
+    out = _result(hidden, all_statistics)
+    if not len(target):
+        return out
+    if not backend.startswith("native"):
+        kernel = nll_torch.linear_nll if backend == "torch" else _triton("linear_nll")
+        return kernel(
+            hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, all_statistics=all_statistics
+        )
+    bias = None if bias is None else bias.float().contiguous()
+    native().linear_nll(
+        hidden.data_ptr(),
+        weight.data_ptr(),
+        target.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *hidden.shape,
+        len(weight),
+        _name(hidden.dtype),
+        softcap or 0.0,
+        logit_scale,
+        all_statistics,
+        _level(backend),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@_linear_nll.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    all_statistics: bool,
+    backend: str | None,
+) -> Tensor:
+    return _result(hidden, all_statistics)
+
+
+@torch.library.custom_op("fastcompat::packed_nll", mutates_args=())
+def _packed_nll(logits: Tensor, target: Tensor, all_statistics: bool, backend: str | None) -> Tensor:
+    """[1 or 5, S] float32."""
+    backend = choose(backend, logits)
+    _check_range(target, logits.shape[1])
+    target = target.contiguous()
+    out = _result(logits, all_statistics)
+    if not len(target):
+        return out
+    if not backend.startswith("native"):
+        kernel = nll_torch.packed_nll if backend == "torch" else _triton("packed_nll")
+        return kernel(logits, target, all_statistics=all_statistics)
+    native().packed_nll(
+        logits.data_ptr(),
+        target.data_ptr(),
+        out.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        _name(logits.dtype),
+        all_statistics,
+        _level(backend),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@_packed_nll.register_fake
+def _(logits: Tensor, target: Tensor, all_statistics: bool, backend: str | None) -> Tensor:
+    return _result(logits, all_statistics)
+
+
+@torch.library.custom_op("fastcompat::segment_sum", mutates_args=())
+def _segment_sum(values: Tensor, cu_seqlens: Tensor, backend: str | None) -> Tensor:
+    """[K, N] float64 sums of values [K, S]; the order of additions depends on a segment's length alone."""
+    bounds = cu_seqlens.cpu().numpy()
+    if bounds[0] != 0 or bounds[-1] != values.shape[1]:
+        raise ArgumentError(f"cu_seqlens must run from 0 to S = {values.shape[1]}, got {bounds[0]} to {bounds[-1]}")
+    falls = np.flatnonzero(bounds[1:] < bounds[:-1])
+    if len(falls):
+        n = falls[0]
+        raise ArgumentError(f"cu_seqlens must not decrease, got {bounds[n]} and then {bounds[n + 1]} at index {n}")
+    if choose(backend, values) == "triton" and values.numel():
+        return _triton("segment_sum")(values.contiguous(), cu_seqlens.long().contiguous())
+    sums = np.zeros((len(values), len(bounds) - 1))
+    some = np.flatnonzero(bounds[1:] > bounds[:-1])
+    if len(some):
+        for row, row_sums in zip(values.cpu().numpy().astype(np.float64), sums, strict=True):
+            row_sums[some] = np.add.reduceat(row, bounds[some])
+    return torch.from_numpy(sums).to(values.device)
+
+
+@_segment_sum.register_fake
+def _(values: Tensor, cu_seqlens: Tensor, backend: str | None) -> Tensor:
+    return values.new_empty((values.shape[0], cu_seqlens.shape[0] - 1), dtype=torch.float64)
+
+
+def _result(values: Tensor, all_statistics: bool) -> Tensor:
+    """[1 or 5, S] for the statistics of values [S, ...]."""
+    n_rows = len(STATISTICS) if all_statistics else 1
+    return torch.empty((n_rows, values.shape[0]), dtype=torch.float32, device=values.device)
+
+
+def _check_range(target: Tensor, vocabulary: int) -> None:
+    if not len(target):
+        return
+    low, high = torch.stack(target.aminmax()).tolist()
+    if low < 0 or high >= vocabulary:
+        raise ArgumentError(
+            f"target must lie in [0, {vocabulary}), got {low}..{high}: leave padding out, do not mark it with -100"
+        )
+
+
+def _triton(name: str) -> Callable[..., Tensor]:
+    """The launcher of that name in the module of that name."""
+    launcher: Callable[..., Tensor] = getattr(import_module(f"fastcompat.kernels.{name}"), name)
+    return launcher
+
+
+def _level(backend: str) -> str:
+    """avx2 of native:avx2; of native the fastest that the processor offers."""
+    return backend.partition(":")[2] or native_levels()[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -36,7 +36,38 @@ def linear_nll(
 ) -> Tensor:
     """[S] negative log-likelihood of target [S], nats: `logsumexp(z) - z[target]`."""
     z = logits(hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
-    return torch.logsumexp(z, dim=-1) - z.gather(-1, target[:, None])[:, 0]
+    return token_statistics(z, target)["nll"]
+
+
+def token_statistics(z: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What one distribution over the vocabulary says of its target: five statistics [S] of logits z [S, V].
+
+    With p = softmax(z), natural logarithms, and target [S] int64 in [0, V):
+
+        nll         -log p[target]
+        entropy     E_p[-log p]
+        varentropy  Var_p(log p)
+        rank        number of logits strictly above the target's, int64
+        collision   sum of p^2
+
+    Each logit of -inf is a word of probability 0, which adds nothing; a row with +inf or NaN has no finite statistic
+    but its rank.
+    """
+    log_p = z - torch.logsumexp(z, dim=-1, keepdim=True)
+    p = log_p.exp()
+    # 0 * -inf would be NaN; NaN itself stays.
+    log_p_finite = log_p.masked_fill(z == float("-inf"), 0)
+    entropy = -(p * log_p_finite).sum(-1)
+    # Centred before it is squared: E[(log p)^2] - E[log p]^2 would lose all digits of a nearly flat distribution.
+    centred = log_p_finite + entropy[:, None]
+    target_logit = z.gather(-1, target[:, None])
+    return {
+        "nll": -log_p.gather(-1, target[:, None])[:, 0],
+        "entropy": entropy,
+        "varentropy": (p * centred.square()).sum(-1),
+        "rank": (z > target_logit).sum(-1),
+        "collision": p.square().sum(-1),
+    }
 
 
 def visible(position_ids: Tensor, subtree_end: Tensor, *, sliding_window: int | None = None) -> Tensor:

@@ -1,0 +1,87 @@
+"""The doctor's report: true of this machine, and with advice where something faster is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastcompat import backends
+from fastcompat.cli import app
+from fastcompat.doctor import examine
+
+
+def found() -> dict[str, str]:
+    return {finding.subject: finding.found for finding in examine()}
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    backends.why_not.cache_clear()
+    monkeypatch.setattr(backends, "_load_native", lambda: "the C++ extension was not built")
+    yield
+    backends.why_not.cache_clear()
+
+
+def test_it_says_what_this_machine_has():
+    report = found()
+    assert report["torch"] == torch.__version__
+    assert (report["GPU"] == "none") == (not torch.cuda.is_available())
+    if backends.native_levels():
+        assert report["C++ extension"] == ", ".join(backends.native_levels())
+        assert report["linear_nll on CPU"] == report["packed_nll on CPU"] == f"C++, {backends.native_levels()[0]}"
+    assert f"{torch.get_num_threads()} of " in report["processor"]
+    assert report["attention"] == "torch"
+    assert ("linear_nll on GPU" in report) == torch.cuda.is_available()
+
+
+def test_what_is_missing_comes_with_the_reason_and_the_fix(without_extension):
+    served = next(finding for finding in examine() if finding.subject == "linear_nll on CPU")
+    assert served.found == "torch, slower"
+    assert served.why == "the C++ extension was not built"
+    assert "C++17 compiler" in str(served.advice)
+    output = CliRunner().invoke(app, ["doctor"]).output
+    assert output.count("C++17 compiler") == 1
+    assert "To do" in output
+
+
+@pytest.mark.parametrize(("driver", "advice"), [(None, None), ("/usr/bin/nvidia-smi", "install a CUDA build of torch")])
+def test_a_gpu_that_this_torch_cannot_use(monkeypatch, driver, advice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("fastcompat.doctor.shutil.which", lambda name: driver)
+    monkeypatch.setattr("fastcompat.doctor.Path.exists", lambda path: False)
+    gpu = next(finding for finding in examine() if finding.subject == "GPU")
+    assert (gpu.found, "built for CPUs only" in str(gpu.why)) == ("none", True)
+    assert (gpu.advice is None) if advice is None else (advice in str(gpu.advice))
+
+
+def test_a_bound_on_threads_is_shown(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("fastcompat.doctor.os.sched_getaffinity", lambda process: set(range(16)), raising=False)
+    processor = next(finding for finding in examine() if finding.subject == "processor")
+    assert "1 of 16" in processor.found
+    assert "unset OMP_NUM_THREADS" in str(processor.advice)
+
+
+def test_the_command_writes_a_table_and_json():
+    table = CliRunner().invoke(app, ["doctor"])
+    assert table.exit_code == 0, table.output
+    for text in ("Machine", "Kernels", "Versions", "linear_nll on CPU", torch.__version__):
+        assert text in table.output
+    as_json = CliRunner().invoke(app, ["doctor", "--format", "json"])
+    assert as_json.exit_code == 0, as_json.output
+    rows = json.loads(as_json.output)
+    assert {row["section"] for row in rows} == {"machine", "kernels", "versions"}
+    assert any(row["subject"] == "Python" and row["found"] == sys.version.split()[0] for row in rows)
+
+
+def test_it_waits_for_torch_alone():
+    code = "import sys; from fastcompat.doctor import examine; examine(); print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -1,0 +1,115 @@
+"""What holds for every problem: equal bits whatever the threads and the order of rows, and memory of a tile's size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from nll_problems import BACKENDS, NATIVE, each_backend, interpreted, problem
+
+from fastcompat import linear_nll, packed_nll
+from fastcompat.nll import STATISTICS
+
+# The same examples in every run; compiled kernels have no steady time for a deadline.
+quickly = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@quickly
+@given(
+    n_scored=st.integers(1, 150),
+    width=st.integers(1, 80),
+    vocabulary=st.integers(1, 1500),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+@example(n_scored=65, width=33, vocabulary=20_011, dtype=torch.bfloat16, threads=3, seed=0)
+@example(n_scored=3, width=2, vocabulary=100_003, dtype=torch.float32, threads=4, seed=0)
+def test_equal_bits_for_any_threads_and_order_of_rows(backend, n_scored, width, vocabulary, dtype, threads, seed):
+    p = problem(n_scored, width, vocabulary, dtype, seed=seed)
+    options = {"statistics": STATISTICS, "backend": backend}
+    torch.set_num_threads(1)
+    want = torch.stack(linear_nll(*p, **options))
+    logits = torch.nn.functional.linear(p.hidden.float(), p.weight.float())
+    want_packed = torch.stack(packed_nll(logits, p.target, **options))
+    torch.set_num_threads(threads)
+    order = torch.randperm(n_scored, generator=torch.Generator().manual_seed(seed))
+    got = torch.stack(linear_nll(p.hidden[order], p.weight, p.target[order], **options))
+    got_packed = torch.stack(packed_nll(logits[order], p.target[order], **options))
+    assert torch.equal(got, want[:, order])
+    assert torch.equal(got_packed, want_packed[:, order])
+    one = slice(n_scored // 2, n_scored // 2 + 1)
+    assert torch.equal(torch.stack(linear_nll(p.hidden[one], p.weight, p.target[one], **options)), want[:, one])
+
+
+@each_backend
+def test_two_runs_give_equal_bits(backend, device):
+    vocabulary = 500 if interpreted(backend, device) else 20_011
+    p = problem(70, 48, vocabulary, torch.bfloat16).to(device)
+    logits = p.hidden.float() @ p.weight.float().T
+    options = {"statistics": STATISTICS, "backend": backend}
+    for function, arguments in ((linear_nll, p), (packed_nll, (logits, p.target))):
+        first, second = (torch.stack(function(*arguments, **options)) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@st.composite
+def segmented(draw):
+    lengths = draw(st.lists(st.integers(0, 40), max_size=12))
+    return torch.tensor([0, *lengths]).cumsum(0), draw(st.integers(0, 1000))
+
+
+@pytest.mark.parametrize("backend", [name for name, device in BACKENDS if device == "cpu" and ":" not in name])
+@quickly
+@given(segmented())
+def test_a_responses_sum_depends_on_its_own_tokens_alone(backend, problem_of):
+    cu_seqlens, seed = problem_of
+    n_scored = int(cu_seqlens[-1])
+    logits = torch.randn(n_scored, 7, generator=torch.Generator().manual_seed(seed)) * 5
+    target = torch.zeros(n_scored, dtype=torch.int64)
+    sums = packed_nll(logits, target, cu_seqlens, backend=backend)
+    for n, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        own = torch.tensor([0, end - begin])
+        assert packed_nll(logits[begin:end], target[begin:end], own, backend=backend)[0] == sums[n]
+
+
+GROWTH = """
+import torch
+from fastcompat import linear_nll
+torch.set_num_threads(1)
+def peak():
+    # Not ru_maxrss: that of the process which started this one is its lower bound.
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) >> 10
+hidden, weight, target = torch.randn(2048, 16), torch.randn(151_936, 16), torch.randint(151_936, (2048,))
+linear_nll(hidden[:16], weight, target[:16], backend={0!r})
+before = peak()
+linear_nll(hidden, weight, target, backend={0!r})
+linear_nll(hidden, weight, target, backend={0!r}, statistics={1!r})
+after = peak()
+ballast = torch.ones(64 << 20)
+print(after - before, peak() - after)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("backend", [*NATIVE[:1], "torch"])
+def test_no_matrix_of_logits_is_ever_allocated(backend):
+    # 2,048 x 151,936 logits would be 1,187 MiB in float32, 594 in bfloat16.
+    code = GROWTH.format(backend, STATISTICS)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    growth, growth_of_256_mib = map(int, result.stdout.split())
+    assert growth < 64
+    assert growth_of_256_mib > 128  # the peak does move where memory is allocated
