@@ -1,7 +1,6 @@
 """Package layout and the C++ extension (metadata is in pyproject.toml).
 
-`kernels/` at the top installs as `fastcompat.kernels`; `csrc/` becomes `fastcompat._native`, which no torch is needed to
-build. Without a C++ compiler the package installs without the extension, and the torch path serves.
+`kernels/` at the top installs as `fastcompat.kernels`; `csrc/` becomes `fastcompat._native`, built without torch. Without a C++ compiler the package installs without the extension, and the torch path serves.
 """
 
 import os

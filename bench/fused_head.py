@@ -2,9 +2,9 @@
 
     python bench/fused_head.py [--tokens 512 2048] [--rounds 5]
 
-Prints tables and writes bench/results/fused_head-cpu.json. Ratios are taken round by round, between calls a second apart,
-and their median is what counts: the machine's speed drifts, and both feel it. `bench/test_fused_head.py` times the same
-calls under pytest-benchmark.
+Prints tables and writes bench/results/fused_head-cpu.json. Ratios are taken round by round, between calls a second
+apart, and their median is what counts: the machine's speed drifts, and both feel it. `bench/test_fused_head.py` times
+the same calls under pytest-benchmark.
 
 Dimension key: S scored tokens, D hidden size, V vocabulary.
 """

@@ -64,8 +64,8 @@ def at_every_shape(shapes, interpreted_tokens):
     return pytest.mark.parametrize(("shape", "backend", "device"), cases, ids=str)
 
 
-@each_dtype
 @at_every_shape(SHAPES, interpreted_tokens=100)
+@each_dtype
 def test_linear_nll_at_every_shape(backend, device, dtype, shape):
     p, z = solved(shape, dtype)
     on_device = p.to(device)
@@ -76,8 +76,8 @@ def test_linear_nll_at_every_shape(backend, device, dtype, shape):
     torch.testing.assert_close(alone, five[0], rtol=1e-6, atol=2e-6)
 
 
-@each_dtype
 @at_every_shape(SHAPES[:-1], interpreted_tokens=3)
+@each_dtype
 def test_packed_nll_at_every_shape_with_rows_apart(backend, device, dtype, shape):
     p, z = solved(shape, dtype)
     n_scored, _, vocabulary = shape

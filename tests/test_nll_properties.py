@@ -56,8 +56,8 @@ def test_equal_bits_for_any_threads_and_order_of_rows(backend, n_scored, width, 
 
 @each_backend
 def test_two_runs_give_equal_bits(backend, device):
-    vocabulary = 500 if interpreted(backend, device) else 20_011
-    p = problem(70, 48, vocabulary, torch.bfloat16).to(device)
+    n_scored, vocabulary = (5, 500) if interpreted(backend, device) else (70, 20_011)
+    p = problem(n_scored, 48, vocabulary, torch.bfloat16).to(device)
     logits = p.hidden.float() @ p.weight.float().T
     options = {"statistics": STATISTICS, "backend": backend}
     for function, arguments in ((linear_nll, p), (packed_nll, (logits, p.target))):
@@ -65,24 +65,19 @@ def test_two_runs_give_equal_bits(backend, device):
         assert torch.equal(first, second)
 
 
-@st.composite
-def segmented(draw):
-    lengths = draw(st.lists(st.integers(0, 40), max_size=12))
-    return torch.tensor([0, *lengths]).cumsum(0), draw(st.integers(0, 1000))
-
-
-@pytest.mark.parametrize("backend", [name for name, device in BACKENDS if device == "cpu" and ":" not in name])
+@pytest.mark.parametrize(("backend", "device"), [pair for pair in BACKENDS if ":" not in pair[0]])
 @quickly
-@given(segmented())
-def test_a_responses_sum_depends_on_its_own_tokens_alone(backend, problem_of):
-    cu_seqlens, seed = problem_of
-    n_scored = int(cu_seqlens[-1])
-    logits = torch.randn(n_scored, 7, generator=torch.Generator().manual_seed(seed)) * 5
-    target = torch.zeros(n_scored, dtype=torch.int64)
-    sums = packed_nll(logits, target, cu_seqlens, backend=backend)
-    for n, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
-        own = torch.tensor([0, end - begin])
-        assert packed_nll(logits[begin:end], target[begin:end], own, backend=backend)[0] == sums[n]
+@given(lengths=st.lists(st.integers(0, 600), max_size=8), seed=st.integers(0, 1000))
+def test_a_responses_sum_depends_on_its_own_tokens_alone(backend, device, lengths, seed):
+    segment_sum = torch.ops.fastcompat.segment_sum
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    values = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(seed)).to(device)
+    sums = segment_sum(values, cu_seqlens, backend)
+    assert sums.shape == (2, len(lengths))
+    for n, part in enumerate(values.split(lengths, dim=1) if lengths else ()):
+        alone = segment_sum(part, torch.tensor([0, lengths[n]], device=device), backend)
+        assert torch.equal(alone[:, 0], sums[:, n])
+        torch.testing.assert_close(alone[:, 0], part.double().sum(1), rtol=1e-12, atol=1e-12)
 
 
 GROWTH = """

@@ -265,7 +265,7 @@ def wrap(name: str, full: Any) -> CausalLM:
     return CausalLM(
         name=name,
         body=full.base_model,
-        weight=head.weight.detach(),
+        weight=head.weight.detach().contiguous(),
         bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
         softcap=getattr(text, "final_logit_softcapping", None),
         logit_scale=logit_scale(text),

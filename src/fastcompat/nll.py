@@ -91,14 +91,14 @@ def linear_nll(
     bias: [V] or None; softcap: Gemma-2's final_logit_softcapping; logit_scale: a factor on the logits (Cohere; one over
     Granite's logits_scaling).
     statistics: the names above that are wanted. One: its tensor; several: a tuple in the order asked for. [S] float32
-    each, rank int64. All five cost hardly more than one.
+    each, rank int64.
     cu_seqlens: [N + 1] int32 or int64, from 0 to S, non-decreasing: response n holds the tokens from cu_seqlens[n] up
     to cu_seqlens[n + 1]. Then [N] float64 sums over each response's tokens are returned instead, 0 where it has none.
     backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch".
 
-    A bias of -inf bars a word: it adds nothing, and as a target it has NLL inf. Hidden states with NaN or inf give a
-    non-finite NLL. float64 is computed by torch, in float64. Raises ArgumentError, a ValueError, that names what does
-    not fit and the fix. Forward only: no gradients.
+    A bias of -inf bars a word (unless a softcap makes it finite): it adds nothing, and as a target it has NLL inf.
+    Hidden states with NaN or inf give a non-finite NLL. float64 is computed by torch, in float64. Raises ArgumentError,
+    a ValueError, that names what does not fit and the fix. Forward only: no gradients.
     """
     rows = _rows(statistics)
     _check_head(hidden, weight, bias)
