@@ -48,6 +48,47 @@ def speed() -> str:
     )
 
 
+def head() -> str:
+    """The fused head against its peers on a CPU, and what it is off by."""
+    result = load("fused_head-cpu.json")
+    machine, means = result["machine"], result["geometric_mean_of_ours_over"]
+    names = ["F.linear alone", "F.linear + F.cross_entropy", "F.linear_cross_entropy"]
+    rows = []
+    for entry in result["heads"]:
+        seconds = [f"{entry['seconds'][name]:.3f}" if name in entry["seconds"] else "–" for name in names]
+        ours = f"**{entry['seconds']['fc.linear_nll']:.3f}**"
+        errors = [entry["largest_error_nats"][name] for name in ("F.linear + F.cross_entropy", "fc.linear_nll")]
+        cap = ", soft cap" if entry["softcap"] else ""
+        rows.append(
+            f"| {entry['n_tokens']} x {entry['width']} -> {entry['vocabulary']:,}, {entry['dtype']}{cap} | "
+            + " | ".join([*seconds, ours, f"{entry['five_over_nll']:.2f}", *(f"{value:.0e}" for value in errors)])
+            + " |"
+        )
+    packed = result["packed_nll"]
+    ratios = "; ".join(
+        f"{dtype}: {mean['F.linear alone']:.2f} of the time of `F.linear` alone, "
+        f"{1 / mean['F.linear + F.cross_entropy']:.1f}x faster than with `F.cross_entropy`"
+        for dtype, mean in means.items()
+    )
+    return "\n".join(
+        [
+            f"{machine['cores']} cores ({', '.join(machine['instructions'])}), torch {machine['versions']['torch']}; "
+            "seconds, medians of interleaved rounds (`python bench/fused_head.py`). The errors are the largest against "
+            "float64, in nats.",
+            "",
+            "| tokens x D -> V | `F.linear` alone | + `F.cross_entropy` | `F.linear_cross_entropy` | `fc.linear_nll` "
+            "| five statistics / nll | error of theirs | of ours |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"Geometric means of the ratios round by round: {ratios}. `fc.packed_nll` on {packed['n_tokens']:,} x "
+            f"{packed['vocabulary']:,} bf16 logits: {packed['seconds']['fc.packed_nll'] * 1000:.0f} ms, "
+            f"{packed['faster_than']['F.cross_entropy(logits.float())']:.0f}x faster than "
+            "`F.cross_entropy(logits.float())`.",
+        ]
+    )
+
+
 def demo() -> str:
     """What `make demo` printed."""
     return "```\n" + (RESULTS / "demo.txt").read_text().rstrip() + "\n```"
@@ -56,7 +97,7 @@ def demo() -> str:
 def rendered() -> str:
     """README with its figures brought up to date."""
     text = (ROOT / "README.md").read_text()
-    for name, block in (("speed", speed()), ("demo", demo())):
+    for name, block in (("speed", speed()), ("head", head()), ("demo", demo())):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         assert pattern.search(text), f"README has no place for {name}"
         text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)  # type: ignore[misc]
