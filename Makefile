@@ -28,6 +28,7 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) tests/native_check.cpp
 	$(BIN)/mypy
 
 # The C++ kernels on their own, every instruction set that this processor has, under the address and undefined-behaviour
@@ -38,12 +39,13 @@ sanitize: build/native_check
 
 build/native_check: $(NATIVE) tests/native_check.cpp
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -ffp-contract=off $(SANITIZE) csrc/linear_nll.cpp csrc/threads.cpp csrc/isa_*.cpp \
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=off $(SANITIZE) $(filter-out csrc/bindings.cpp,$(filter %.cpp,$(NATIVE))) \
 	    tests/native_check.cpp -o $@ -ldl -lpthread
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE) tests/native_check.cpp
 
 # This machine against the loops that everybody writes; takes minutes, writes bench/results.
 bench: install

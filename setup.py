@@ -1,6 +1,7 @@
 """Package layout and the C++ extension (metadata is in pyproject.toml).
 
-`kernels/` at the top installs as `fastcompat.kernels`; `csrc/` becomes `fastcompat._native`, built without torch. Without a C++ compiler the package installs without the extension, and the torch path serves.
+`kernels/` at the top installs as `fastcompat.kernels`; `csrc/` becomes `fastcompat._native`, built without torch.
+Without a C++ compiler the package installs without the extension, and the torch path serves.
 """
 
 import os

@@ -1,6 +1,6 @@
 // AVX-512 without products of bfloat16: those are widened.
 
-#include "linear_nll.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +15,7 @@
 #endif
 #define ISA_NAMESPACE avx512
 #define ISA_AVX512
+#include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
 #if defined(__clang__)
@@ -30,12 +31,21 @@ static bool offered() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-const Isa kAvx512{"avx512", offered, avx512::kBlock, false, avx512::pack, avx512::widen, avx512::target_logits,
-                  avx512::fold, avx512::packed_token};
+const Isa kAvx512{"avx512",
+                  offered,
+                  avx512::kBlock,
+                  false,
+                  avx512::pack,
+                  avx512::widen,
+                  avx512::target_logits,
+                  avx512::fold,
+                  avx512::packed_token,
+                  avx512::pack_operands,
+                  avx512::attend};
 
 }  // namespace fastcompat
 #else
 namespace fastcompat {
 const Isa kAvx512{"avx512", [] { return false; }};
-}
+}  // namespace fastcompat
 #endif

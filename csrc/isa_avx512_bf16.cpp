@@ -1,6 +1,6 @@
 // AVX-512 with products of bfloat16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later).
 
-#include "linear_nll.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,6 +16,7 @@
 #define ISA_NAMESPACE avx512_bf16
 #define ISA_AVX512
 #define ISA_BF16
+#include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
 #if defined(__clang__)
@@ -32,15 +33,21 @@ static bool offered() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-const Isa kAvx512Bf16{"avx512_bf16",      offered,
-                      avx512_bf16::kBlock, true,
-                      avx512_bf16::pack,  avx512_bf16::widen,
-                      avx512_bf16::target_logits, avx512_bf16::fold,
-                      avx512_bf16::packed_token};
+const Isa kAvx512Bf16{"avx512_bf16",
+                      offered,
+                      avx512_bf16::kBlock,
+                      true,
+                      avx512_bf16::pack,
+                      avx512_bf16::widen,
+                      avx512_bf16::target_logits,
+                      avx512_bf16::fold,
+                      avx512_bf16::packed_token,
+                      avx512_bf16::pack_operands,
+                      avx512_bf16::attend};
 
 }  // namespace fastcompat
 #else
 namespace fastcompat {
 const Isa kAvx512Bf16{"avx512_bf16", [] { return false; }};
-}
+}  // namespace fastcompat
 #endif

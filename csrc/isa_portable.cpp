@@ -1,6 +1,7 @@
 // What every processor can do.
 
 #define ISA_NAMESPACE portable
+#include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
 
@@ -8,7 +9,16 @@ namespace fastcompat {
 
 static bool offered() { return true; }
 
-const Isa kPortable{"portable",         offered, portable::kBlock, false, portable::pack, portable::widen,
-                    portable::target_logits, portable::fold, portable::packed_token};
+const Isa kPortable{"portable",
+                    offered,
+                    portable::kBlock,
+                    false,
+                    portable::pack,
+                    portable::widen,
+                    portable::target_logits,
+                    portable::fold,
+                    portable::packed_token,
+                    portable::pack_operands,
+                    portable::attend};
 
 }  // namespace fastcompat

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "isa.h"
 #include "threads.h"
 
 namespace fastcompat {
@@ -21,6 +22,16 @@ constexpr int64_t kChunkBytes = 384 * 1024;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Steps of the inner product: pairs of bfloat16, or single float32.
+int64_t steps(const Isa& isa, const LinearNll& call) {
+  return isa.multiplies_bf16 && call.dtype == Dtype::kBfloat16 ? (call.width + 1) / 2 : call.width;
+}
+// Whether weight rows can be read in place.
+bool reads_in_place(const Isa& isa, const LinearNll& call) {
+  return call.dtype == Dtype::kFloat32 ||
+         (call.dtype == Dtype::kBfloat16 && isa.multiplies_bf16 && call.width % 2 == 0);
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t rows_of_chunk(int64_t bytes_of_row) {
@@ -32,7 +43,10 @@ int64_t rows_of_chunk(int64_t bytes_of_row) {
 class States {
  public:
   States(int64_t n_segments, int64_t stride, bool all)
-      : stride_(stride), all_(all), m_(n_segments * stride, -kInfinity), sums_(n_segments * stride * (all ? 5 : 1), 0.0) {}
+      : stride_(stride),
+        all_(all),
+        m_(n_segments * stride, -kInfinity),
+        sums_(n_segments * stride * (all ? 5 : 1), 0.0) {}
 
   State at(int64_t segment, int64_t token) {
     const int64_t i = segment * stride_ + token;
@@ -90,7 +104,9 @@ void token_range(const Isa& isa, const LinearNll& call, int64_t begin, int64_t e
   std::vector<float> tiles(int64_t(threads) * kChunkRows * kMaxBlock);
   std::vector<float> target_logit(stride, 0.0f);
   States states(n_segments, stride, call.all_statistics);
-  const auto tokens_of = [&](int64_t block) { return int(std::min<int64_t>(isa.block, end - begin - block * isa.block)); };
+  const auto tokens_of = [&](int64_t block) {
+    return int(std::min<int64_t>(isa.block, end - begin - block * isa.block));
+  };
   const auto scratch_of = [&](int thread) { return scratch.data() + thread * (scratch.size() / threads); };
 
   parallel_for(n_blocks, threads, [&](int64_t block, int thread) {

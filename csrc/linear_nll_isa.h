@@ -1,133 +1,40 @@
 // The kernels of linear_nll.h in terms of simd.h. Included once by each isa_*.cpp, compiled for its instruction set.
-// With ISA_BF16 defined, products of bfloat16 pairs are taken as they are.
 
 #pragma once
 
-#include "linear_nll.h"
-#include "simd.h"
+#include "product.h"
 
 namespace fastcompat::ISA_NAMESPACE {
 
-constexpr int kGroup = 6;      // vocabulary rows multiplied together
-constexpr int kSteps = 128;    // steps of the inner product between two additions to the tile
-
-#if defined(ISA_BF16)
-constexpr bool kMultipliesBf16 = true;
-#else
-constexpr bool kMultipliesBf16 = false;
-#endif
-
-static inline int least(int a, int b) { return a < b ? a : b; }
-static inline bool in_pairs(const LinearNll& call) { return kMultipliesBf16 && call.dtype == Dtype::kBfloat16; }
-
-static inline float element(const void* data, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return as_float(load_u32((const char*)data + 4 * i));
-  const uint16_t bits = load_u16((const char*)data + 2 * i);
-  return dtype == Dtype::kBfloat16 ? bf16_to_float(bits) : f16_to_float(bits);
-}
-
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-// Step k of row i as the kernel multiplies it; where D is odd, the last pair's second half is zero.
-static inline uint32_t packed_element(const LinearNll& call, const void* data, int64_t row, int64_t k, bool pairs) {
-  const int64_t at = row * call.width;
-  if (pairs) {
-    const char* p = (const char*)data + 2 * (at + 2 * k);
-    return 2 * k + 1 < call.width ? load_u32(p) : load_u16(p);
-  }
-  const float x = element(data, at + k, call.dtype);
-  return load_u32(&x);
-}
-
 static void pack(const LinearNll& call, int64_t first, int count, uint32_t* packed) {
-  const bool pairs = in_pairs(call);
-  const int64_t n_steps = pairs ? (call.width + 1) / 2 : call.width;
-  for (int64_t k = 0; k < n_steps; ++k) {
-    for (int i = 0; i < kBlock; ++i) {
-      packed[k * kBlock + i] = i < count ? packed_element(call, call.hidden, first + i, k, pairs) : 0;
-    }
-  }
+  pack_rows(call.hidden, first * call.width, call.width, count, call.width, call.dtype, packed);
 }
 
 static void widen(const LinearNll& call, int64_t first_row, int count, uint32_t* rows) {
-  const bool pairs = in_pairs(call);
-  const int64_t n_steps = pairs ? (call.width + 1) / 2 : call.width;
+  const int64_t n_steps = operand_steps(call.width, call.dtype);
   for (int i = 0; i < count; ++i) {
     uint32_t* row = rows + i * n_steps;
     int64_t k = 0;
-    if (!pairs && call.dtype != Dtype::kFloat32) {
+    if (!in_pairs(call.dtype) && call.dtype != Dtype::kFloat32) {
       const uint16_t* from = (const uint16_t*)call.weight + (first_row + i) * call.width;
       for (; k + kLanes <= n_steps; k += kLanes) {
         const Vec v = call.dtype == Dtype::kBfloat16 ? load_bf16(from + k) : load_f16(from + k);
         std::memcpy(row + k, &v, sizeof v);
       }
     }
-    for (; k < n_steps; ++k) row[k] = packed_element(call, call.weight, first_row + i, k, pairs);
+    const int64_t at = (first_row + i) * call.width;
+    for (; k < n_steps; ++k) row[k] = operand(call.weight, at, k, call.width, call.dtype);
   }
 }
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
-struct Float32 {
-  static inline Vec multiply_add(Vec sum, Vec tokens, const uint32_t* weight) {
-    return fma(tokens, splat(as_float(load_u32(weight))), sum);
-  }
-};
-#if defined(ISA_BF16)
-struct Bfloat16Pairs {
-  static inline Vec multiply_add(Vec sum, Vec tokens, const uint32_t* weight) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)tokens, (__m512bh)_mm512_set1_epi32(int(load_u32(weight))));
-  }
-};
-#endif
-
-// tile[r][t] = packed[:, t] . rows[r] for R rows and N vectors of tokens.
-template <class Product, int R, int N>
-static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_t stride, int64_t n_steps, float* tile) {
-  for (int64_t begin = 0; begin < n_steps; begin += kSteps) {
-    const int64_t end = begin + kSteps < n_steps ? begin + kSteps : n_steps;
-    Vec sums[R][N];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r][n] = splat(0.0f);
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      Vec tokens[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) tokens[n] = load((const float*)(packed + k * kBlock) + n * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[r][n] = Product::multiply_add(sums[r][n], tokens[n], rows + r * stride + k);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        float* at = tile + r * kBlock + n * kLanes;
-        store(at, begin == 0 ? sums[r][n] : load(at) + sums[r][n]);
-      }
-    }
-  }
-}
-
-template <class Product, int N>
-static void multiply_rows(const uint32_t* packed, Rows rows, int count, int64_t n_steps, float* tile) {
-  int r = 0;
-  for (; r + kGroup <= count; r += kGroup) {
-    multiply<Product, kGroup, N>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock);
-  }
-  for (; r < count; ++r) {
-    multiply<Product, 1, N>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock);
-  }
-}
-
 template <int N>
 static void multiply_block(const LinearNll& call, const uint32_t* packed, Rows rows, int count, float* tile) {
 #if defined(ISA_BF16)
-  if (in_pairs(call)) {
+  if (in_pairs(call.dtype)) {
     multiply_rows<Bfloat16Pairs, N>(packed, rows, count, (call.width + 1) / 2, tile);
     return;
   }
@@ -224,11 +131,19 @@ static void fold(const LinearNll& call, const uint32_t* packed, int tokens, Rows
                  const float* target_logit, float* tile, const State& state) {
   const int n_vectors = (tokens + kLanes - 1) / kLanes;
   switch (n_vectors) {
-    case 1: multiply_block<1>(call, packed, rows, count, tile); break;
-    case 2: multiply_block<2>(call, packed, rows, count, tile); break;
+    case 1:
+      multiply_block<1>(call, packed, rows, count, tile);
+      break;
+    case 2:
+      multiply_block<2>(call, packed, rows, count, tile);
+      break;
 #if defined(ISA_AVX512) || defined(__ARM_NEON)
-    case 3: multiply_block<3>(call, packed, rows, count, tile); break;
-    default: multiply_block<4>(call, packed, rows, count, tile); break;
+    case 3:
+      multiply_block<3>(call, packed, rows, count, tile);
+      break;
+    default:
+      multiply_block<4>(call, packed, rows, count, tile);
+      break;
 #endif
   }
   if (transforms(call)) {
@@ -248,7 +163,7 @@ static void fold(const LinearNll& call, const uint32_t* packed, int tokens, Rows
 
 static void target_logits(const LinearNll& call, const uint32_t* packed, int64_t first, int count, uint32_t* scratch,
                           float* z) {
-  const int64_t n_steps = in_pairs(call) ? (call.width + 1) / 2 : call.width;
+  const int64_t n_steps = operand_steps(call.width, call.dtype);
   float tile[kBlock];
   for (int i = 0; i < count; ++i) {
     const int64_t row = call.target[first + i];

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "linear_nll.h"
-#include "simd.h"
+#include "linear_nll_isa.h"
 
 namespace fastcompat::ISA_NAMESPACE {
 

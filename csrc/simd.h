@@ -1,8 +1,9 @@
-// The few vector operations that the kernels are written in, for the instruction set that the including file has chosen.
+// The few vector operations that the kernels are written in, for the instruction set that the including file has
+// chosen.
 //
 // Included by one `isa_*.cpp` at a time, after it has defined ISA_NAMESPACE and one of ISA_AVX512, ISA_AVX2 or neither
-// (portable: the compiler's own vectors; NEON, SSE2 or whatever the target has). Nothing here or in what includes it may
-// call a function of the standard library: its inlined copy, compiled for AVX-512, could serve an older processor.
+// (portable: the compiler's own vectors; NEON, SSE2 or whatever the target has). Nothing here or in what includes it
+// may call a function of the standard library: its inlined copy, compiled for AVX-512, could serve an older processor.
 
 #pragma once
 
@@ -64,6 +65,13 @@ static inline Vec load_bf16(const uint16_t* p) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 static inline Vec load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// a < b ? yes : no
+static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+static inline void store_f16(uint16_t* p, Vec v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 #elif defined(ISA_AVX2)
 
@@ -88,6 +96,12 @@ static inline Vec load_bf16(const uint16_t* p) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 static inline Vec load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+static inline void store_f16(uint16_t* p, Vec v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 #else
 
@@ -128,10 +142,61 @@ static inline Vec load_f16(const uint16_t* p) {
   return Vec{f16_to_float(load_u16(p)), f16_to_float(load_u16(p + 1)), f16_to_float(load_u16(p + 2)),
              f16_to_float(load_u16(p + 3))};
 }
+static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
+static inline void store_f16(uint16_t* p, Vec v) {
+  for (int i = 0; i < 4; ++i) {
+    const _Float16 half = (_Float16)v[i];
+    std::memcpy(p + i, &half, sizeof half);
+  }
+}
 
 #endif
 
 constexpr int kBlock = kLanes * kRegisters;  // tokens of a block
+
+#if defined(ISA_AVX512)
+static inline Vec interleave_lower(Vec a, Vec b) {
+  return (Vec)__builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+static inline Vec interleave_upper(Vec a, Vec b) {
+  return (Vec)__builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(ISA_AVX2)
+static inline Vec interleave_lower(Vec a, Vec b) {
+  return (Vec)__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+static inline Vec interleave_upper(Vec a, Vec b) {
+  return (Vec)__builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+static inline Vec interleave_lower(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline Vec interleave_upper(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+// Rounded to bfloat16, which is then in the upper half of each lane.
+static inline Bits round_to_bf16(Vec v) { return (Bits)v + 0x7fff + (((Bits)v >> 16) & 1); }
+static inline void store_bf16(uint16_t* p, Vec v) {
+  const Halves halves = __builtin_convertvector(round_to_bf16(v) >> 16, Halves);
+  std::memcpy(p, &halves, sizeof halves);
+}
+// Transposes kLanes vectors of kLanes elements in log2(kLanes) rounds of interleaving halves.
+static inline void transpose(Vec (&rows)[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_lower(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_upper(rows[i], rows[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+// As bfloat16, a in the upper half of each lane and b in the lower.
+static inline Vec bf16_pair(Vec a, Vec b) { return (Vec)((round_to_bf16(a) & 0xffff0000u) | (round_to_bf16(b) >> 16)); }
 
 // (2^f - 1) / f on [-0.5, 0.5]; minimax, relative error of 2^f below 2e-9.
 static inline Vec exp2_slope(Vec f) {

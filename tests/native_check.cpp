@@ -1,5 +1,5 @@
-// The C++ kernels on their own, against long double: built and run by `make sanitize` under ASan and UBSan, where a read
-// past the end of a row or a misaligned access stops the program. Every level that the processor offers.
+// The C++ kernels on their own, against long double: built and run by `make sanitize` under ASan and UBSan, where a
+// read past the end of a row or a misaligned access stops the program. Every level that the processor offers.
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "../csrc/linear_nll.h"
+#include "../csrc/isa.h"
 
 using namespace fastcompat;
 
@@ -96,8 +96,9 @@ void check(const Isa& isa, int64_t S, int64_t D, int64_t V, Dtype dtype, bool tr
   const float softcap = transformed ? 5.0f : 0.0f, scale = transformed ? 0.5f : 1.0f;
 
   std::vector<float> out(kStatistics * S, NAN), again(kStatistics * S, NAN), nll(S, NAN);
-  LinearNll call{h.bytes.data(), w.bytes.data(), target.data(), transformed ? bias.data() : nullptr, out.data(), S, D, V,
-                 dtype,          softcap,        scale,         true};
+  LinearNll call{
+      h.bytes.data(), w.bytes.data(), target.data(), transformed ? bias.data() : nullptr, out.data(), S, D, V, dtype,
+      softcap,        scale,          true};
   linear_nll(isa, call, 1);
   call.out = again.data();
   linear_nll(isa, call, 3);
@@ -146,6 +147,70 @@ void check(const Isa& isa, int64_t S, int64_t D, int64_t V, Dtype dtype, bool tr
   }
 }
 
+// Attention over a random forest, laid out depth first.
+void check_attention(const Isa& isa, int64_t T, int H, int K, int C, int W, int window, Dtype dtype) {
+  std::mt19937 random(unsigned(T * 1009 + C));
+  std::normal_distribution<float> normal;
+  std::vector<int32_t> position(T), parent(T, -1), end(T);
+  for (int64_t t = 1; t < T; ++t) {
+    int32_t p = int32_t(t - 1);
+    for (int back = random() % 8 == 0 ? int(random() % 40) : 0; back > 0 && p >= 0; --back) p = parent[p];
+    parent[t] = p;
+    position[t] = p < 0 ? 0 : position[p] + 1;
+  }
+  for (int64_t t = T - 1; t >= 0; --t) {
+    end[t] = std::max(end[t], int32_t(t + 1));
+    if (parent[t] >= 0) end[parent[t]] = std::max(end[parent[t]], end[t]);
+  }
+  std::vector<float> query(T * H * C), key(T * K * C), value(T * K * W), sinks(H, 0.5f);
+  for (auto* tensor : {&query, &key, &value}) {
+    for (float& x : *tensor) x = normal(random);
+  }
+  const Stored q = stored(query, dtype), k = stored(key, dtype), v = stored(value, dtype);
+  std::vector<unsigned char> out(T * H * W * (dtype == Dtype::kFloat32 ? 4 : 2));
+  ForestAttention call{};
+  call.query = q.bytes.data(), call.key = k.bytes.data(), call.value = v.bytes.data(), call.out = out.data();
+  // [T, heads, width] as transformers lays them out.
+  call.query_head = C, call.query_token = H * C, call.key_head = C, call.key_token = K * C;
+  call.value_head = W, call.value_token = K * W;
+  call.tokens = T, call.heads = H, call.key_heads = K, call.width = C, call.value_width = W;
+  call.position = position.data(), call.subtree_end = end.data(), call.sinks = sinks.data();
+  call.dtype = dtype, call.scaling = 0.3f, call.window = window;
+  forest_attention(isa, call, 3);
+  for (int64_t i = 0; i < T; ++i) {
+    for (int h = 0; h < H; ++h) {
+      std::vector<long double> wanted(W);
+      long double sum = std::exp(0.5L);
+      for (int64_t j = 0; j <= i; ++j) {
+        if (i >= end[j] || (window > 0 && position[i] - position[j] >= window)) continue;
+        long double s = 0;
+        const int64_t kv = j * K + h / (H / K);
+        for (int c = 0; c < C; ++c) s += (long double)(q.values[(i * H + h) * C + c]) * k.values[kv * C + c];
+        const long double e = std::exp(s * 0.3L);
+        sum += e;
+        for (int c = 0; c < W; ++c) wanted[c] += e * v.values[kv * W + c];
+      }
+      for (int c = 0; c < W; ++c) {
+        const int64_t at = (i * H + h) * W + c;
+        float got = 0;
+        if (dtype == Dtype::kFloat32) {
+          std::memcpy(&got, out.data() + 4 * at, 4);
+        } else if (dtype == Dtype::kBfloat16) {
+          uint16_t bits;
+          std::memcpy(&bits, out.data() + 2 * at, 2);
+          got = of_bits(uint32_t(bits) << 16);
+        } else {
+          _Float16 half;
+          std::memcpy(&half, out.data() + 2 * at, 2);
+          got = float(half);
+        }
+        const double want = double(wanted[c] / sum), allowed = dtype == Dtype::kFloat32 ? 1e-5 : 3e-2;
+        expect(std::abs(got - want) <= allowed, "forest_attention", isa.name, T, C, W, int(dtype), got, want);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -162,6 +227,10 @@ int main() {
       }
       check(*isa, 3, 8, 2049, dtype, true);
       check(*isa, 3, 8, 4099, dtype, false);
+      check_attention(*isa, 1, 2, 1, 8, 8, 0, dtype);
+      check_attention(*isa, 65, 3, 3, 33, 20, 0, dtype);
+      check_attention(*isa, 131, 4, 2, 64, 64, 7, dtype);
+      check_attention(*isa, 200, 2, 1, 16, 40, 0, dtype);
     }
   }
   std::printf("%d levels, %d failures\n", levels, failures);

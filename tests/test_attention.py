@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastcompat import attention, reference
+from fastcompat import attention_torch, reference
 from fastcompat.attention import AttentionPlan, forest_attention
+from fastcompat.backends import native_levels
 from fastcompat.forest import pack_forest
+
+NATIVE = [f"native:{level}" for level in native_levels()]
+BACKENDS = ["torch", *NATIVE]
 
 
 def random_forest(seed: int, *, n_sequences: int, max_length: int, vocabulary: int = 3):
@@ -36,11 +40,12 @@ def tensors(forest, *, heads: int, key_heads: int, width: int, value_width: int 
     ("n_sequences", "max_length"), [(1, 1), (1, 300), (40, 60), (6, 700), (300, 3)], ids=lambda x: str(x)
 )
 @pytest.mark.parametrize("sliding_window", [None, 1, 7, 64, 100_000])
-def test_matches_the_definition(seed, n_sequences, max_length, sliding_window):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_definition(seed, n_sequences, max_length, sliding_window, backend):
     forest = random_forest(seed, n_sequences=n_sequences, max_length=max_length)
     (q, k, v), position, end = tensors(forest, heads=4, key_heads=2, width=16, seed=seed)
     plan = AttentionPlan.create(position, end)
-    got = forest_attention(q, k, v, plan, scaling=0.3, sliding_window=sliding_window)
+    got = forest_attention(q, k, v, plan, scaling=0.3, sliding_window=sliding_window, backend=backend)
     want = reference.forest_attention(
         q.double(), k.double(), v.double(), position, end, scaling=0.3, sliding_window=sliding_window
     )
@@ -50,36 +55,89 @@ def test_matches_the_definition(seed, n_sequences, max_length, sliding_window):
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (6, 6), (6, 3), (5, 1)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("value_width", [8, 24])
-def test_heads_softcap_and_sinks(heads, key_heads, softcap, with_sinks, value_width):
+@pytest.mark.parametrize(("width", "value_width"), [(8, 8), (8, 24), (33, 20), (128, 128), (256, 256)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_softcap_and_sinks(heads, key_heads, softcap, with_sinks, width, value_width, backend):
     forest = random_forest(1, n_sequences=20, max_length=50)
-    (q, k, v), position, end = tensors(forest, heads=heads, key_heads=key_heads, width=8, value_width=value_width)
+    (q, k, v), position, end = tensors(forest, heads=heads, key_heads=key_heads, width=width, value_width=value_width)
     sinks = torch.linspace(-1, 3, heads) if with_sinks else None
-    options = {"scaling": 0.7, "sliding_window": 20, "softcap": softcap}
+    options = {"scaling": 2 / width, "sliding_window": 20, "softcap": softcap}
     plan = AttentionPlan.create(position, end)
-    got = forest_attention(q, k, v, plan, sinks=sinks, **options)
+    got = forest_attention(q, k, v, plan, sinks=sinks, backend=backend, **options)
     want = reference.forest_attention(q.double(), k.double(), v.double(), position, end, sinks=sinks, **options)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
-def test_bfloat16_is_as_near_as_plain_attention(softcap):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_as_near_as_plain_attention(softcap, dtype, width, backend):
     forest = random_forest(2, n_sequences=12, max_length=120)
-    (q, k, v), position, end = tensors(forest, heads=4, key_heads=2, width=32)
-    q, k, v = (x.bfloat16() for x in (q, k, v))
-    options = {"scaling": 32**-0.5, "softcap": softcap}
+    (q, k, v), position, end = tensors(forest, heads=4, key_heads=2, width=width)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    options = {"scaling": width**-0.5, "softcap": softcap}
     want = reference.forest_attention(q.double(), k.double(), v.double(), position, end, **options)
     plain = reference.forest_attention(q, k, v, position, end, **options)
-    got = forest_attention(q, k, v, AttentionPlan.create(position, end), **options)
+    got = forest_attention(q, k, v, AttentionPlan.create(position, end), backend=backend, **options)
     assert (got.double() - want).abs().max() <= 2 * (plain.double() - want).abs().max()
 
 
 def test_long_packs_keep_no_square_mask(monkeypatch):
-    monkeypatch.setattr(attention, "CACHED_MASK_ELEMENTS", 0)
+    monkeypatch.setattr(attention_torch, "CACHED_MASK_ELEMENTS", 0)
     forest = random_forest(3, n_sequences=5, max_length=400)
     (q, k, v), position, end = tensors(forest, heads=2, key_heads=1, width=8)
     plan = AttentionPlan.create(position, end)
-    got = forest_attention(q, k, v, plan, scaling=1.0)
-    assert plan.mask_elements == 0
+    got = forest_attention(q, k, v, plan, scaling=1.0, backend="torch")
+    assert plan.blocks.mask_elements == 0
     want = reference.forest_attention(q.double(), k.double(), v.double(), position, end, scaling=1.0)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sliding_window", [None, 30])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_sequence_has_the_same_bits_alone_and_in_any_pack(dtype, sliding_window, backend):
+    generator = np.random.default_rng(0)
+    stem = generator.integers(5, size=101)
+    lengths = generator.integers(1, 200, size=30)
+    ids = [np.concatenate([stem[: generator.integers(101)], generator.integers(5, size=n)]) for n in lengths]
+    ids = [x.astype(np.int32) for x in ids]
+    scored = [np.arange(len(x)) > 0 for x in ids]
+    (forest,) = pack_forest(ids, scored, token_budget=1 << 30)
+    # Queries, keys and values are functions of the token and its position, so that the paths can be computed alone.
+    table = torch.randn(3, 5, 512, 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def attended(tokens, position, end):
+        q, k, v = (table[n, torch.from_numpy(tokens).long(), position].transpose(0, 1) for n in range(3))
+        plan = AttentionPlan.create(position, end)
+        return forest_attention(q, k[::2], v[::2], plan, scaling=0.5, sliding_window=sliding_window, backend=backend)
+
+    packed = attended(forest.input_ids, torch.from_numpy(forest.position_ids), torch.from_numpy(forest.subtree_end))
+    for leaf in np.flatnonzero(np.append(np.diff(forest.position_ids) != 1, True)):
+        path = [int(leaf)]
+        while forest.parent[path[-1]] >= 0:
+            path.append(int(forest.parent[path[-1]]))
+        path = path[::-1]
+        n = len(path)
+        alone = attended(forest.input_ids[path], torch.arange(n), torch.full((n,), n, dtype=torch.int32))
+        assert torch.equal(alone, packed[path])
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_four_thousand_responses_of_one_token_and_one_long_sequence(backend):
+    n_prompt, n_responses = 37, 4096 if backend == NATIVE[0] else 200
+    position = torch.cat([torch.arange(n_prompt), torch.full((n_responses,), n_prompt)])
+    total = len(position)
+    end = torch.cat([torch.full((n_prompt,), total), torch.arange(n_prompt + 1, total + 1)]).int()
+    q, k, v = (torch.randn(2, total, 16) for _ in range(3))
+    got = forest_attention(q, k, v, AttentionPlan.create(position, end), scaling=0.25, backend=backend)
+
+    # Each response sees the prompt and itself.
+    def seen(x):
+        return torch.cat([x[:, :n_prompt].unsqueeze(1).expand(-1, n_responses, -1, -1), x[:, n_prompt:, None]], 2)
+
+    keys, values = seen(k).double(), seen(v).double()
+    weights = torch.softmax((keys @ q[:, n_prompt:, :, None].double())[..., 0] * 0.25, dim=-1)
+    want = (weights[..., None] * values).sum(2).transpose(0, 1)
+    torch.testing.assert_close(got[n_prompt:].double(), want, rtol=1e-5, atol=1e-5)

@@ -115,7 +115,9 @@ def _kernels() -> Iterator[Finding]:
         on_gpu = device == "cuda" and why_not("triton", device) is None
         place = "CPU" if device == "cpu" else "GPU"
         yield Finding(section=section, subject=f"response sums on {place}", found="Triton" if on_gpu else "NumPy")
-    yield Finding(section=section, subject="attention", found="torch", why="the one back end there is so far")
+        # Triton has no kernel for it yet.
+        found = "torch" if problem or device == "cuda" else f"C++, {levels[0]}"
+        yield Finding(section=section, subject=f"attention on {place}", found=found)
 
 
 def _served(subject: str, device: str) -> Finding:
