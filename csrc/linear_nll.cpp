@@ -13,8 +13,9 @@
 namespace fastcompat {
 namespace {
 
-// Tokens whose packed rows and states are held at a time: bounds memory at O(kTokens D).
-constexpr int64_t kTokens = 2048;
+// Tokens whose packed rows and states are held at a time: at most so many, at most so many bytes of packed rows.
+constexpr int64_t kTokens = 1024;
+constexpr int64_t kPackedBytes = 2 * 1024 * 1024;
 // Work items of a vocabulary. A fixed number: what a segment sums does not depend on how many threads there are.
 constexpr int64_t kSegments = 32;
 // Bytes of weights in a chunk, which has to stay in a core's second-level cache together with a block of tokens.
@@ -50,7 +51,7 @@ class States {
 
   State at(int64_t segment, int64_t token) {
     const int64_t i = segment * stride_ + token;
-    double* sum = sums_.data() + i * 1;
+    double* sum = sums_.data() + i;
     const int64_t plane = all_ ? int64_t(m_.size()) : 0;
     return State{m_.data() + i, sum, sum + plane, sum + 2 * plane, sum + 3 * plane, sum + 4 * plane};
   }
@@ -81,9 +82,12 @@ void finish(States& states, int64_t n_segments, int64_t token, double target_log
   out[0] = float(log_sum + m - target_logit);
   if (!all) return;
   for (int64_t s = 0; s < n_segments; ++s) above += *states.at(s, token).above;
+  // Where every word is barred there is no distribution.
+  if (m <= -std::numeric_limits<float>::max()) sum = NAN;
   const double mean = first / sum;
   out[out_stride] = float(log_sum - mean);
-  out[2 * out_stride] = float(std::max(0.0, second / sum - mean * mean));
+  // NaN comes first: it is the one that max returns.
+  out[2 * out_stride] = float(std::max(second / sum - mean * mean, 0.0));
   out[3 * out_stride] = float(above);
   out[4 * out_stride] = float(squares / (sum * sum));
 }
@@ -148,8 +152,10 @@ void token_range(const Isa& isa, const LinearNll& call, int64_t begin, int64_t e
 }  // namespace
 
 void linear_nll(const Isa& isa, const LinearNll& call, int threads) {
-  for (int64_t begin = 0; begin < call.tokens; begin += kTokens) {
-    token_range(isa, call, begin, std::min(begin + kTokens, call.tokens), threads);
+  const int64_t fitting = kPackedBytes / (4 * steps(isa, call)) / isa.block * isa.block;
+  const int64_t at_a_time = std::clamp<int64_t>(fitting, 256, kTokens);
+  for (int64_t begin = 0; begin < call.tokens; begin += at_a_time) {
+    token_range(isa, call, begin, std::min(begin + at_a_time, call.tokens), threads);
   }
 }
 

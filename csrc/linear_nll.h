@@ -7,11 +7,14 @@
 // repacked, and max and sum go down the lanes with no horizontal step. A lane never looks at another: a token's bits do
 // not depend on its neighbours.
 //
-//   vocabulary = segments (fixed by V and D, one work item each) = chunks (a tile of logits in the cache each)
+//   vocabulary = segments (fixed by V and D, the work items) = chunks (a tile of logits in the cache each)
 //
 // Within a chunk everything is float32, accumulated afresh every kSteps steps so that long products do not lose their
 // last bits; chunks are folded into a segment's state, and segments into the result, in float64 and in a fixed order.
 // So equal bits come back from run to run and for any number of threads.
+//
+// Memory beside the result: packed rows of at most 2 MiB (of 256 tokens where D is large), states of at most 1.4 MiB, and
+// for each thread a tile of 24 KiB and, where weights are widened or of odd width, a chunk of them, 0.4 MiB.
 
 #pragma once
 

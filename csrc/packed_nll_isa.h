@@ -63,6 +63,8 @@ static void packed_token_as(const PackedNll& call, int64_t token) {
   float* out = call.out + token;
   out[0] = float(log_sum + double(m_row) - double(target_logit));
   if (!kAll) return;
+  // Where every word is barred there is no distribution.
+  if (m_row <= -3.4028235e38f) sum = __builtin_nan("");
   const double mean = first / sum, variance = second / sum - mean * mean;
   out[call.tokens] = float(log_sum - mean);
   out[2 * call.tokens] = float(variance < 0.0 ? 0.0 : variance);

@@ -37,8 +37,10 @@ static inline uint16_t load_u16(const void* p) {
 static inline float bf16_to_float(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
 static inline float f16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
-  // The exponent moves from bias 15 to 127 by a product with 2^112, which also makes denormals right.
-  const float magnitude = rest >= 0x0f800000 ? as_float(rest | 0x7f800000) : as_float(rest) * as_float(0x77800000);
+  // No step goes through a denormal float32, which a thread may be set to flush.
+  float magnitude = as_float(rest + 0x38000000);
+  if (rest < 0x00800000) magnitude = float(int(bits & 0x3ff)) * 5.9604645e-8f;
+  if (rest >= 0x0f800000) magnitude = as_float(rest | 0x7f800000);
   return __builtin_copysignf(magnitude, as_float(sign | 1));
 }
 
@@ -208,7 +210,7 @@ static inline Vec exp2_slope(Vec f) {
   return fma(p, f, splat(6.931472029e-1f));
 }
 
-// exp(d) for d <= 0; below -87 it stays at exp(-87), 1.6e-38, so that nothing becomes denormal. NaN stays NaN.
+// exp(d) for d <= 0; below -87 it stays at exp(-87), 1.6e-38, the last that is not denormal. NaN stays NaN.
 static inline Vec clamp_exponent(Vec d) { return max(splat(-87.0f), d); }
 static inline Vec exp_clamped(Vec d) {
   const Vec t = d * splat(1.44269504f);

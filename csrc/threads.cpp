@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -48,7 +49,11 @@ void parallel_for(int64_t n_items, int threads, const std::function<void(int64_t
     parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back([&job] { job.work(); });
+    try {
+      for (int i = 1; i < threads; ++i) others.emplace_back([&job] { job.work(); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads; those that there are do the work.
+    }
     job.work();
     for (std::thread& other : others) other.join();
   }

@@ -194,14 +194,19 @@ def test_what_is_not_finite_stays_so_and_spoils_no_neighbour(backend, device, dt
     assert not got[7].isfinite()
     others = torch.arange(30) != 7
     assert torch.equal(got[others], clean[others])
+    every = dict(zip(STATISTICS, linear_nll(*p.to(device), statistics=STATISTICS, backend=backend), strict=True))
+    for name in ("nll", "entropy", "varentropy", "collision"):
+        assert every[name].isfinite().tolist() == others.tolist(), name
     # Row 0 is left as it is; then the first word, the target and the last word.
     logits = exact_logits(*problem(4, 40, 64, dtype)[:2]).to(dtype)
     target = torch.tensor([5, 5, 5, 5])
     logits[[1, 2, 3], [0, 5, 63]] = value
     alone = packed_nll(logits.to(device), target.to(device), backend=backend)
-    first, *_ = packed_nll(logits.to(device), target.to(device), statistics=STATISTICS, backend=backend)
-    for nll in (alone, first):
-        assert nll.isfinite().tolist() == [True, False, False, False]
+    nll, entropy, varentropy, _, collision = packed_nll(
+        logits.to(device), target.to(device), statistics=STATISTICS, backend=backend
+    )
+    for statistic in (alone, nll, entropy, varentropy, collision):
+        assert statistic.isfinite().tolist() == [True, False, False, False]
 
 
 @each_backend
@@ -320,10 +325,10 @@ def cu(*bounds, dtype=torch.int64):
         ({"bias": torch.zeros(100, requires_grad=True)}, r"bias\.detach\(\)"),
         ({"bias": torch.zeros(99)}, r"bias must be \[100\]"),
         ({"bias": torch.zeros(100).long()}, "float dtype.*int64"),
-        ({"softcap": 0.0}, "above 0 and finite, or None for none, got 0.0"),
+        ({"softcap": 0.0}, "above 0 and finite as float32, or None for none, got 0.0"),
         ({"softcap": -3.0}, "got -3.0"),
         ({"softcap": float("inf")}, "got inf"),
-        ({"logit_scale": float("nan")}, "logit_scale must be finite, got nan"),
+        ({"logit_scale": float("nan")}, "logit_scale must be finite as float32, got nan"),
     ],
 )
 def test_bad_heads_name_the_value_and_the_fix(change, match):
@@ -381,3 +386,24 @@ def test_without_gradients_a_parameter_is_welcome():
     weight = torch.nn.Parameter(torch.zeros(100, 8))
     with torch.no_grad():
         assert not linear_nll(torch.zeros(2, 8), weight, torch.tensor([0, 1])).requires_grad
+
+
+@each_backend
+def test_a_callers_autocast_changes_nothing(backend, device):
+    p = problem(20, 40, 333, torch.float32).to(device)
+    want = linear_nll(*p, backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(linear_nll(*p, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_denormal_float16_does_not_hang_on_how_a_thread_treats_denormals(backend):
+    p = problem(20, 33, 333, torch.float16)
+    p.hidden[:, ::3] = 3e-5
+    p.weight[::2] = 4e-6
+    want = linear_nll(*p.to("cpu"), backend=backend)
+    if torch.set_flush_denormal(True):
+        try:
+            assert torch.equal(linear_nll(*p.to("cpu"), backend=backend), want)
+        finally:
+            torch.set_flush_denormal(False)

@@ -9,7 +9,6 @@ Dimension key: S scored tokens, D hidden size, V vocabulary, N responses, K stat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Literal, overload
@@ -28,6 +27,7 @@ Statistic = Literal["nll", "entropy", "varentropy", "rank", "collision"]
 STATISTICS: tuple[Statistic, ...] = ("nll", "entropy", "varentropy", "rank", "collision")
 RANK = STATISTICS.index("rank")
 
+FLOAT32 = torch.finfo(torch.float32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Several = tuple[Statistic, Statistic, *tuple[Statistic, ...]]
@@ -96,9 +96,10 @@ def linear_nll(
     to cu_seqlens[n + 1]. Then [N] float64 sums over each response's tokens are returned instead, 0 where it has none.
     backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch".
 
-    A bias of -inf bars a word (unless a softcap makes it finite): it adds nothing, and as a target it has NLL inf.
-    Hidden states with NaN or inf give a non-finite NLL. float64 is computed by torch, in float64. Raises ArgumentError,
-    a ValueError, that names what does not fit and the fix. Forward only: no gradients.
+    A bias of -inf bars a word (with a positive logit_scale, and unless a softcap makes it finite): it adds nothing, and
+    as a target it has NLL inf. NaN in hidden states gives NaN, inf a non-finite NLL unless a softcap makes it finite.
+    The extension's bits are equal for any number of threads and any batch, at one level. float64 is computed by torch,
+    in float64. Raises ArgumentError, a ValueError, that names what does not fit and the fix. Forward only: no gradients.
     """
     rows = _rows(statistics)
     _check_head(hidden, weight, bias)
@@ -180,11 +181,12 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_scaling(softcap: float | None, logit_scale: float) -> None:
-    # Comparisons, which are false for NaN: torch.compile cannot trace math.isfinite.
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ArgumentError(f"softcap must be above 0 and finite, or None for none, got {softcap}")
-    if not -math.inf < logit_scale < math.inf:
-        raise ArgumentError(f"logit_scale must be finite, got {logit_scale}")
+    # Kernels take both as float32, where smaller values are 0 and larger ones inf. Comparisons are false for NaN, and
+    # torch.compile can trace them.
+    if softcap is not None and not FLOAT32.tiny <= softcap <= FLOAT32.max:
+        raise ArgumentError(f"softcap must be above 0 and finite as float32, or None for none, got {softcap}")
+    if not -FLOAT32.max <= logit_scale <= FLOAT32.max:
+        raise ArgumentError(f"logit_scale must be finite as float32, got {logit_scale}")
 
 
 def _check_common(name: str, values: Tensor, target: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -248,9 +250,10 @@ def _linear_nll(
         return out
     if not backend.startswith("native"):
         kernel = nll_torch.linear_nll if backend == "torch" else _triton("linear_nll")
-        return kernel(
-            hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, all_statistics=all_statistics
-        )
+        options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "all_statistics": all_statistics}
+        # A caller's autocast would round float32 products to bfloat16.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernel(hidden, weight, target, **options)
     bias = None if bias is None else bias.float().contiguous()
     native().linear_nll(
         hidden.data_ptr(),
