@@ -87,7 +87,7 @@ TILES = {
 # Any other of NVIDIA's: 48 KiB of shared memory.
 OTHER_TILES = Tiles(block_s=128, block_v=128, block_d=32, num_warps=8, num_stages=3, lanes=16, slices=2)
 # float32 goes through ordinary multiply-adds everywhere: small tiles.
-FLOAT32_TILES = Tiles(block_s=64, block_v=128, block_d=16, num_warps=8, num_stages=2, lanes=64, slices=1)
+FLOAT32_TILES = Tiles(block_s=64, block_v=128, block_d=16, num_warps=8, num_stages=2, lanes=32, slices=1)
 # ROCm counts stages otherwise; 64 KiB are all there is.
 ROCM_TILES = replace(OTHER_TILES, num_stages=2)
 

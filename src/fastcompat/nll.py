@@ -99,7 +99,7 @@ def linear_nll(
     A bias of -inf bars a word (with a positive logit_scale, and unless a softcap makes it finite): it adds nothing, and
     as a target it has NLL inf. NaN in hidden states gives NaN, inf a non-finite NLL unless a softcap makes it finite.
     The extension's bits are equal for any number of threads and any batch, at one level. float64 is computed by torch,
-    in float64. Raises ArgumentError, a ValueError, that names what does not fit and the fix. Forward only: no gradients.
+    in float64. Raises ArgumentError, a ValueError, that names what does not fit and the fix. No gradients.
     """
     rows = _rows(statistics)
     _check_head(hidden, weight, bias)
