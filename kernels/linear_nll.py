@@ -29,6 +29,7 @@ tensor cores, not overlapped; about twice that for all five. Partial sums: 8 byt
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -384,6 +385,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("all, no tail", _range_kernel, "bf16", {"target_logit"}, 128256, half),
         ("all, bias, scale, softcap", _range_kernel, "fp16", {"target_logit"} | head, 50257, half),
         ("all, bias, scale, softcap", _range_kernel, "fp32", {"target_logit"} | head, 50257, FLOAT32_TILES),
+        ("all, no tail, descriptors", _range_kernel, "bf16", {"target_logit"}, 128256, replace(half, descriptors=True)),
         ("target", _target_kernel, "bf16", {"target_logit"}, 50257, half),
         ("target, bias, scale, softcap", _target_kernel, "bf16", {"target_logit"} | head, 50257, half),
         ("target", _target_kernel, "fp32", {"target_logit"}, 50257, FLOAT32_TILES),
@@ -394,6 +396,14 @@ def aot_cases(arch: int) -> list[AotCase]:
         types |= dict.fromkeys(("target_logit", "partials", "out"), "*fp32")
         types |= dict.fromkeys(("logit_scale", "softcap", "slope"), "fp32")
         types |= dict.fromkeys(("S", "V", "D", "range_tiles", "n_ranges"), "i32")
+        if tiles.descriptors:
+            # Tensor descriptors are hardware from sm_90 on; before, they only cost registers.
+            if arch < 90:
+                continue
+            types |= {
+                "hidden": f"tensordesc<{dtype}[{tiles.block_s}, {tiles.block_d}]>",
+                "weight": f"tensordesc<{dtype}[{tiles.block_v}, {tiles.block_d}]>",
+            }
         constants = tiles.constants(4096, V) | _MERGE_CONSTANTS | {"ALL": "ALL" in present}
         constants |= dict.fromkeys((head | {"target_logit"}) - present)
         cases.append(

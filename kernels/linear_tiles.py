@@ -74,19 +74,20 @@ class Tiles:
         return range_tiles, -(-n_tiles // range_tiles)
 
 
-# After each: registers a thread for nll, all five, all five with bias, scale and softcap, from `make triton-report`
-# (Triton 3.7.1; 3.6.0 differs by 5 at most). None spills; all have their tensor cores' instruction, not serialised.
+# Above each: registers a thread for nll, all five, all five with bias, scale and softcap, from `make triton-report`
+# (Triton 3.7.1; 3.6.0 mostly differs by 5 at most). None spills; all have their tensor cores' instruction, and nothing
+# makes one wait for the one before.
 TILES = {
     # 208, 255, 255
     80: Tiles(block_s=128, block_v=128, block_d=64, num_warps=8, num_stages=4, lanes=16, slices=2),
     # 236, 255, 255; the same of 256 x 128 does not spill either, nor with descriptors
     90: Tiles(block_s=128, block_v=256, block_d=64, num_warps=8, num_stages=4, lanes=4, slices=4, flatten=True),
-    # 148, 178, 208: two programs a multiprocessor; 256 x 128 spills up to 96 bytes but with descriptors
+    # 148, 178, 208: two programs a multiprocessor; 256 x 128 spills up to 96 bytes by pointers
     100: Tiles(block_s=128, block_v=128, block_d=64, num_warps=4, num_stages=3, lanes=4, slices=4, flatten=True),
 }
-# Any other of NVIDIA's: 48 KiB of shared memory.
+# Any other of NVIDIA's: 32 KiB of shared memory.
 OTHER_TILES = Tiles(block_s=128, block_v=128, block_d=32, num_warps=8, num_stages=3, lanes=16, slices=2)
-# float32 goes through ordinary multiply-adds everywhere: small tiles.
+# float32 goes through ordinary multiply-adds everywhere: small tiles (8 bytes spill on sm_86 and sm_89).
 FLOAT32_TILES = Tiles(block_s=64, block_v=128, block_d=16, num_warps=8, num_stages=2, lanes=32, slices=1)
 # ROCm counts stages otherwise; 64 KiB are all there is.
 ROCM_TILES = replace(OTHER_TILES, num_stages=2)

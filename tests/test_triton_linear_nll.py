@@ -298,7 +298,7 @@ def test_barred_words_add_nothing_and_have_infinite_nll():
 def test_one_word_left_and_none_left():
     hidden, weight, target = problem(2, 24, RANGE + 70)
     bias = torch.full((len(weight),), float("-inf"), device=DEVICE)
-    assert not statistics(hidden, weight, target, bias=bias)[0].isfinite().any()
+    assert not statistics(hidden, weight, target, bias=bias)[[0, 1, 2, 4]].isfinite().any()
     bias[300] = 0.5
     target[:] = 300
     got = statistics(hidden, weight, target, bias=bias)
@@ -319,7 +319,8 @@ def test_nan_and_infinite_logits_are_not_hidden_and_stay_in_their_row(value, col
     poisoned_weight[column, 24] = 3e38
     poisoned_hidden[1, 24] = value if value != value else 3e38
     got = statistics(poisoned_hidden, poisoned_weight, target)
-    assert not got[0, 1].isfinite()
+    # No statistic but the rank may look as if nothing had happened.
+    assert not got[[0, 1, 2, 4], 1].isfinite().any()
     assert same_bits(got[:, [0, 2]], before[:, [0, 2]])
 
 

@@ -250,10 +250,17 @@ def _linear_nll(
         return out
     if not backend.startswith("native"):
         kernel = nll_torch.linear_nll if backend == "torch" else _triton("linear_nll")
-        options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "all_statistics": all_statistics}
         # A caller's autocast would round float32 products to bfloat16.
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernel(hidden, weight, target, **options)
+            return kernel(
+                hidden,
+                weight,
+                target,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                all_statistics=all_statistics,
+            )
     bias = None if bias is None else bias.float().contiguous()
     native().linear_nll(
         hidden.data_ptr(),
