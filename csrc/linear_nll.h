@@ -13,8 +13,8 @@
 // last bits; chunks are folded into a segment's state, and segments into the result, in float64 and in a fixed order.
 // So equal bits come back from run to run and for any number of threads.
 //
-// Memory beside the result: packed rows of at most 2 MiB (of 256 tokens where D is large), states of at most 1.4 MiB, and
-// for each thread a tile of 24 KiB and, where weights are widened or of odd width, a chunk of them, 0.4 MiB.
+// Memory beside the result: packed rows of at most 2 MiB (of 256 tokens where D is large), states of at most 1.4 MiB,
+// and for each thread a tile of 24 KiB and, where weights are widened or of odd width, a chunk of them, 0.4 MiB.
 
 #pragma once
 
