@@ -407,3 +407,18 @@ def test_denormal_float16_does_not_hang_on_how_a_thread_treats_denormals(backend
             assert torch.equal(linear_nll(*p.to("cpu"), backend=backend), want)
         finally:
             torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 2048, 5000])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_no_statistics_are_invented_where_every_word_is_barred(backend, vocabulary):
+    logits = torch.zeros(2, vocabulary)
+    logits[1] = float("-inf")
+    held = packed_nll(logits, torch.zeros(2, dtype=torch.int64), statistics=STATISTICS, backend=backend)
+    p = problem(5, 8, vocabulary, torch.bfloat16)
+    bias = torch.full((vocabulary,), float("-inf"))
+    headed = linear_nll(*p.to("cpu"), bias=bias, statistics=STATISTICS, backend=backend)
+    for name, of_logits, of_head in zip(STATISTICS, held, headed, strict=True):
+        if name != "rank":
+            assert of_logits.isfinite().tolist() == [True, False], name
+            assert not of_head.isfinite().any(), name
