@@ -12,6 +12,7 @@ import torch
 from corpora import write_jsonl
 
 import fastcompat as fc
+from fastcompat.backends import native_levels
 from fastcompat.demo import model_directory
 from fastcompat.errors import ModelError, SchemaError, UsageError
 from fastcompat.session import CorpusSettings, prepare_run
@@ -156,3 +157,20 @@ def test_an_unloaded_model_is_freed_and_comes_back():
 
 def test_nothing_to_score(scorer):
     assert scorer.score_ids([], []).num_rows == 0
+
+
+@pytest.mark.skipif("avx512_bf16" not in native_levels(), reason="known of torch's products on such processors only")
+def test_a_response_has_the_same_bits_alone_and_in_any_pack():
+    generator = np.random.default_rng(0)
+    words = ["cat", "sat", "on", "a", "mat", "looked", "at", "its", "own", "tail", "before", "it", "ran"]
+    rows = [
+        {
+            "prompt": "say something about cats" if n % 3 else " ".join(generator.choice(words, 12)),
+            "response": " ".join(generator.choice(words, generator.integers(1, 120))),
+        }
+        for n in range(12)
+    ]
+    scorer = fc.Scorer(str(model_directory()), dtype="bfloat16")
+    packed = scorer.score(rows).column("nll_sum").to_pylist()
+    assert packed == [scorer.score([row]).column("nll_sum").to_pylist()[0] for row in rows]
+    assert packed[::-1] == scorer.score(rows[::-1]).column("nll_sum").to_pylist()
