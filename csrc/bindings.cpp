@@ -1,4 +1,4 @@
-// fastcompat._native: pointers in, the GIL released. Arguments are checked in fastcompat/nll.py, once.
+// fastcompat._native: pointers in, the GIL released. Arguments are checked by the Python functions that call.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

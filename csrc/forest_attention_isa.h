@@ -74,8 +74,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
   // Scores, a few keys at a time while they are in the cache.
   int64_t row = 0;
   for (int u = 0; u < n_runs; ++u) {
-    const int64_t aligned = runs[u].begin & ~1;
-    row += runs[u].begin - aligned;
+    row += runs[u].begin & 1;
     for (int64_t begin = runs[u].begin; begin < runs[u].end; begin += 4 * kGroup) {
       const int64_t end = begin + 4 * kGroup < runs[u].end ? begin + 4 * kGroup : runs[u].end;
       float* scores = scratch.scores + row * kBlock;
@@ -176,36 +175,18 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
       transpose(rows);
       for (int r = 0; r < kLanes && n * kLanes + r < count; ++r) {
         const int64_t at = out + (n * kLanes + r) * out_token + c;
-        if (call.dtype == Dtype::kFloat32) {
-          store((float*)call.out + at, rows[r]);
-        } else if (call.dtype == Dtype::kBfloat16) {
-          store_bf16((uint16_t*)call.out + at, rows[r]);
-        } else {
-          store_f16((uint16_t*)call.out + at, rows[r]);
-        }
+        store_as(call.out, at, rows[r], call.dtype);
       }
     }
   }
-  for (int i = 0; whole < call.value_width && i < count; ++i) {
-    const int64_t at = out + i * out_token;
-    const int c = whole;
-    if (c < call.value_width) {
-      // The tail by way of a whole vector.
-      float last_lanes[kLanes] = {};
-      uint16_t halves[kLanes];
-      const int left = call.value_width - c;
-      for (int k = 0; k < left; ++k) last_lanes[k] = scratch.out[(c + k) * kBlock + i] * scale[i];
-      if (call.dtype == Dtype::kFloat32) {
-        std::memcpy((float*)call.out + at + c, last_lanes, left * sizeof(float));
-      } else {
-        if (call.dtype == Dtype::kBfloat16) {
-          store_bf16(halves, load(last_lanes));
-        } else {
-          store_f16(halves, load(last_lanes));
-        }
-        std::memcpy((uint16_t*)call.out + at + c, halves, left * sizeof(uint16_t));
-      }
-    }
+  // What is left of a row goes by way of a whole vector.
+  const int left = call.value_width - whole;
+  const int64_t element_bytes = call.dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int i = 0; left > 0 && i < count; ++i) {
+    float lanes[kLanes] = {}, stored[kLanes];
+    for (int k = 0; k < left; ++k) lanes[k] = scratch.out[(whole + k) * kBlock + i] * scale[i];
+    store_as(stored, 0, load(lanes), call.dtype);
+    std::memcpy((char*)call.out + element_bytes * (out + i * out_token + whole), stored, element_bytes * left);
   }
 }
 

@@ -22,7 +22,7 @@ struct Isa {
   int block = 0;                 // tokens of a block
   bool multiplies_bf16 = false;  // pairs of bfloat16 go in as they are; else everything is widened to float32
 
-  // Token rows [count, D] -> packed [K][block]; lanes past count are zero.
+  // Token rows [count, D] -> packed [K][block]; lanes past count repeat the last row.
   void (*pack)(const LinearNll&, int64_t first, int count, uint32_t* packed) = nullptr;
   // Weight rows -> widened or padded copies [count][K].
   void (*widen)(const LinearNll&, int64_t first_row, int count, uint32_t* rows) = nullptr;

@@ -63,6 +63,17 @@ static void pack_rows(const void* data, int64_t at, int64_t stride, int count, i
   }
 }
 
+// Writes a vector at element i of a tensor.
+static inline void store_as(void* data, int64_t i, Vec v, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) {
+    store((float*)data + i, v);
+  } else if (dtype == Dtype::kBfloat16) {
+    store_bf16((uint16_t*)data + i, v);
+  } else {
+    store_f16((uint16_t*)data + i, v);
+  }
+}
+
 struct Float32 {
   static inline Vec multiply_add(Vec sum, Vec tokens, const uint32_t* weight) {
     return fma(tokens, splat(as_float(load_u32(weight))), sum);
@@ -76,6 +87,25 @@ struct Bfloat16Pairs {
 };
 #endif
 
+// sums[r][t] += sum over steps k of packed[k, t] * rows[r * row_stride + k * step_stride], in the order of steps.
+template <class Product, int R, int N>
+static inline __attribute__((always_inline)) void add_products(const uint32_t* packed, const uint32_t* rows,
+                                                               int64_t row_stride, int64_t step_stride, int64_t n_steps,
+                                                               Vec (&sums)[R][N]) {
+  for (int64_t k = 0; k < n_steps; ++k) {
+    Vec tokens[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) tokens[n] = load((const float*)(packed + k * kBlock) + n * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        sums[r][n] = Product::multiply_add(sums[r][n], tokens[n], rows + r * row_stride + k * step_stride);
+      }
+    }
+  }
+}
+
 // tile[r][t] = packed[:, t] . rows[r] for R rows and N vectors of tokens.
 template <class Product, int R, int N>
 static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_t stride, int64_t n_steps,
@@ -88,16 +118,7 @@ static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sums[r][n] = splat(0.0f);
     }
-    for (int64_t k = begin; k < end; ++k) {
-      Vec tokens[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) tokens[n] = load((const float*)(packed + k * kBlock) + n * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[r][n] = Product::multiply_add(sums[r][n], tokens[n], rows + r * stride + k);
-      }
-    }
+    add_products<Product>(packed + begin * kBlock, rows + begin, stride, 1, end - begin, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -130,16 +151,7 @@ static inline void accumulate(const uint32_t* packed, const uint32_t* rows, int6
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[r][n] = load(out + r * kBlock + n * kLanes);
   }
-  for (int64_t k = 0; k < n_steps; ++k) {
-    Vec tokens[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) tokens[n] = load((const float*)(packed + k * kBlock) + n * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r][n] = Product::multiply_add(sums[r][n], tokens[n], rows + k * stride + r);
-    }
-  }
+  add_products<Product>(packed, rows, 1, stride, n_steps, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8

@@ -9,7 +9,8 @@ from typing import Any
 class AotCase:
     """One kernel with everything that compiling it ahead of time needs; `bench/triton_report.py` compiles them all.
 
-    Every kernel module offers `aot_cases(arch) -> list[AotCase]`, arch 90 for sm_90: what its launcher starts there.
+    Every kernel's module, or one beside it, offers `aot_cases(arch) -> list[AotCase]`, arch 90 for sm_90: what its
+    launcher starts there.
     """
 
     name: str

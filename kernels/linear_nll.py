@@ -29,7 +29,6 @@ tensor cores, not overlapped; about twice that for all five. Partial sums: 8 byt
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,8 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import AotCase
-from .linear_tiles import FLOAT32_TILES, MAX_RANGES, OTHER_TILES, TILES, Tiles, choose_tiles
+from .linear_tiles import MAX_RANGES, Tiles, choose_tiles
 
 # The interpreter multiplies bfloat16 wrongly: there, operands become float32 first.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -369,52 +367,3 @@ def linear_nll(
 
 def _launch(kernel: Any, programs: int, values: dict[str, Any], options: dict[str, Any]) -> None:
     kernel[(programs,)](**{name: values[name] for name in kernel.arg_names}, **options)
-
-
-def aot_cases(arch: int) -> list[AotCase]:
-    """The kernels as the launcher starts them, for the ahead-of-time report; V 50,257 has a tail tile, 128,256 none."""
-    half = TILES.get(arch, OTHER_TILES)
-    head = {"bias", "logit_scale", "softcap", "slope"}
-    cases = []
-    for name, kernel, dtype, present, V, tiles in (
-        ("nll", _range_kernel, "bf16", set(), 50257, half),
-        ("all", _range_kernel, "bf16", {"target_logit"}, 50257, half),
-        ("all, bias, scale, softcap", _range_kernel, "bf16", {"target_logit"} | head, 50257, half),
-        ("nll, bias, scale, softcap", _range_kernel, "bf16", head, 50257, half),
-        ("nll, no tail", _range_kernel, "bf16", set(), 128256, half),
-        ("all, no tail", _range_kernel, "bf16", {"target_logit"}, 128256, half),
-        ("all, bias, scale, softcap", _range_kernel, "fp16", {"target_logit"} | head, 50257, half),
-        ("all, bias, scale, softcap", _range_kernel, "fp32", {"target_logit"} | head, 50257, FLOAT32_TILES),
-        ("all, no tail, descriptors", _range_kernel, "bf16", {"target_logit"}, 128256, replace(half, descriptors=True)),
-        ("target", _target_kernel, "bf16", {"target_logit"}, 50257, half),
-        ("target, bias, scale, softcap", _target_kernel, "bf16", {"target_logit"} | head, 50257, half),
-        ("target", _target_kernel, "fp32", {"target_logit"}, 50257, FLOAT32_TILES),
-        ("merge, nll", _merge_kernel, "fp32", {"target_logit"}, 50257, half),
-        ("merge, all", _merge_kernel, "fp32", {"target_logit", "ALL"}, 50257, half),
-    ):
-        types = dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}") | {"target": "*i64"}
-        types |= dict.fromkeys(("target_logit", "partials", "out"), "*fp32")
-        types |= dict.fromkeys(("logit_scale", "softcap", "slope"), "fp32")
-        types |= dict.fromkeys(("S", "V", "D", "range_tiles", "n_ranges"), "i32")
-        if tiles.descriptors:
-            # Tensor descriptors are hardware from sm_90 on; before, they only cost registers.
-            if arch < 90:
-                continue
-            types |= {
-                "hidden": f"tensordesc<{dtype}[{tiles.block_s}, {tiles.block_d}]>",
-                "weight": f"tensordesc<{dtype}[{tiles.block_v}, {tiles.block_d}]>",
-            }
-        constants = tiles.constants(4096, V) | _MERGE_CONSTANTS | {"ALL": "ALL" in present}
-        constants |= dict.fromkeys((head | {"target_logit"}) - present)
-        cases.append(
-            AotCase(
-                name=f"linear_nll {name} {dtype}",
-                fn=kernel,
-                signature={name: "constexpr" if name in constants else types[name] for name in kernel.arg_names},
-                constexprs={name: constants[name] for name in kernel.arg_names if name in constants},
-                options=_MERGE_OPTIONS if kernel is _merge_kernel else tiles.options(),
-                must_use_tensor_cores=kernel is not _merge_kernel and dtype != "fp32",
-                divisible=("D",),
-            )
-        )
-    return cases

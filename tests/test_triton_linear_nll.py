@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from fastcompat import reference
+from fastcompat.nll import STATISTICS
 
 pytest.importorskip("triton")
 
-import triton
 
 from fastcompat.kernels import linear_nll as kernel
+from fastcompat.kernels.linear_cases import aot_cases
 from fastcompat.kernels.linear_nll import linear_nll
 from fastcompat.kernels.linear_tiles import FLOAT32_TILES, OTHER_TILES, ROCM_TILES, TILES, Tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-STATISTICS = ("nll", "entropy", "varentropy", "rank", "collision")
 
 # In the interpreter NumPy warns where infinity minus infinity is computed, which is meant.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.usefixtures("poisoned_buffers"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 # Small, so that few words make several tiles (64 words) and ranges (4 tiles): the interpreter is slow.
 SMALL = Tiles(block_s=16, block_v=64, block_d=32, num_warps=4, num_stages=2, lanes=4, slices=2)
@@ -49,18 +49,6 @@ FOLD = {
     "rank": (0, 0),
     "collision": (0, 4e-6),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        buffer = empty(*size, **options)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def problem(S: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,8 +162,6 @@ def test_other_cuts(tiles):
 def test_descriptors_give_the_bits_of_pointers():
     if ON_GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no tensor memory accelerator")
-    if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 has no descriptors for NumPy 2.4")
     hidden, weight, target = problem(18, 72, RANGE + TILE + 7, torch.bfloat16)
     want = statistics(hidden, weight, target)
     assert same_bits(statistics(hidden, weight, target, tiles=replace(SMALL, descriptors=True)), want)
@@ -368,14 +354,14 @@ def test_the_ranges_cover_the_vocabulary_and_fit_the_merge(V):
 
 @pytest.mark.parametrize("arch", [75, *TILES])
 def test_ahead_of_time_cases_name_every_parameter(arch):
-    cases = kernel.aot_cases(arch)
+    cases = aot_cases(arch)
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         assert list(case.signature) == list(case.fn.arg_names)
         assert [name for name, kind in case.signature.items() if kind == "constexpr"] == list(case.constexprs)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="minutes in the interpreter")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("D", "V", "softcap"), [(1536, 151936, None), (2304, 256000, 30.0), (4096, 128256, None), (576, 49152, None)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcompat import reference
+from fastcompat.nll import STATISTICS
 
 pytest.importorskip("triton")
 
@@ -16,10 +17,9 @@ from fastcompat.kernels import packed_nll as kernel
 from fastcompat.kernels.packed_nll import TILES, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STATISTICS = ("nll", "entropy", "varentropy", "rank", "collision")
 
 # In the interpreter NumPy warns where infinity minus infinity is computed, which is meant.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.usefixtures("poisoned_buffers"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 # Small, so that few columns make several tiles and splits: the interpreter takes milliseconds for each.
 SMALL = Tiles(loads=1, split_columns=2048)
@@ -36,18 +36,6 @@ TOLERANCE = {
     "rank": (0, 0),
     "collision": (0, 4e-6),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        buffer = empty(*size, **options)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def packed_nll(logits: Tensor, target: Tensor, *, all_statistics: bool = False, tiles: Tiles = SMALL) -> Tensor:

@@ -12,19 +12,9 @@ pytest.importorskip("triton")
 
 from fastcompat.kernels.segment_sum import LANES, segment_sum
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        buffer = empty(*size, **options)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def values_of(n_kinds: int, n_values: int) -> Tensor:
