@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "elementwise.h"
 #include "forest_attention.h"
 #include "isa.h"
 #include "linear_nll.h"
@@ -84,7 +85,8 @@ void call_packed_nll(uintptr_t logits, uintptr_t target, uintptr_t out, int64_t 
 
 // strides: of heads and tokens, in elements, for query, key and value.
 void call_forest_attention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
-                           const std::array<int64_t, 6>& strides, int64_t tokens, int heads, int key_heads, int width,
+                           const std::array<int64_t, 6>& strides, int64_t tokens, int64_t queries,
+                           uintptr_t query_index, int heads, int key_heads, int width,
                            int value_width, uintptr_t position, uintptr_t subtree_end, uintptr_t sinks,
                            const std::string& dtype, float scaling, float softcap, int window, const std::string& level,
                            int threads) {
@@ -96,7 +98,9 @@ void call_forest_attention(uintptr_t query, uintptr_t key, uintptr_t value, uint
   call.query_head = strides[0], call.query_token = strides[1];
   call.key_head = strides[2], call.key_token = strides[3];
   call.value_head = strides[4], call.value_token = strides[5];
-  call.tokens = tokens, call.heads = heads, call.key_heads = key_heads;
+  call.tokens = tokens, call.queries = queries;
+  call.query_index = pointer<const int32_t>(query_index);
+  call.heads = heads, call.key_heads = key_heads;
   call.width = width, call.value_width = value_width;
   call.position = pointer<const int32_t>(position);
   call.subtree_end = pointer<const int32_t>(subtree_end);
@@ -108,13 +112,69 @@ void call_forest_attention(uintptr_t query, uintptr_t key, uintptr_t value, uint
   forest_attention(isa, call, threads);
 }
 
+// strides: of tokens and heads, in elements, for x and out.
+void call_rms_norm(uintptr_t x, uintptr_t out, uintptr_t residual, uintptr_t sum, uintptr_t weight,
+                   const std::array<int64_t, 4>& strides, int64_t tokens, int heads, int width,
+                   const std::string& dtype, float eps, float offset, const std::string& level, int threads) {
+  const RmsNorm call{{pointer<void>(x), strides[0], strides[1]},
+                     {pointer<void>(out), strides[2], strides[3]},
+                     pointer<const void>(residual),
+                     pointer<void>(sum),
+                     pointer<const void>(weight),
+                     tokens,
+                     heads,
+                     width,
+                     dtype_of(dtype),
+                     eps,
+                     offset};
+  const Isa& isa = level_of(level);
+  const py::gil_scoped_release released;
+  rms_norm(isa, call, threads);
+}
+
+void call_rotate(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::array<int64_t, 2>& strides, int64_t tokens,
+                 int heads, int rotated, const std::string& dtype, const std::string& angle_dtype,
+                 const std::string& level, int threads) {
+  const Rotate call{{pointer<void>(x), strides[0], strides[1]},
+                    pointer<const void>(cos),
+                    pointer<const void>(sin),
+                    tokens,
+                    heads,
+                    rotated,
+                    dtype_of(dtype),
+                    dtype_of(angle_dtype)};
+  const Isa& isa = level_of(level);
+  const py::gil_scoped_release released;
+  rotate(isa, call, threads);
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("no kernel for " + name);
+}
+
+void call_gated(uintptr_t gate, uintptr_t up, uintptr_t out, int64_t tokens, int64_t stride, int width,
+                const std::string& dtype, const std::string& activation, const std::string& level, int threads) {
+  const Gated call{pointer<const void>(gate), pointer<const void>(up),  pointer<void>(out), tokens, stride, width,
+                   dtype_of(dtype),           activation_of(activation)};
+  const Isa& isa = level_of(level);
+  const py::gil_scoped_release released;
+  gated(isa, call, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() =
-      "CPU kernels of fastcompat; see csrc/linear_nll.h and csrc/forest_attention.h. Called through fastcompat.";
+      "CPU kernels of fastcompat; see linear_nll.h, forest_attention.h and elementwise.h in csrc. Called through "
+      "fastcompat.";
+  module.attr("max_rotated") = kMaxRotated;
   module.def("levels", &levels, "Instruction-set levels that this processor offers, fastest first.");
   module.def("linear_nll", &call_linear_nll);
   module.def("packed_nll", &call_packed_nll);
   module.def("forest_attention", &call_forest_attention);
+  module.def("rms_norm", &call_rms_norm);
+  module.def("rotate", &call_rotate);
+  module.def("gated", &call_gated);
 }

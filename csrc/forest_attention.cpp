@@ -21,8 +21,8 @@ struct Seen {
   int64_t most_rows = 0;       // of any block, its runs rounded out to pairs
 };
 
-// A block sees itself and the ancestors of its first query: a token's ancestors before the block contain the block's
-// first query too, because subtrees are contiguous. Ancestors come in chains of adjacent tokens.
+// A block sees the tokens from its first query to its last and the first one's ancestors: a token's ancestors before
+// the block contain the block's first query too, because subtrees are contiguous. Ancestors come in chains of adjacent tokens.
 Seen seen_by(const ForestAttention& call, int64_t block) {
   // Depth first, a token's parent is the last one before it that is one less deep.
   std::vector<int32_t> last_at(*std::max_element(call.position, call.position + call.tokens) + 1, -1);
@@ -35,18 +35,18 @@ Seen seen_by(const ForestAttention& call, int64_t block) {
   }
   Seen seen;
   seen.begins.push_back(0);
-  for (int64_t first = 0; first < call.tokens; first += block) {
-    const int64_t last = std::min(first + block, call.tokens);
+  for (int64_t begin = 0; begin < call.queries; begin += block) {
+    const int64_t first = call.token_of(begin), last = call.token_of(std::min(begin + block, call.queries) - 1) + 1;
     // Below this depth a key is out of every query's window.
     const int32_t shallowest = *std::min_element(call.position + first, call.position + last);
     const int32_t reached = call.window > 0 ? shallowest - call.window + 1 : 0;
     int64_t rows = 0;
     int32_t end = int32_t(last), token = int32_t(first);
     while (true) {
-      const int32_t begin = std::max(chain_begin[token], token - (call.position[token] - reached));
-      if (begin < end) {
-        seen.runs.push_back({begin, end});
-        rows += ((end + 1) & ~1) - (begin & ~1);
+      const int32_t from = std::max(chain_begin[token], token - (call.position[token] - reached));
+      if (from < end) {
+        seen.runs.push_back({from, end});
+        rows += ((end + 1) & ~1) - (from & ~1);
       }
       const int32_t above = parent[chain_begin[token]];
       if (above < 0 || call.position[above] < reached) break;
@@ -74,8 +74,8 @@ class Parts {
 }  // namespace
 
 void forest_attention(const Isa& isa, const ForestAttention& call, int threads) {
-  if (call.tokens == 0) return;
-  const int64_t block = isa.block, n_blocks = (call.tokens + block - 1) / block;
+  if (call.queries == 0) return;
+  const int64_t block = isa.block, n_blocks = (call.queries + block - 1) / block;
   const bool pairs = isa.multiplies_bf16 && call.dtype == Dtype::kBfloat16;
   const bool key_in_place = call.dtype == Dtype::kFloat32 || (pairs && call.width % 2 == 0 && call.key_token % 2 == 0);
   const bool value_in_place = call.dtype == Dtype::kFloat32;
@@ -110,7 +110,7 @@ void forest_attention(const Isa& isa, const ForestAttention& call, int threads) 
     operands.value_stride = value_in_place ? call.value_token : call.value_width;
     const Scratch scratch{query_scratch[thread], reinterpret_cast<float*>(score_scratch[thread]),
                           reinterpret_cast<float*>(out_scratch[thread])};
-    isa.attend(call, int(head), first, int(std::min(block, call.tokens - first)), operands,
+    isa.attend(call, int(head), first, int(std::min(block, call.queries - first)), operands,
                seen.runs.data() + seen.begins[index], int(seen.begins[index + 1] - seen.begins[index]), scratch);
   });
 }

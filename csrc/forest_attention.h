@@ -1,11 +1,11 @@
 // Attention over a prefix forest on a CPU: query i sees key j exactly when j <= i < subtree_end[j].
 //
-// Dimension key: T packed tokens, H query heads, K key heads, C head width.
+// Dimension key: T packed tokens, Q queries, H query heads, K key heads, C head width.
 //
-// As in linear_nll.h, queries lie in the vector lanes: a block of consecutive queries is packed once, products
+// As in linear_nll.h, queries lie in the vector lanes: a block of queries, adjacent tokens as a rule, is packed once, products
 // broadcast one element of a key (or of a value) from where it lies, and the softmax goes down the lanes. The keys that
-// a block sees are a few runs of packed tokens: its first query's ancestors and the block itself. All other keys are
-// skipped.
+// a block sees are a few runs of packed tokens: its first query's ancestors, and all from its first query to its last. All other
+// keys are skipped.
 //
 // Each query's maximum is found before anything is summed, and sums run in key order without a break, where a key that
 // the query does not see adds an exact zero: so a query's bits do not depend on what else is in the pack.
@@ -19,12 +19,13 @@
 namespace fastcompat {
 
 struct ForestAttention {
-  const void* query;  // [H, T, C] by the strides below, elements of a head next to each other
+  const void* query;  // [H, Q, C] by the strides below, elements of a head next to each other
   const void* key;    // [K, T, C]
   const void* value;  // [K, T, value_width]
-  void* out;          // [T, H, value_width]
+  void* out;          // [Q, H, value_width]
   int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides in elements
-  int64_t tokens;
+  int64_t tokens, queries;
+  const int32_t* query_index;  // [Q], the packed token of each query, ascending; null: all of them
   int heads, key_heads, width, value_width;
   const int32_t* position;     // [T], depth on the path
   const int32_t* subtree_end;  // [T], one past the last token below
@@ -32,6 +33,8 @@ struct ForestAttention {
   Dtype dtype;
   float scaling, softcap;  // softcap 0: none
   int window;              // tokens, the query's own included; 0: none
+
+  int64_t token_of(int64_t query) const { return query_index != nullptr ? query_index[query] : query; }
 };
 
 // Keys and values as the products read them: 32-bit elements (bfloat16 pairs or float32).

@@ -48,7 +48,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
                       const Run* runs, int n_runs, const Scratch& scratch) {
   const bool pairs = in_pairs(call.dtype);
   const int64_t n_steps = operand_steps(call.width, call.dtype);
-  const int64_t last = first + count;
+  const int64_t first_token = call.token_of(first), end_token = call.token_of(first + count - 1) + 1;
   const Vec hidden = splat(-__builtin_inff());
   // What is left to multiply scores with when their maximum has been taken away.
   const float scaling = call.softcap != 0.0f ? 1.0f : call.scaling;
@@ -59,7 +59,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
   float indices[kBlock], positions[kBlock];
   int deepest = 0;
   for (int i = 0; i < kBlock; ++i) {
-    const int64_t t = first + (i < count ? i : count - 1);
+    const int64_t t = call.token_of(first + (i < count ? i : count - 1));
     indices[i] = float(t);
     positions[i] = float(call.position[t]);
     if (call.position[t] > deepest) deepest = call.position[t];
@@ -68,7 +68,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
   Vec m[N];
   for (int n = 0; n < N; ++n) m[n] = splat(call.sinks != nullptr ? call.sinks[head] / scaling : -3.4028235e38f);
   const auto partly_hidden = [&](int64_t j) {
-    return j > first || call.subtree_end[j] < last || (call.window > 0 && deepest - call.position[j] >= call.window);
+    return j > first_token || call.subtree_end[j] < end_token || (call.window > 0 && deepest - call.position[j] >= call.window);
   };
 
   // Scores, a few keys at a time while they are in the cache.

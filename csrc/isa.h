@@ -1,9 +1,10 @@
-// One instruction set's kernels, as a table; `isa_*.cpp` fill it in, linear_nll.cpp and forest_attention.cpp run on it.
+// One instruction set's kernels, as a table; `isa_*.cpp` fill it in, the kernels' own .cpp files run on it.
 
 #pragma once
 
 #include <cstdint>
 
+#include "elementwise.h"
 #include "forest_attention.h"
 #include "linear_nll.h"
 
@@ -41,6 +42,11 @@ struct Isa {
   // One head of a block of queries from first on; runs are the keys that any of them sees, ascending.
   void (*attend)(const ForestAttention&, int head, int64_t first, int count, const Operands&, const Run* runs,
                  int n_runs, const Scratch&) = nullptr;
+
+  // Tokens [begin, end) of each.
+  void (*rms_norm)(const RmsNorm&, int64_t begin, int64_t end) = nullptr;
+  void (*rotate)(const Rotate&, int64_t begin, int64_t end) = nullptr;
+  void (*gated)(const Gated&, int64_t begin, int64_t end) = nullptr;
 };
 
 extern const Isa kAvx512Bf16, kAvx512, kAvx2, kPortable;

@@ -14,6 +14,7 @@
 #endif
 #define ISA_NAMESPACE avx2
 #define ISA_AVX2
+#include "elementwise_isa.h"
 #include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
@@ -37,7 +38,10 @@ const Isa kAvx2{"avx2",
                 avx2::fold,
                 avx2::packed_token,
                 avx2::pack_operands,
-                avx2::attend};
+                avx2::attend,
+                avx2::rms_norm_tokens,
+                avx2::rotate_tokens,
+                avx2::gated_tokens};
 
 }  // namespace fastcompat
 #else

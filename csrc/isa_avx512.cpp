@@ -15,6 +15,7 @@
 #endif
 #define ISA_NAMESPACE avx512
 #define ISA_AVX512
+#include "elementwise_isa.h"
 #include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
@@ -41,7 +42,10 @@ const Isa kAvx512{"avx512",
                   avx512::fold,
                   avx512::packed_token,
                   avx512::pack_operands,
-                  avx512::attend};
+                  avx512::attend,
+                  avx512::rms_norm_tokens,
+                  avx512::rotate_tokens,
+                  avx512::gated_tokens};
 
 }  // namespace fastcompat
 #else

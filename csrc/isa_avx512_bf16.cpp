@@ -16,6 +16,7 @@
 #define ISA_NAMESPACE avx512_bf16
 #define ISA_AVX512
 #define ISA_BF16
+#include "elementwise_isa.h"
 #include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
@@ -43,7 +44,10 @@ const Isa kAvx512Bf16{"avx512_bf16",
                       avx512_bf16::fold,
                       avx512_bf16::packed_token,
                       avx512_bf16::pack_operands,
-                      avx512_bf16::attend};
+                      avx512_bf16::attend,
+                      avx512_bf16::rms_norm_tokens,
+                      avx512_bf16::rotate_tokens,
+                      avx512_bf16::gated_tokens};
 
 }  // namespace fastcompat
 #else

@@ -1,6 +1,7 @@
 // What every processor can do.
 
 #define ISA_NAMESPACE portable
+#include "elementwise_isa.h"
 #include "forest_attention_isa.h"
 #include "linear_nll_isa.h"
 #include "packed_nll_isa.h"
@@ -19,6 +20,9 @@ const Isa kPortable{"portable",
                     portable::fold,
                     portable::packed_token,
                     portable::pack_operands,
-                    portable::attend};
+                    portable::attend,
+                    portable::rms_norm_tokens,
+                    portable::rotate_tokens,
+                    portable::gated_tokens};
 
 }  // namespace fastcompat

@@ -55,6 +55,21 @@ Stored stored(const std::vector<float>& wanted, Dtype dtype) {
   return result;
 }
 
+// Values of a storage type as they were written.
+float read(const std::vector<unsigned char>& bytes, size_t i, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) {
+    float x;
+    std::memcpy(&x, bytes.data() + 4 * i, 4);
+    return x;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, bytes.data() + 2 * i, 2);
+  if (dtype == Dtype::kBfloat16) return of_bits(uint32_t(bits) << 16);
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return float(half);
+}
+
 int failures = 0;
 
 void expect(bool holds, const char* what, const char* level, int64_t S, int64_t D, int64_t V, int dtype, double got,
@@ -148,7 +163,7 @@ void check(const Isa& isa, int64_t S, int64_t D, int64_t V, Dtype dtype, bool tr
 }
 
 // Attention over a random forest, laid out depth first.
-void check_attention(const Isa& isa, int64_t T, int H, int K, int C, int W, int window, Dtype dtype) {
+void check_attention(const Isa& isa, int64_t T, int H, int K, int C, int W, int window, Dtype dtype, int every = 1) {
   std::mt19937 random(unsigned(T * 1009 + C));
   std::normal_distribution<float> normal;
   std::vector<int32_t> position(T), parent(T, -1), end(T);
@@ -173,11 +188,23 @@ void check_attention(const Isa& isa, int64_t T, int H, int K, int C, int W, int 
   // [T, heads, width] as transformers lays them out.
   call.query_head = C, call.query_token = H * C, call.key_head = C, call.key_token = K * C;
   call.value_head = W, call.value_token = K * W;
-  call.tokens = T, call.heads = H, call.key_heads = K, call.width = C, call.value_width = W;
+  call.tokens = call.queries = T, call.heads = H, call.key_heads = K, call.width = C, call.value_width = W;
   call.position = position.data(), call.subtree_end = end.data(), call.sinks = sinks.data();
   call.dtype = dtype, call.scaling = 0.3f, call.window = window;
+  // Of every `every`-th token only.
+  std::vector<int32_t> index;
+  for (int64_t t = 0; t < T; t += every) index.push_back(int32_t(t));
+  const int64_t Q = int64_t(index.size());
+  std::vector<unsigned char> chosen;
+  if (every > 1) {
+    const size_t row = q.bytes.size() / size_t(T);
+    for (const int32_t t : index) chosen.insert(chosen.end(), &q.bytes[t * row], &q.bytes[t * row] + row);
+    call.query = chosen.data(), call.query_index = index.data(), call.queries = Q;
+    out.assign(out.size() / size_t(T) * size_t(Q), 0);
+  }
   forest_attention(isa, call, 3);
-  for (int64_t i = 0; i < T; ++i) {
+  for (int64_t n = 0; n < Q; ++n) {
+    const int64_t i = index[n];
     for (int h = 0; h < H; ++h) {
       std::vector<long double> wanted(W);
       long double sum = std::exp(0.5L);
@@ -191,22 +218,78 @@ void check_attention(const Isa& isa, int64_t T, int H, int K, int C, int W, int 
         for (int c = 0; c < W; ++c) wanted[c] += e * v.values[kv * W + c];
       }
       for (int c = 0; c < W; ++c) {
-        const int64_t at = (i * H + h) * W + c;
-        float got = 0;
-        if (dtype == Dtype::kFloat32) {
-          std::memcpy(&got, out.data() + 4 * at, 4);
-        } else if (dtype == Dtype::kBfloat16) {
-          uint16_t bits;
-          std::memcpy(&bits, out.data() + 2 * at, 2);
-          got = of_bits(uint32_t(bits) << 16);
-        } else {
-          _Float16 half;
-          std::memcpy(&half, out.data() + 2 * at, 2);
-          got = float(half);
-        }
+        const float got = read(out, (n * H + h) * W + c, dtype);
         const double want = double(wanted[c] / sum), allowed = dtype == Dtype::kFloat32 ? 1e-5 : 3e-2;
         expect(std::abs(got - want) <= allowed, "forest_attention", isa.name, T, C, W, int(dtype), got, want);
       }
+    }
+  }
+}
+
+void check_elementwise(const Isa& isa, int64_t T, int D, Dtype dtype, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(T * D), residual(T * D), weight(D), cosine(T * D), sine(T * D);
+  for (auto* tensor : {&x, &residual, &weight, &cosine, &sine}) {
+    for (float& value : *tensor) value = normal(random);
+  }
+  const Stored a = stored(x, dtype), b = stored(residual, dtype), w = stored(weight, dtype);
+  const Stored c = stored(cosine, dtype), s = stored(sine, dtype);
+  const double allowed = dtype == Dtype::kFloat32 ? 1e-5 : 2e-2;
+  std::vector<unsigned char> out(a.bytes.size()), sum(a.bytes.size()), rotated = a.bytes;
+
+  RmsNorm norm{{const_cast<unsigned char*>(a.bytes.data()), D, 0}, {out.data(), D, 0}};
+  norm.residual = b.bytes.data(), norm.sum = sum.data(), norm.weight = w.bytes.data();
+  norm.tokens = T, norm.heads = 1, norm.width = D, norm.dtype = dtype, norm.eps = 1e-5f, norm.offset = 0.5f;
+  rms_norm(isa, norm, 3);
+  for (int64_t t = 0; t < T; ++t) {
+    long double squares = 0;
+    for (int d = 0; d < D; ++d) {
+      const float total = read(sum, t * D + d, dtype);
+      const double want = double(a.values[t * D + d]) + b.values[t * D + d];
+      expect(std::abs(total - want) <= allowed * (1 + std::abs(want)), "sum", isa.name, T, D, 0, int(dtype), total,
+             want);
+      squares += (long double)(total)*total;
+    }
+    for (int d = 0; d < D; ++d) {
+      const long double scale = 1 / std::sqrt(squares / D + 1e-5L);
+      const double want = double(read(sum, t * D + d, dtype) * scale * (0.5L + w.values[d]));
+      const float got = read(out, t * D + d, dtype);
+      expect(std::abs(got - want) <= allowed * (1 + std::abs(want)), "rms_norm", isa.name, T, D, 0, int(dtype), got,
+             want);
+    }
+  }
+
+  Gated gate{a.bytes.data(), b.bytes.data(), out.data(), T, D, D, dtype, Activation::kSilu};
+  for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    gate.activation = activation;
+    gated(isa, gate, 3);
+    for (int64_t i = 0; i < T * D; ++i) {
+      const long double g = a.values[i];
+      const long double u = 0.7978845608028654L * (g + 0.044715L * g * g * g);
+      const long double act = activation == Activation::kSilu ? g / (1 + std::exp(-g)) : g / 2 * (1 + std::tanh(u));
+      const double want = double(act * b.values[i]);
+      const float got = read(out, i, dtype);
+      expect(std::abs(got - want) <= allowed * (1 + std::abs(want)), "gated", isa.name, T, D, int(activation),
+             int(dtype), got, want);
+    }
+  }
+
+  const int R = std::min(D / 2 * 2, kMaxRotated);
+  if (R == 0) return;
+  // The angles' rows are R apart.
+  const Rotate turn{{rotated.data(), D, 0}, c.bytes.data(), s.bytes.data(), T, 1, R, dtype, dtype};
+  rotate(isa, turn, 3);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int d = 0; d < D; ++d) {
+      const int half = R / 2;
+      double want = a.values[t * D + d];
+      if (d < R) {
+        const float other = d < half ? -a.values[t * D + d + half] : a.values[t * D + d - half];
+        want = want * c.values[t * R + d] + double(other) * s.values[t * R + d];
+      }
+      const float got = read(rotated, t * D + d, dtype);
+      expect(std::abs(got - want) <= allowed * (1 + std::abs(want)), "rotate", isa.name, T, D, R, int(dtype), got,
+             want);
     }
   }
 }
@@ -231,6 +314,9 @@ int main() {
       check_attention(*isa, 65, 3, 3, 33, 20, 0, dtype);
       check_attention(*isa, 131, 4, 2, 64, 64, 7, dtype);
       check_attention(*isa, 200, 2, 1, 16, 40, 0, dtype);
+      check_attention(*isa, 200, 2, 1, 16, 40, 9, dtype, 3);
+      std::mt19937 random(7);
+      for (const int D : {1, 15, 16, 33, 576}) check_elementwise(*isa, 9, D, dtype, random);
     }
   }
   std::printf("%d levels, %d failures\n", levels, failures);

@@ -141,3 +141,34 @@ def test_four_thousand_responses_of_one_token_and_one_long_sequence(backend):
     weights = torch.softmax((keys @ q[:, n_prompt:, :, None].double())[..., 0] * 0.25, dim=-1)
     want = (weights[..., None] * values).sum(2).transpose(0, 1)
     torch.testing.assert_close(got[n_prompt:].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_queries_only_are_all_queries_cut_down(sliding_window, dtype, backend):
+    forest = random_forest(5, n_sequences=60, max_length=90)
+    (q, k, v), position, end = tensors(forest, heads=4, key_heads=2, width=16)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    plan = AttentionPlan.create(position, end)
+    every = forest_attention(q, k, v, plan, scaling=0.3, sliding_window=sliding_window, backend=backend)
+    generator = np.random.default_rng(0)
+    for n_queries in (1, 63, 64, 65, forest.n_tokens // 2, forest.n_tokens):
+        index = torch.from_numpy(np.sort(generator.choice(forest.n_tokens, n_queries, replace=False)))
+        some = forest_attention(
+            q[:, index], k, v, plan.for_queries(index), scaling=0.3, sliding_window=sliding_window, backend=backend
+        )
+        assert torch.equal(some, every[index])
+
+
+def test_a_plan_knows_whether_anything_is_shared():
+    def plan_of(*ids):
+        ids = [np.array(x, np.int32) for x in ids]
+        (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=100)
+        return AttentionPlan.create(torch.from_numpy(forest.position_ids), torch.from_numpy(forest.subtree_end))
+
+    assert plan_of([1, 2, 3], [4, 5], [6]).cu_seqlens.tolist() == [0, 3, 5, 6]
+    assert plan_of([7]).cu_seqlens.tolist() == [0, 1]
+    assert plan_of([1, 2, 3], [1, 5]).cu_seqlens is None
+    assert plan_of([1, 2, 3], [1, 2, 5]).cu_seqlens is None
+    assert plan_of([1, 2], [1, 2, 5, 6]).cu_seqlens.tolist() == [0, 4]  # one is the beginning of the other

@@ -200,10 +200,10 @@ def test_out_of_memory_splits_the_pack_and_names_what_never_fits(monkeypatch):
     wanted = score_sequences(model, sequences, token_budget=4096).nll_sum
     forward = type(model).forward
 
-    def small_device(self, forest):
+    def small_device(self, forest, needed=None):
         if forest.n_tokens > 100:
             raise torch.OutOfMemoryError("no room")
-        return forward(self, forest)
+        return forward(self, forest, needed)
 
     monkeypatch.setattr(type(model), "forward", small_device)
     scores = score_sequences(model, sequences, token_budget=4096)

@@ -22,6 +22,8 @@ from fastcompat.errors import ArgumentError
 
 # What serves the tensors of a device type where it can; torch serves all others.
 FASTEST = {"cpu": "native", "cuda": "triton"}
+# The C++ extension's names of the dtypes that it computes.
+NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def choose(backend: str | None, values: Tensor) -> str:
@@ -88,6 +90,11 @@ def native_levels() -> list[str]:
     """The instruction-set levels of the C++ extension that this processor offers, the fastest first."""
     extension = _load_native()
     return [] if isinstance(extension, str) else list(extension.levels())
+
+
+def native_level(backend: str) -> str:
+    """avx2 of native:avx2; of native the fastest that the processor offers."""
+    return backend.partition(":")[2] or native_levels()[0]
 
 
 @functools.cache

@@ -10,10 +10,9 @@ refused with the reason, never scored wrongly.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcompat.attention import AttentionPlan, forest_attention
+from fastcompat.attention import AttentionPlan
 from fastcompat.checkpoint import (
     ModelSettings,
     first_sentence,
@@ -35,68 +34,15 @@ from fastcompat.checkpoint import (
     weight_files,
 )
 from fastcompat.errors import ModelError
-from fastcompat.forest import PrefixForest
+from fastcompat.forest import PrefixForest, pack_forest
+from fastcompat.fusion import Fusion, fuse
+from fastcompat.interface import ATTENTION_NAME, ForwardPass, forward_pass, register
 from fastcompat.nll import linear_nll
 
-ATTENTION_NAME = "fastcompat_forest"
-
-
-@dataclass(slots=True)
-class _AttentionCalls:
-    """The side channel to the attention layers: some models drop unknown keyword arguments on the way down."""
-
-    plan: AttentionPlan
-    n_calls: int = 0
-    n_windowed: int = 0
-
-
-_current: ContextVar[_AttentionCalls | None] = ContextVar("fastcompat_attention", default=None)
-
-# Keyword arguments that change what attention computes and that forest attention does not know.
-_UNSUPPORTED = ("position_bias", "alibi", "attention_bias", "head_mask", "block_sparse_mask", "cu_seq_lens_q")
-
-
-def _registered_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, T, C], key and value [1, K, T, C] -> [1, T, H, C]."""
-    calls = _current.get()
-    name = type(module).__name__
-    if calls is None:
-        raise ModelError(f"{name}: the model was called outside of fastcompat; use CausalLM.forward")
-    refused = [argument for argument in _UNSUPPORTED if kwargs.get(argument) is not None]
-    if attention_mask is not None:
-        refused.append("attention_mask")
-    if key.shape[2] != query.shape[2]:
-        refused.append(f"{key.shape[2]} keys for {query.shape[2]} queries")
-    if getattr(module, "is_causal", True) is False:
-        refused.append("bidirectional attention")
-    if refused:
-        raise ModelError(f"{name} uses what attention over a prefix forest cannot do: {', '.join(refused)}")
-    calls.n_calls += 1
-    calls.n_windowed += sliding_window is not None
-    out = forest_attention(
-        query[0],
-        key[0],
-        value[0],
-        calls.plan,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out[None], None
+# Tokens of each sequence on which a replacement of a module is compared with the module.
+FUSION_TOKENS = 32
+# Below this many rows some products take another path, whose last bits differ.
+FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +59,7 @@ class CausalLM:
     rope_boundary: int | None  # above this length the rotary frequencies depend on the longest sequence of a call
     n_attention_layers: int
     n_windowed_layers: int
+    fusions: tuple[Fusion, ...]  # what of the body's modules was replaced by fused ones
     full: Any = field(repr=False)  # the whole transformers model, for the probe
 
     @property
@@ -129,22 +76,27 @@ class CausalLM:
         return len(self.weight)
 
     @torch.no_grad()
-    def forward(self, forest: PrefixForest) -> Tensor:
-        """[T, D] last hidden states, after the final norm."""
+    def forward(self, forest: PrefixForest, needed: NDArray[np.int64] | None = None) -> Tensor:
+        """[T, D] last hidden states, after the final norm; of the packed tokens `needed` [Q] only, where it is given.
+
+        needed: ascending, each once. What nobody reads of the last layer is then not computed.
+        """
         position_ids = torch.from_numpy(forest.position_ids).to(self.device)
         plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(self.device))
         input_ids = torch.from_numpy(forest.input_ids).to(self.device)
-        with _attention_calls(plan) as calls:
-            out = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
-        if calls.n_calls != self.n_attention_layers:
-            raise ModelError(f"{self.name}: {_own_attention(calls.n_calls, self.n_attention_layers)}")
-        if calls.n_windowed != self.n_windowed_layers:
+        forward = ForwardPass(plan=plan)
+        index = None if needed is None else torch.from_numpy(needed).to(self.device)
+        if index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
+            forward.needed = plan.for_queries(index)
+        hidden = _last_hidden(self.body, forward, input_ids, position_ids)
+        if forward.n_calls != self.n_attention_layers:
+            raise ModelError(f"{self.name}: {_own_attention(forward.n_calls, self.n_attention_layers)}")
+        if forward.n_windowed != self.n_windowed_layers:
             raise ModelError(
-                f"{self.name}: {calls.n_windowed} attention layers have a sliding window where the configuration says "
-                f"{self.n_windowed_layers}; what the others see is not known, so it is not supported"
+                f"{self.name}: {forward.n_windowed} attention layers have a sliding window where the configuration "
+                f"says {self.n_windowed_layers}; what the others see is not known, so it is not supported"
             )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """[S] float32 nats: the NLL of target [S] under the LM head on hidden states [S, D]."""
@@ -154,21 +106,13 @@ class CausalLM:
 
     def token_nll(self, forest: PrefixForest) -> NDArray[np.float32]:
         """[S] float32 nats of the forest's scored tokens."""
-        hidden = self.forward(forest)
-        predictors = torch.from_numpy(forest.predictors).to(self.device)
-        nll = self.nll(hidden.index_select(0, predictors), torch.from_numpy(forest.targets).to(self.device))
+        # Several tokens may follow one: the first of every response follows its prompt's last.
+        needed, which = np.unique(forest.predictors, return_inverse=True)
+        hidden = self.forward(forest, needed.astype(np.int64))
+        predicting = hidden.index_select(0, torch.from_numpy(which).to(self.device))
+        nll = self.nll(predicting, torch.from_numpy(forest.targets).to(self.device))
         result: NDArray[np.float32] = nll.cpu().numpy()
         return result
-
-
-@contextmanager
-def _attention_calls(plan: AttentionPlan) -> Iterator[_AttentionCalls]:
-    calls = _AttentionCalls(plan)
-    token = _current.set(calls)
-    try:
-        yield calls
-    finally:
-        _current.reset(token)
 
 
 def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalLM:
@@ -178,7 +122,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     an architecture that cannot be packed correctly.
     """
     # Late: importing transformers' modelling code takes seconds.
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.probe import probe
@@ -188,7 +132,7 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     refuse_unsupported(model, config)
     weight_files(model, settings.revision)
     device = resolve_device(settings.device)
-    AttentionInterface.register(ATTENTION_NAME, _registered_attention)
+    register()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -243,10 +187,11 @@ def _own_attention(n_calls: int, n_layers: int | None) -> str:
 
 
 def wrap(name: str, full: Any) -> CausalLM:
-    """A transformers `*ForCausalLM` that is already in memory as a `CausalLM` (not probed)."""
-    from transformers import AttentionInterface
+    """A transformers `*ForCausalLM` that is already in memory as a `CausalLM` (not probed).
 
-    AttentionInterface.register(ATTENTION_NAME, _registered_attention)
+    Its modules are replaced by fused ones where they agree; outside of `CausalLM.forward` it computes as before.
+    """
+    register()
     config = full.config
     refuse_unsupported(name, config, full)
     if config._attn_implementation != ATTENTION_NAME:
@@ -273,8 +218,35 @@ def wrap(name: str, full: Any) -> CausalLM:
         rope_boundary=rope_boundary,
         n_attention_layers=n_layers,
         n_windowed_layers=n_windowed,
+        fusions=_fuse(full, context_length),
         full=full,
     )
+
+
+def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    with forward_pass(forward):
+        out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+@torch.no_grad()
+def _fuse(full: Any, context_length: int | None) -> tuple[Fusion, ...]:
+    """Fuse what can be fused; nothing where the model cannot run a pack at all, which its probe will say."""
+    embedding = full.get_input_embeddings().weight
+    length = min(FUSION_TOKENS, context_length or FUSION_TOKENS)
+    draw = np.random.default_rng(20).integers(len(embedding), size=(3, length), dtype=np.int32)
+    ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
+    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    position_ids = torch.from_numpy(forest.position_ids).to(embedding.device)
+    input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
+    plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))
+    body = full.base_model
+    try:
+        return fuse(body, lambda forward: _last_hidden(body, forward, input_ids, position_ids), ForwardPass(plan=plan))
+    except Exception as error:
+        logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
+        return ()
 
 
 def settings_of(loaded: CausalLM) -> dict[str, object]:
@@ -285,6 +257,7 @@ def settings_of(loaded: CausalLM) -> dict[str, object]:
         "device": loaded.device.type,
         "vocabulary": loaded.vocabulary,
         "context_length": loaded.context_length,
+        "fused": {fusion.part: f"{fusion.n_fused} of {fusion.n_modules}" for fusion in loaded.fusions},
         "n_parameters": sum(p.numel() for p in loaded.full.parameters()),
         "model_type": loaded.full.config.model_type,
     }

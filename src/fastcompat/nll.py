@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcompat import nll_torch
-from fastcompat.backends import choose, native, native_levels
+from fastcompat.backends import NATIVE_DTYPES, choose, native, native_level
 from fastcompat.errors import ArgumentError
 
 Statistic = Literal["nll", "entropy", "varentropy", "rank", "collision"]
@@ -270,11 +270,11 @@ def _linear_nll(
         out.data_ptr(),
         *hidden.shape,
         len(weight),
-        _name(hidden.dtype),
+        NATIVE_DTYPES[hidden.dtype],
         softcap or 0.0,
         logit_scale,
         all_statistics,
-        _level(backend),
+        native_level(backend),
         torch.get_num_threads(),
     )
     return out
@@ -312,9 +312,9 @@ def _packed_nll(logits: Tensor, target: Tensor, all_statistics: bool, backend: s
         out.data_ptr(),
         *logits.shape,
         logits.stride(0),
-        _name(logits.dtype),
+        NATIVE_DTYPES[logits.dtype],
         all_statistics,
-        _level(backend),
+        native_level(backend),
         torch.get_num_threads(),
     )
     return out
@@ -370,12 +370,3 @@ def _triton(name: str) -> Callable[..., Tensor]:
     """The launcher of that name in the module of that name."""
     launcher: Callable[..., Tensor] = getattr(import_module(f"fastcompat.kernels.{name}"), name)
     return launcher
-
-
-def _level(backend: str) -> str:
-    """avx2 of native:avx2; of native the fastest that the processor offers."""
-    return backend.partition(":")[2] or native_levels()[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,8 @@ import torch
 from fastcompat.checkpoint import first_sentence
 from fastcompat.errors import ModelError
 from fastcompat.forest import pack_forest
-from fastcompat.model import ATTENTION_NAME, CausalLM
+from fastcompat.interface import ATTENTION_NAME
+from fastcompat.model import CausalLM
 
 # Fewer where the model's context is shorter.
 PROBE_TOKENS = 16

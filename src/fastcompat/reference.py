@@ -109,3 +109,55 @@ def forest_attention(
         z = torch.cat([z, sinks.to(z.dtype)[:, None, None].expand(-1, z.shape[1], 1)], dim=-1)
     weights = torch.softmax(z, dim=-1)[..., : key.shape[1]]
     return (weights @ value).transpose(0, 1)
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which they are computed together: float64 where one of them is, else float32."""
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, *, eps: float, offset: float = 0.0, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`s * rsqrt(mean(s^2) + eps) * (offset + weight)` with s = x + residual, over the last axis of x [..., D].
+
+    weight [D]; None scales nothing, whatever the offset. Gemma's weights are read with offset 1. Returns y, rounded
+    once to x's dtype; with a residual [..., D] returns (s, y), where y is that of the s that is returned, rounded
+    already.
+    """
+    wide = at_least_float32(x)
+    s = x if residual is None else (x.to(wide) + residual.to(wide)).to(x.dtype)
+    y = s.to(wide) * torch.rsqrt(s.to(wide).square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (offset + weight.to(wide))
+    return y.to(x.dtype) if residual is None else (s, y.to(x.dtype))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves against each other, of the first R <= C channels of x [T, H, C].
+
+    cos and sin [T, R], as Hugging Face makes them. With a = x[..., : R/2] and b = x[..., R/2 : R] these become
+    `a * cos[: R/2] - b * sin[: R/2]` and `b * cos[R/2 :] + a * sin[R/2 :]`; the other channels stay. Rounded once.
+    """
+    half = cos.shape[-1] // 2
+    wide = at_least_float32(x, cos, sin)
+    a, b = x[..., :half].to(wide), x[..., half : 2 * half].to(wide)
+    cos, sin = cos.to(wide)[:, None, :], sin.to(wide)[:, None, :]
+    rotated = (a * cos[..., :half] - b * sin[..., :half], b * cos[..., half:] + a * sin[..., half:])
+    return torch.cat([*(part.to(x.dtype) for part in rotated), x[..., 2 * half :]], dim=-1)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`act(gate) * up` of two [T, I], rounded once; the activation is "silu" or "gelu_tanh".
+
+    silu(g) = g / (1 + exp(-g)) and gelu_tanh(g) = g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))).
+    """
+    wide = at_least_float32(gate, up)
+    g = gate.to(wide)
+    if activation == "silu":
+        acted = torch.nn.functional.silu(g)
+    elif activation == "gelu_tanh":
+        acted = torch.nn.functional.gelu(g, approximate="tanh")
+    else:
+        raise ValueError(f"activation is 'silu' or 'gelu_tanh', got {activation!r}")
+    return (acted * up.to(wide)).to(gate.dtype)
