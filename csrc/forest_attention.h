@@ -2,10 +2,10 @@
 //
 // Dimension key: T packed tokens, Q queries, H query heads, K key heads, C head width.
 //
-// As in linear_nll.h, queries lie in the vector lanes: a block of queries, adjacent tokens as a rule, is packed once, products
-// broadcast one element of a key (or of a value) from where it lies, and the softmax goes down the lanes. The keys that
-// a block sees are a few runs of packed tokens: its first query's ancestors, and all from its first query to its last. All other
-// keys are skipped.
+// As in linear_nll.h, queries lie in the vector lanes: a block of queries, adjacent tokens as a rule, is packed once,
+// products broadcast one element of a key (or of a value) from where it lies, and the softmax goes down the lanes. The
+// keys that a block sees are a few runs of packed tokens: its first query's ancestors, and all from its first query to
+// its last. All other keys are skipped.
 //
 // Each query's maximum is found before anything is summed, and sums run in key order without a break, where a key that
 // the query does not see adds an exact zero: so a query's bits do not depend on what else is in the pack.

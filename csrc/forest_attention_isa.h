@@ -46,7 +46,7 @@ static void pack_operands(const ForestAttention& call, int key_head, int64_t beg
 template <class Product, int N>
 static void attend_as(const ForestAttention& call, int head, int64_t first, int count, const Operands& operands,
                       const Run* runs, int n_runs, const Scratch& scratch) {
-  const bool pairs = in_pairs(call.dtype);
+  constexpr bool pairs = Product::kPairs;
   const int64_t n_steps = operand_steps(call.width, call.dtype);
   const int64_t first_token = call.token_of(first), end_token = call.token_of(first + count - 1) + 1;
   const Vec hidden = splat(-__builtin_inff());
@@ -68,24 +68,28 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
   Vec m[N];
   for (int n = 0; n < N; ++n) m[n] = splat(call.sinks != nullptr ? call.sinks[head] / scaling : -3.4028235e38f);
   const auto partly_hidden = [&](int64_t j) {
-    return j > first_token || call.subtree_end[j] < end_token || (call.window > 0 && deepest - call.position[j] >= call.window);
+    return j > first_token || call.subtree_end[j] < end_token ||
+           (call.window > 0 && deepest - call.position[j] >= call.window);
   };
 
   // Scores, a few keys at a time while they are in the cache.
   int64_t row = 0;
   for (int u = 0; u < n_runs; ++u) {
     row += runs[u].begin & 1;
-    for (int64_t begin = runs[u].begin; begin < runs[u].end; begin += 4 * kGroup) {
-      const int64_t end = begin + 4 * kGroup < runs[u].end ? begin + 4 * kGroup : runs[u].end;
+    for (int64_t begin = runs[u].begin, end = begin; begin < runs[u].end; begin = end) {
+      end = begin + 4 * kGroup < runs[u].end ? begin + 4 * kGroup : runs[u].end;
       float* scores = scratch.scores + row * kBlock;
-      multiply_rows<Product, N>(scratch.query, Rows{operands.key + begin * operands.key_stride, operands.key_stride},
-                                int(end - begin), n_steps, scores);
+      row += end - begin;
+      const Rows keys{operands.key + begin * operands.key_stride, operands.key_stride};
+      bool plain = call.softcap == 0.0f;
+      for (int64_t j = begin; j < end; ++j) plain = plain && !partly_hidden(j);
+      if (plain) {
+        multiply_rows<Product, N, true>(scratch.query, keys, int(end - begin), n_steps, scores, m);
+        continue;
+      }
+      multiply_rows<Product, N>(scratch.query, keys, int(end - begin), n_steps, scores);
       for (int64_t j = begin; j < end; ++j, scores += kBlock) {
         const bool masked = partly_hidden(j);
-        if (!masked && call.softcap == 0.0f) {
-          for (int n = 0; n < N; ++n) m[n] = max(m[n], load(scores + n * kLanes));
-          continue;
-        }
         const Vec index = splat(float(j)), stop = splat(float(call.subtree_end[j]));
         const Vec reach = splat(float(call.position[j] + call.window));
         for (int n = 0; n < N; ++n) {
@@ -101,12 +105,15 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
           store(scores + n * kLanes, s);
         }
       }
-      row += end - begin;
     }
     row += runs[u].end & 1;
   }
 
   // Probabilities, not yet divided by their sum; the rows of a pair of keys become one row of pairs.
+  const auto probability = [&](Vec below) {
+    return pairs ? exp2_rough(below * splat(scaling * 1.44269504f))
+                 : exp_clamped(clamp_exponent(below * splat(scaling)));
+  };
   Vec sum[N];
   for (int n = 0; n < N; ++n) {
     sum[n] = call.sinks != nullptr ? exp_clamped(clamp_exponent(splat(call.sinks[head]) - m[n] * splat(scaling)))
@@ -128,7 +135,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
             continue;
           }
           const Vec s = load(scratch.scores + (row + which) * kBlock + n * kLanes);
-          Vec p = exp_clamped(clamp_exponent((s - m[n]) * splat(scaling)));
+          Vec p = probability(s - m[n]);
           if (masked) p = where_less(hidden, s, p, splat(0.0f));
           sum[n] = sum[n] + p;
           e[which][n] = p;

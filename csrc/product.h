@@ -75,12 +75,14 @@ static inline void store_as(void* data, int64_t i, Vec v, Dtype dtype) {
 }
 
 struct Float32 {
+  static constexpr bool kPairs = false;
   static inline Vec multiply_add(Vec sum, Vec tokens, const uint32_t* weight) {
     return fma(tokens, splat(as_float(load_u32(weight))), sum);
   }
 };
 #if defined(ISA_BF16)
 struct Bfloat16Pairs {
+  static constexpr bool kPairs = true;
   static inline Vec multiply_add(Vec sum, Vec tokens, const uint32_t* weight) {
     return _mm512_dpbf16_ps(sum, (__m512bh)tokens, (__m512bh)_mm512_set1_epi32(int(load_u32(weight))));
   }
@@ -106,10 +108,10 @@ static inline __attribute__((always_inline)) void add_products(const uint32_t* p
   }
 }
 
-// tile[r][t] = packed[:, t] . rows[r] for R rows and N vectors of tokens.
-template <class Product, int R, int N>
-static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_t stride, int64_t n_steps,
-                            float* tile) {
+// tile[r][t] = packed[:, t] . rows[r] for R rows and N vectors of tokens; with kMax also m[t] = max(m[t], tile[r][t]).
+template <class Product, int R, int N, bool kMax>
+static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_t stride, int64_t n_steps, float* tile,
+                            Vec* m) {
   for (int64_t begin = 0; begin < n_steps; begin += kSteps) {
     const int64_t end = begin + kSteps < n_steps ? begin + kSteps : n_steps;
     Vec sums[R][N];
@@ -124,20 +126,23 @@ static inline void multiply(const uint32_t* packed, const uint32_t* rows, int64_
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         float* at = tile + r * kBlock + n * kLanes;
-        store(at, begin == 0 ? sums[r][n] : load(at) + sums[r][n]);
+        const Vec sum = begin == 0 ? sums[r][n] : load(at) + sums[r][n];
+        store(at, sum);
+        if (kMax && end == n_steps) m[n] = max(m[n], sum);
       }
     }
   }
 }
 
-template <class Product, int N>
-static void multiply_rows(const uint32_t* packed, Rows rows, int count, int64_t n_steps, float* tile) {
+template <class Product, int N, bool kMax = false>
+static void multiply_rows(const uint32_t* packed, Rows rows, int count, int64_t n_steps, float* tile,
+                          Vec* m = nullptr) {
   int r = 0;
   for (; r + kGroup <= count; r += kGroup) {
-    multiply<Product, kGroup, N>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock);
+    multiply<Product, kGroup, N, kMax>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock, m);
   }
   for (; r < count; ++r) {
-    multiply<Product, 1, N>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock);
+    multiply<Product, 1, N, kMax>(packed, rows.data + r * rows.stride, rows.stride, n_steps, tile + r * kBlock, m);
   }
 }
 

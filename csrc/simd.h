@@ -198,7 +198,15 @@ static inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 // As bfloat16, a in the upper half of each lane and b in the lower.
+#if defined(ISA_BF16)
+static inline Vec bf16_pair(Vec a, Vec b) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(interleaved, (__m512i)_mm512_cvtne2ps_pbh(a, b));
+}
+#else
 static inline Vec bf16_pair(Vec a, Vec b) { return (Vec)((round_to_bf16(a) & 0xffff0000u) | (round_to_bf16(b) >> 16)); }
+#endif
 
 // (2^f - 1) / f on [-0.5, 0.5]; minimax, relative error of 2^f below 2e-9.
 static inline Vec exp2_slope(Vec f) {
@@ -208,6 +216,18 @@ static inline Vec exp2_slope(Vec f) {
   p = fma(p, f, splat(5.550332471e-2f));
   p = fma(p, f, splat(2.402264791e-1f));
   return fma(p, f, splat(6.931472029e-1f));
+}
+
+// 2^t for t <= 0, relative error below 3e-6: for what is then rounded to half precision. From -125.5 down it stays.
+static inline Vec exp2_rough(Vec t) {
+  t = max(splat(-125.5f), t);
+  const Vec n = round(t);
+  const Vec f = t - n;
+  Vec p = splat(9.582852945e-3f);
+  p = fma(p, f, splat(5.590642616e-2f));
+  p = fma(p, f, splat(2.402409911e-1f));
+  p = fma(p, f, splat(6.931241751e-1f));
+  return scale2(fma(p, f, splat(1.0f)), n);
 }
 
 // exp(d) for d <= 0; below -87 it stays at exp(-87), 1.6e-38, the last that is not denormal. NaN stays NaN.

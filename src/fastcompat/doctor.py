@@ -27,9 +27,13 @@ class Finding:
     advice: str | None = None
 
 
-def examine() -> list[Finding]:
-    """Everything that is known of this machine, section by section. Loads torch; takes seconds."""
-    return [*_machine(), *_kernels(), *_versions()]
+def examine(base_model: str | None = None) -> list[Finding]:
+    """Everything that is known of this machine, section by section. Loads torch; takes seconds.
+
+    With a base model, a hub id or a directory, also what of it runs fused. Raises ModelError where it cannot be loaded.
+    """
+    model = [] if base_model is None else [*_model(base_model)]
+    return [*_machine(), *_kernels(), *model, *_versions()]
 
 
 def _machine() -> Iterator[Finding]:
@@ -109,15 +113,39 @@ def _kernels() -> Iterator[Finding]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         place = "CPU" if device == "cpu" else "GPU"
-        for name in ("linear_nll", "packed_nll"):
+        for name in ("linear_nll", "packed_nll", "attention", "element-wise"):
             yield _served(f"{name} on {place}", device)
     for device in devices:
         on_gpu = device == "cuda" and why_not("triton", device) is None
         place = "CPU" if device == "cpu" else "GPU"
         yield Finding(section=section, subject=f"response sums on {place}", found="Triton" if on_gpu else "NumPy")
-        # Triton has no kernel for it yet.
-        found = "torch" if problem or device == "cuda" else f"C++, {levels[0]}"
-        yield Finding(section=section, subject=f"attention on {place}", found=found)
+        if device == "cuda":
+            yield _unshared_attention()
+
+
+def _unshared_attention() -> Finding:
+    """What serves a GPU's attention where the sequences of a pack have nothing in common."""
+    from fastcompat.attention import varlen_available
+
+    subject = "attention, nothing shared"
+    if varlen_available():
+        return Finding(section="kernels", subject=subject, found="torch's varlen_attn", why="in half precision")
+    why = "this torch has no varlen_attn with windows and grouped queries"
+    return Finding(section="kernels", subject=subject, found="as any other pack", why=why)
+
+
+def _model(base_model: str) -> Iterator[Finding]:
+    from fastcompat.model import load_causal_lm
+
+    model = load_causal_lm(base_model)
+    section = "model"
+    name = type(model.full).__name__
+    yield Finding(section=section, subject="architecture", found=f"{name}, {str(model.dtype).removeprefix('torch.')}")
+    if not model.fusions:
+        yield Finding(section=section, subject="fused", found="nothing", why="its layers could not be followed")
+    for fusion in model.fusions:
+        found = f"{fusion.n_fused} of {fusion.n_modules} fused" if fusion.n_modules else "none there"
+        yield Finding(section=section, subject=fusion.part, found=found, why=fusion.why)
 
 
 def _served(subject: str, device: str) -> Finding:

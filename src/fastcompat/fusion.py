@@ -2,7 +2,7 @@
 
 The tree stays as transformers built it. A module's forward is replaced only after the replacement gave, on random
 input, what the module itself gives: norms, MLPs and attention in float32 on a copy of the module, whole layers in the
-model's own dtype. What does not match stays as it is; `CausalLM.fusions` says what and why, and so does
+model's own dtype. What does not match stays as it is; `PackedModel.fusions` says what and why, and so does
 `fastcompat doctor --base-model`.
 """
 

@@ -1,0 +1,219 @@
+"""A Hugging Face model that runs prefix forests: loaded safely, fused where it agrees, counted on every pass.
+
+Dimension key: T packed tokens, Q of them that are needed, D hidden size.
+
+The module tree stays as it is. Its attention goes through the attention interface (`interface.py`), modules that are
+slow are replaced where the replacement is the same function (`fusion.py`), and every forward pass counts its attention
+calls, so that a layer that went another way is an error and never a wrong figure.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcompat.attention import AttentionPlan
+from fastcompat.checkpoint import (
+    ModelSettings,
+    first_sentence,
+    load_config,
+    model_lengths,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+    weight_files,
+)
+from fastcompat.errors import ModelError
+from fastcompat.forest import PrefixForest, pack_forest
+from fastcompat.fusion import Fusion, fuse
+from fastcompat.interface import ATTENTION_NAME, ForwardPass, forward_pass, register
+
+# Tokens of each sequence on which a replacement of a module is compared with the module.
+FUSION_TOKENS = 32
+# Below this many rows some products take another path, whose last bits differ.
+FEWEST_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedModel:
+    """A loaded model up to its last hidden states; what reads them is a subclass's."""
+
+    name: str
+    body: torch.nn.Module = field(repr=False)
+    full: Any = field(repr=False)  # the whole transformers model
+    context_length: int | None  # tokens; None: no limit is known
+    rope_boundary: int | None  # above this length the rotary frequencies depend on the longest sequence of a call
+    n_attention_layers: int
+    n_windowed_layers: int
+    fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, D]."""
+        weight: Tensor = self.full.get_input_embeddings().weight
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """V: token ids from there on have no embedding."""
+        return len(self.embedding)
+
+    @torch.no_grad()
+    def forward(self, forest: PrefixForest, needed: NDArray[np.int64] | None = None) -> Tensor:
+        """[T, D] last hidden states, after the final norm; of the packed tokens `needed` [Q] only, where it is given.
+
+        needed: ascending, each once. What nobody reads of the last layer is then not computed.
+        """
+        position_ids = torch.from_numpy(forest.position_ids).to(self.device)
+        plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(self.device))
+        input_ids = torch.from_numpy(forest.input_ids).to(self.device)
+        forward = ForwardPass(plan=plan)
+        index = None if needed is None else torch.from_numpy(needed).to(self.device)
+        if index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
+            forward.needed = plan.for_queries(index)
+        hidden = _last_hidden(self.body, forward, input_ids, position_ids)
+        if forward.n_calls != self.n_attention_layers:
+            raise ModelError(f"{self.name}: {_own_attention(forward.n_calls, self.n_attention_layers)}")
+        if forward.n_windowed != self.n_windowed_layers:
+            raise ModelError(
+                f"{self.name}: {forward.n_windowed} attention layers have a sliding window where the configuration "
+                f"says {self.n_windowed_layers}; what the others see is not known, so it is not supported"
+            )
+        return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
+
+
+def load_full(model: str, settings: ModelSettings, auto_class: Any, what: str) -> Any:
+    """The transformers model in `model`, a hub id or a directory, on its device. Safetensors only, no remote code.
+
+    auto_class: transformers' AutoModelFor...; what: how it is called in messages. Raises ModelError, in one sentence.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    config = load_config(model, settings.revision)
+    refuse_unsupported(model, config)
+    weight_files(model, settings.revision)
+    device = resolve_device(settings.device)
+    register()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        full, report = auto_class.from_pretrained(
+            model,
+            revision=settings.revision,
+            dtype=resolve_dtype(settings.dtype, config, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
+        if ATTENTION_NAME in str(error):
+            raise ModelError(f"{model}: {_own_attention(0, None)}") from error
+        raise ModelError(f"{model}: cannot be loaded as {what}: {first_sentence(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_incomplete(model, report, what)
+    return full.to(device).eval()
+
+
+def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str) -> None:
+    """ModelError where transformers filled weights in at random, or left layers out, with no more than a warning."""
+    for key, has in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        names = sorted(str(name) for name in report.get(key) or ())
+        if names:
+            raise ModelError(
+                f"{model}: the checkpoint {has} {len(names)} of the weights that its configuration asks for "
+                f"({names[0]} ...); is it {what}, and whole?"
+            )
+    layers = sorted(str(name) for name in report.get("unexpected_keys") or () if _LAYER.search(str(name)))
+    if layers:
+        raise ModelError(
+            f"{model}: the checkpoint has {len(layers)} weights of layers that its configuration leaves out "
+            f"({layers[0]} ...); config.json and weights do not belong together"
+        )
+
+
+# Weights of decoder layers or of the head; old checkpoints carry buffers (rotary frequencies, causal masks) besides.
+_LAYER = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)|lm_head")
+
+
+def _own_attention(n_calls: int, n_layers: int | None) -> str:
+    counted = "" if n_layers is None else f"{n_calls} of {n_layers} attention layers went through the interface; "
+    return (
+        f"{counted}this architecture computes attention by itself instead of through transformers' attention "
+        "interface, so packed sequences would see each other; it is not supported"
+    )
+
+
+def packed(name: str, full: Any) -> PackedModel:
+    """A transformers model that is in memory, ready for prefix forests (not probed).
+
+    Its modules are replaced by fused ones where they agree; outside of `PackedModel.forward` it computes as before.
+    """
+    register()
+    config = full.config
+    refuse_unsupported(name, config, full)
+    if config._attn_implementation != ATTENTION_NAME:
+        full.set_attn_implementation(ATTENTION_NAME)
+    if full.base_model is full:
+        raise ModelError(f"{name}: {type(full).__name__} has no head on a body of its own; it is not supported")
+    text = config.get_text_config()
+    layer_types = getattr(text, "layer_types", None)
+    n_layers = int(text.num_hidden_layers)
+    if layer_types is not None:
+        n_windowed = sum(kind == "sliding_attention" for kind in layer_types)
+    else:
+        n_windowed = n_layers if getattr(text, "sliding_window", None) else 0
+    context_length, rope_boundary = model_lengths(config)
+    return PackedModel(
+        name=name,
+        body=full.base_model,
+        full=full,
+        context_length=context_length,
+        rope_boundary=rope_boundary,
+        n_attention_layers=n_layers,
+        n_windowed_layers=n_windowed,
+        fusions=_fuse(full, context_length),
+    )
+
+
+def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    with forward_pass(forward):
+        out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+@torch.no_grad()
+def _fuse(full: Any, context_length: int | None) -> tuple[Fusion, ...]:
+    """Fuse what can be fused; nothing where the model cannot run a pack at all, which its probe will say."""
+    embedding = full.get_input_embeddings().weight
+    length = min(FUSION_TOKENS, context_length or FUSION_TOKENS)
+    draw = np.random.default_rng(20).integers(len(embedding), size=(3, length), dtype=np.int32)
+    ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
+    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    position_ids = torch.from_numpy(forest.position_ids).to(embedding.device)
+    input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
+    plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))
+    body = full.base_model
+    try:
+        return fuse(body, lambda forward: _last_hidden(body, forward, input_ids, position_ids), ForwardPass(plan=plan))
+    except Exception as error:
+        logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
+        return ()
