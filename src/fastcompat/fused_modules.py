@@ -106,6 +106,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# On a CPU larger results than glibc keeps (32 MiB) come fresh from the kernel each time, and every page is a fault.
+CPU_MLP_BYTES = 24 << 20
+
+
 class FusedMlp:
     """x [1, T, D] -> down(act(gate(x)) * up(x)), with one product for gate and up."""
 
@@ -122,10 +126,18 @@ class FusedMlp:
             self.weight, self.bias = joined(self.parts)  # type: ignore[assignment]
 
     def __call__(self, forward: ForwardPass | None, x: Tensor) -> Tensor:
-        both = F.linear(x[0], self.weight, self.bias)
+        x = x[0]
+        size = len(x) * len(self.weight) * x.element_size()
+        if x.device.type != "cpu" or size <= CPU_MLP_BYTES:
+            return self._rows(x)[None]
+        # Equal parts: no product has few rows.
+        return torch.cat([self._rows(part) for part in x.tensor_split(-(-size // CPU_MLP_BYTES))])[None]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        both = F.linear(x, self.weight, self.bias)
         width = both.shape[1] // 2
         out: Tensor = self.down(gated(both[:, :width], both[:, width:], self.activation))
-        return out[None]
+        return out
 
 
 def _activation(module: nn.Module) -> str:
