@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check sanitize format bench bench-kernels triton-report gpu-check clean
+.PHONY: install peers demo test check sanitize format bench bench-all bench-kernels triton-report gpu-check clean
 
 install: $(INSTALLED)
 
@@ -52,6 +52,22 @@ bench: install
 	$(BIN)/python bench/end_to_end.py
 	$(BIN)/python bench/fused_head.py
 
+# The same with lm-evaluation-harness and CTranslate2, two models and every workload: hours on two cores.
+bench-all: peers
+	$(PEERS)/python bench/end_to_end.py --peers --shape SmolLM2-135M Qwen2.5-0.5B --workload all
+	$(PEERS)/python bench/fused_head.py
+	$(PEERS)/python bench/preparation_memory.py
+	$(PEERS)/python bench/readme.py
+
+# They stay out of .venv: the package needs none of them.
+PEERS := .venv-peers/bin
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: pyproject.toml setup.py constraints.txt bench/peers.txt $(NATIVE)
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --constraint constraints.txt --requirement bench/peers.txt --editable .
+	touch $@
+
 # One implementation's spread: pytest-benchmark's table.
 bench-kernels: install
 	$(BIN)/python -m pytest bench/test_fused_head.py --benchmark-columns=min,median,iqr,rounds
@@ -65,4 +81,4 @@ gpu-check:
 	$(PYTHON) bench/gpu_check.py --output $${OUT:-bench/results}
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info
+	rm -rf .venv .venv-peers build *.egg-info src/*.egg-info

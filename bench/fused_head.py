@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hardware import machine
 from torch import Tensor
 
 import fastcompat as fc
+from fastcompat.benchmark.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 STATISTICS = ("nll", "entropy", "varentropy", "rank", "collision")

@@ -47,9 +47,9 @@ def extension(device: str) -> Iterator[Finding]:
 
 def hardware(device: str) -> Iterator[Finding]:
     """The machine as the CPU benchmarks record it, the GPU, and the two ceilings that every figure is held against."""
-    from hardware import machine
-
     try:
+        from fastcompat.benchmark.machine import machine
+
         yield {"machine": machine()}
     except Exception as error:  # a package without metadata, a system without /proc: the timings stand without it
         yield {"machine": None, "reason": f"{type(error).__name__}: {error}"}
@@ -105,6 +105,18 @@ def segment_sum(device: str) -> Iterator[Finding]:
     yield from segment_sum_beside_its_peers(device)
 
 
+def elementwise(device: str) -> Iterator[Finding]:
+    from gpu_layers import elementwise_beside_its_peers
+
+    yield from elementwise_beside_its_peers(device)
+
+
+def attention(device: str) -> Iterator[Finding]:
+    from gpu_attention import attention_beside_its_peers
+
+    yield from attention_beside_its_peers(device)
+
+
 def engine(device: str) -> Iterator[Finding]:
     try:
         from gpu_engine import engine_beside_hugging_face
@@ -136,12 +148,14 @@ class Step:
 
 # The dearest last: what the nine minutes do not suffice for is left out.
 STEPS = {
-    "hardware": Step(run=hardware, seconds=60),
-    "extension": Step(run=extension, seconds=75),
-    "tests": Step(run=tests, seconds=220),
-    "linear_nll": Step(run=linear_nll, seconds=150),
-    "packed_nll": Step(run=packed_nll, seconds=90),
-    "segment_sum": Step(run=segment_sum, seconds=40),
+    "hardware": Step(run=hardware, seconds=45),
+    "extension": Step(run=extension, seconds=60),
+    "tests": Step(run=tests, seconds=200),
+    "linear_nll": Step(run=linear_nll, seconds=120),
+    "attention": Step(run=attention, seconds=110),
+    "packed_nll": Step(run=packed_nll, seconds=60),
+    "elementwise": Step(run=elementwise, seconds=70),
+    "segment_sum": Step(run=segment_sum, seconds=30),
     "engine": Step(run=engine, seconds=120),
     "head_tiles": Step(run=head_tiles, seconds=150),
     "row_tiles": Step(run=row_tiles, seconds=60),

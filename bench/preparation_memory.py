@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hardware import machine
+from fastcompat.benchmark.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = (

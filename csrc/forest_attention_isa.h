@@ -110,11 +110,13 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
   }
 
   // Probabilities, not yet divided by their sum; the rows of a pair of keys become one row of pairs.
-  const auto probability = [&](Vec below) {
-    return pairs ? exp2_rough(below * splat(scaling * 1.44269504f))
-                 : exp_clamped(clamp_exponent(below * splat(scaling)));
+  const float exponent = scaling * 1.44269504f;
+  Vec sum[N], most[N];
+  for (int n = 0; n < N; ++n) most[n] = splat(0.0f) - m[n] * splat(exponent);
+  const auto probability = [&](Vec s, int n) {
+    return pairs ? exp2_rough(fma(s, splat(exponent), most[n]))
+                 : exp_clamped(clamp_exponent((s - m[n]) * splat(scaling)));
   };
-  Vec sum[N];
   for (int n = 0; n < N; ++n) {
     sum[n] = call.sinks != nullptr ? exp_clamped(clamp_exponent(splat(call.sinks[head]) - m[n] * splat(scaling)))
                                    : splat(0.0f);
@@ -135,7 +137,7 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
             continue;
           }
           const Vec s = load(scratch.scores + (row + which) * kBlock + n * kLanes);
-          Vec p = probability(s - m[n]);
+          Vec p = probability(s, n);
           if (masked) p = where_less(hidden, s, p, splat(0.0f));
           sum[n] = sum[n] + p;
           e[which][n] = p;

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from families import small_model
 from typer.testing import CliRunner
 
 from fastcompat import backends
@@ -86,3 +87,14 @@ def test_the_command_writes_a_table_and_json():
 def test_it_waits_for_torch_alone():
     code = "import sys; from fastcompat.doctor import examine; examine(); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_it_says_which_modules_of_a_model_are_fused(tmp_path):
+    model = small_model("StarCoder2")
+    model.save_pretrained(tmp_path)
+    report = {finding.subject: finding for finding in examine(str(tmp_path)) if finding.section == "model"}
+    assert report["attention"].found == "3 of 3 fused"
+    assert report["layer"].found == "0 of 3 fused"
+    assert report["layer"].why == "Starcoder2DecoderLayer: its norms are kept as they are"
+    output = CliRunner().invoke(app, ["doctor", "--base-model", str(tmp_path)]).output
+    assert "3 of 3 fused" in output

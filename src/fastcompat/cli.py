@@ -1,4 +1,6 @@
-"""The command line: it reads options, calls the library, shows what came back. `score`, `demo`, `doctor` load torch.
+"""The command line: it reads options, calls the library, shows what came back.
+
+`score`, `demo`, `bench` and `doctor` load torch, the last two are in `commands/machine.py`.
 
 Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its template; 5 the run directory;
 130 interrupted, everything finished kept.
@@ -13,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,19 @@ import typer
 from rich.markup import escape
 
 from fastcompat import __version__
+from fastcompat.commands.machine import bench, doctor
+from fastcompat.commands.options import (
+    Average,
+    Bos,
+    Device,
+    Dtype,
+    Map,
+    MaxLength,
+    RunDirectory,
+    Template,
+    TokenBudget,
+    Turns,
+)
 from fastcompat.display import TableFormat, console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
@@ -72,38 +86,6 @@ def options(
     """Which response generator will teach a base model best, told before any training."""
 
 
-class Turns(StrEnum):
-    last = "last"
-    all = "all"
-
-
-class Bos(StrEnum):
-    auto = "auto"
-    one = "one"
-    none = "none"
-
-
-class ReportFormat(StrEnum):
-    table = "table"
-    json = "json"
-
-
-class Average(StrEnum):
-    response = "response"
-    token = "token"
-
-
-Map = Annotated[
-    list[str] | None,
-    typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),
-]
-Template = Annotated[str, typer.Option(help="auto, chatml, alpaca, plain or a Jinja FILE.")]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut.", show_default="the model's context")]
-
-
 @app.command()
 def score(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
@@ -120,9 +102,7 @@ def score(
     max_length: MaxLength = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    token_budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a pack.", show_default="4096, on a GPU 32768")
-    ] = None,
+    token_budget: TokenBudget = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the models on the hub.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Add INPUTs that RUN does not have yet.")] = False,
@@ -358,15 +338,8 @@ def demo(
     )
 
 
-@app.command()
-def doctor(
-    format: Annotated[ReportFormat, typer.Option("--format", help="How it is written.")] = ReportFormat.table,
-) -> None:
-    """What computes what on this machine, and why nothing faster does."""
-    from fastcompat.display import write_findings
-    from fastcompat.doctor import examine
-
-    write_findings(examine(), as_json=format is ReportFormat.json)
+app.command()(bench)
+app.command()(doctor)
 
 
 @contextmanager

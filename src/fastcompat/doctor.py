@@ -135,8 +135,11 @@ def _unshared_attention() -> Finding:
 
 
 def _model(base_model: str) -> Iterator[Finding]:
+    from transformers.utils import logging as transformers_logging
+
     from fastcompat.model import load_causal_lm
 
+    transformers_logging.disable_progress_bar()
     model = load_causal_lm(base_model)
     section = "model"
     name = type(model.full).__name__

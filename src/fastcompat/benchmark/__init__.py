@@ -1,0 +1,13 @@
+"""`fastcompat bench`: this machine against the loops that everybody writes around Hugging Face's models.
+
+    workloads.py     what is scored: seeded token ids, log-normal lengths
+    subjects.py      on which models: real architectures with random weights, or a user's own model
+    loops.py         by whom: plain loops and fastcompat, as functions from token sequences to mean losses
+    rounds.py        in turn, in batches that fit into memory
+    flops.py         what the work needs at least, and how fast this machine multiplies
+    measurement.py   all of it: seconds, efficiency, and how far each one's losses are from float32
+    machine.py       on what: processor, memory, versions
+    table.py         as people read it
+
+`bench/end_to_end.py` runs the same with more peers.
+"""

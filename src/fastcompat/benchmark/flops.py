@@ -1,0 +1,96 @@
+"""Useful FLOPs of a forward pass, and the rate at which this machine multiplies matrices of the model's own shape.
+
+Dimension key: T packed tokens, S scored tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcompat.forest import PrefixForest
+from fastcompat.model import CausalLM
+
+PRODUCT_TOKENS = 2048
+PRODUCT_REPEATS = 9
+# Products between two readings of a GPU's clock.
+GPU_PRODUCTS = 20
+
+
+def useful_flops(model: CausalLM, forests: Sequence[PrefixForest]) -> float:
+    """What scoring needs at least, given packs [T] in which every common beginning is there once.
+
+    2 x body parameters x T + 2 x head parameters x S + 4 x attended (query, key) pairs x query-head width x layers;
+    a layer with a sliding window attends as many pairs as its window leaves.
+    """
+    text = model.full.config.get_text_config()
+    n_heads = text.num_attention_heads
+    width = n_heads * (getattr(text, "head_dim", None) or text.hidden_size // n_heads)
+    n_tokens = sum(forest.n_tokens for forest in forests)
+    n_scored = sum(len(forest.scored) for forest in forests)
+    depths = np.concatenate([forest.position_ids for forest in forests]) + 1  # keys that a query sees, itself included
+    window = getattr(text, "sliding_window", None) if model.n_windowed_layers else None
+    pairs = int(depths.sum()) * (model.n_attention_layers - model.n_windowed_layers)
+    if window:
+        pairs += int(np.minimum(depths, window).sum()) * model.n_windowed_layers
+    return float(2 * body_parameters(model.full) * n_tokens + 2 * model.weight.numel() * n_scored + 4 * pairs * width)
+
+
+def body_parameters(model: Any) -> float:
+    """Parameters that every token is multiplied with: no embeddings, no head, of experts those that it uses."""
+    text = model.config.get_text_config()
+    left_out = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    left_out |= {id(p) for p in model.get_output_embeddings().parameters()}
+    n_experts = next(
+        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, None))), 0
+    )
+    total = 0.0
+    for parameter in model.parameters():
+        if id(parameter) in left_out:
+            continue
+        of_experts = n_experts and parameter.ndim == 3 and len(parameter) == n_experts
+        total += parameter.numel() * (text.num_experts_per_tok / n_experts if of_experts else 1.0)
+    return total
+
+
+def up_projection(model: Any) -> Tensor:
+    """The weight [outputs, inputs] of a decoder layer's largest matrix, its MLP's first; or of one expert's."""
+    n_layers = model.config.get_text_config().num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    matrices = [p.detach() if p.ndim == 2 else p.detach()[0] for p in layers[0].parameters() if p.ndim in (2, 3)]
+    # Of two as large, the one with more outputs than inputs: up, not down.
+    return max(matrices, key=lambda weight: (weight.numel(), len(weight)))
+
+
+def product_rate(weight: Tensor) -> float:
+    """FLOP/s of `F.linear` with 2,048 tokens through `weight` [outputs, inputs]: the machine's own speed."""
+    x = torch.randn(PRODUCT_TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
+    measured = _gpu_seconds if weight.device.type == "cuda" else _cpu_seconds
+    seconds = statistics.median(measured(x, weight) for _ in range(PRODUCT_REPEATS))
+    return 2.0 * PRODUCT_TOKENS * weight.numel() / seconds
+
+
+def _cpu_seconds(x: Tensor, weight: Tensor) -> float:
+    began = time.perf_counter()
+    F.linear(x, weight)
+    return time.perf_counter() - began
+
+
+def _gpu_seconds(x: Tensor, weight: Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # The GPU is busy with these while the products are queued, so that the time to launch them is not counted.
+    filler = torch.empty(8192, 8192, device=x.device, dtype=x.dtype).fill_(1)
+    filler @ filler
+    begin.record()
+    for _ in range(GPU_PRODUCTS):
+        F.linear(x, weight)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / GPU_PRODUCTS

@@ -1,0 +1,45 @@
+"""Options that several commands have, said once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Turns(StrEnum):
+    last = "last"
+    all = "all"
+
+
+class Bos(StrEnum):
+    auto = "auto"
+    one = "one"
+    none = "none"
+
+
+class ReportFormat(StrEnum):
+    table = "table"
+    json = "json"
+
+
+class Average(StrEnum):
+    response = "response"
+    token = "token"
+
+
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),
+]
+Template = Annotated[str, typer.Option(help="auto, chatml, alpaca, plain or a Jinja FILE.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut.", show_default="the model's context")]
+TokenBudget = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of a pack.", show_default="by free memory, at most 4096, on a GPU 65536"),
+]
