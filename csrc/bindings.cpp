@@ -86,10 +86,9 @@ void call_packed_nll(uintptr_t logits, uintptr_t target, uintptr_t out, int64_t 
 // strides: of heads and tokens, in elements, for query, key and value.
 void call_forest_attention(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out,
                            const std::array<int64_t, 6>& strides, int64_t tokens, int64_t queries,
-                           uintptr_t query_index, int heads, int key_heads, int width,
-                           int value_width, uintptr_t position, uintptr_t subtree_end, uintptr_t sinks,
-                           const std::string& dtype, float scaling, float softcap, int window, const std::string& level,
-                           int threads) {
+                           uintptr_t query_index, int heads, int key_heads, int width, int value_width,
+                           uintptr_t position, uintptr_t subtree_end, uintptr_t sinks, const std::string& dtype,
+                           float scaling, float softcap, int window, const std::string& level, int threads) {
   ForestAttention call{};
   call.query = pointer<const void>(query);
   call.key = pointer<const void>(key);

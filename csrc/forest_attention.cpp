@@ -22,7 +22,8 @@ struct Seen {
 };
 
 // A block sees the tokens from its first query to its last and the first one's ancestors: a token's ancestors before
-// the block contain the block's first query too, because subtrees are contiguous. Ancestors come in chains of adjacent tokens.
+// the block contain the block's first query too, because subtrees are contiguous. Ancestors come in chains of adjacent
+// tokens.
 Seen seen_by(const ForestAttention& call, int64_t block) {
   // Depth first, a token's parent is the last one before it that is one less deep.
   std::vector<int32_t> last_at(*std::max_element(call.position, call.position + call.tokens) + 1, -1);

@@ -14,6 +14,7 @@ HEAVY = {"torch", "transformers"}
 # Modules that a laptop uses on a finished run, or before any model is loaded.
 LIGHT = ["", ".cli", ".display", ".errors", ".response", ".corpus", ".tokenization", ".store", ".forest", ".statistics"]
 LIGHT += [".metrics", ".ranking", ".verification", ".demo", ".demo.corpus", ".inspection", ".doctor"]
+LIGHT += [".commands.machine", ".commands.options", ".benchmark", ".benchmark.workloads", ".benchmark.machine"]
 
 
 def run_python(code: str) -> str:

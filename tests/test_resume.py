@@ -121,6 +121,41 @@ def test_a_signal_keeps_the_pack_at_hand_and_the_rest_is_equal(tmp_path, corpus,
     assert parts(open_run(directory)) == parts(open_run(undisturbed_too))
 
 
+SLOW = """
+import time
+from fastcompat import cli, model
+token_nll = model.CausalLM.token_nll
+def slow(*arguments, **options):
+    time.sleep(0.5)
+    return token_nll(*arguments, **options)
+model.CausalLM.token_nll = slow
+cli.main()
+"""
+
+
+def test_a_second_interruption_ends_at_once_and_leaves_no_thread_waiting(tmp_path, corpus, model, undisturbed):
+    directory = tmp_path / "run"
+    prepare_small_units(directory, corpus, target_unit_chars=600)
+    command = [sys.executable, "-c", SLOW, "score", "-o", str(directory), "--base-model", str(model)]
+    process = subprocess.Popen(
+        [*command, "--token-budget", "256"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while len(list(directory.glob("scores/*/part-*"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Ctrl-C again: at once" in output
+    assert "everything finished is in" not in output  # the first one's farewell, after the pack at hand
+    assert "Traceback" not in output
+    assert "Exception ignored" not in output
+    assert not list(directory.glob("scores/*/.*"))
+    finish(directory, model)
+    assert parts(open_run(directory)) == parts(undisturbed)
+
+
 def test_workers_share_the_units_and_give_the_same_bytes(tmp_path, corpus, model, undisturbed):
     directory = tmp_path / "run"
     prepare_small_units(directory, corpus, target_unit_chars=600)

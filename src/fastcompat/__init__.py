@@ -18,6 +18,7 @@ from fastcompat.errors import FastcompatError
 __version__ = "0.1.0"
 
 _HOMES = {
+    "RewardScorer": "fastcompat.reward_scorer",
     "Run": "fastcompat.store",
     "Scorer": "fastcompat.scorer",
     "linear_nll": "fastcompat.nll",
@@ -26,11 +27,22 @@ _HOMES = {
     "rank": "fastcompat.ranking",
 }
 
-__all__ = ["FastcompatError", "Run", "Scorer", "__version__", "linear_nll", "open_run", "packed_nll", "rank"]
+__all__ = [
+    "FastcompatError",
+    "RewardScorer",
+    "Run",
+    "Scorer",
+    "__version__",
+    "linear_nll",
+    "open_run",
+    "packed_nll",
+    "rank",
+]
 
 if TYPE_CHECKING:
     from fastcompat.nll import linear_nll, packed_nll
     from fastcompat.ranking import rank
+    from fastcompat.reward_scorer import RewardScorer
     from fastcompat.scorer import Scorer
     from fastcompat.store import Run, open_run
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastcompat.errors import ModelError
+
+# What a model is loaded for: the middle of the name of transformers' mapping from configurations to classes.
+Task = Literal["CAUSAL_LM", "SEQUENCE_CLASSIFICATION"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +50,22 @@ def load_config(model: str, revision: str | None) -> Any:
         raise ModelError(f"{model}: cannot be read: {first_sentence(error)}") from error
 
 
-def refuse_unsupported(name: str, config: Any, full: Any = None) -> None:
-    """ModelError for architectures that would be wrong when packed, told from the configuration or the class."""
+def refuse_unsupported(name: str, config: Any, full: Any = None, *, task: Task = "CAUSAL_LM") -> None:
+    """ModelError for architectures that would be wrong when packed, told from the configuration or the class.
+
+    full: the model, or its class; None: the class that transformers has for the configuration and the task.
+    """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name}: an encoder-decoder ({config.model_type}) has no causal loss over one sequence")
     text = config.get_text_config()
     if full is None:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+        import transformers
 
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ModelError(f"{name}: transformers has no causal language model for type {config.model_type!r}")
-        full = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        mapping = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")
+        if type(config) not in mapping:
+            kind = {"CAUSAL_LM": "causal language model", "SEQUENCE_CLASSIFICATION": "sequence classifier"}[task]
+            raise ModelError(f"{name}: transformers has no {kind} for type {config.model_type!r}")
+        full = mapping[type(config)]
     if getattr(full, "_is_stateful", False):
         raise ModelError(
             f"{name}: {config.model_type} carries a recurrent state (a state-space or hybrid model), which leaks from "
@@ -99,6 +108,34 @@ def weight_files(model: str, revision: str | None = None) -> list[Path]:
     if missing:
         raise ModelError(f"{model}: {missing[0]} is missing, which model.safetensors.index.json names")
     return [path for path in files.values() if path is not None]
+
+
+def tensor_shapes(model: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a model's weights, from the headers of its safetensors. ModelError without any."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(model, revision):
+        with _opened(model, path) as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def read_tensors(model: str, names: Iterable[str], revision: str | None = None) -> dict[str, torch.Tensor]:
+    """Weights of a model as they are stored, on the CPU; names that it has not are left out."""
+    wanted = set(names)
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(model, revision):
+        with _opened(model, path) as file:
+            found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
+    return found
+
+
+def _opened(model: str, path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{model}: {path.name} is damaged: {first_sentence(error)}") from error
 
 
 def _file(model: str, name: str, revision: str | None) -> Path | None:

@@ -106,8 +106,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# On a CPU larger results than glibc keeps (32 MiB) come fresh from the kernel each time, and every page is a fault.
-CPU_MLP_BYTES = 24 << 20
+# On a CPU larger results go back to the system when they are freed, and come again page by page, each a fault.
+CPU_MLP_BYTES = 12 << 20
 
 
 class FusedMlp:

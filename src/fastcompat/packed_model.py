@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from fastcompat.attention import AttentionPlan
 from fastcompat.checkpoint import (
     ModelSettings,
+    Task,
     first_sentence,
     load_config,
     model_lengths,
@@ -98,15 +99,25 @@ class PackedModel:
         return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
 
 
-def load_full(model: str, settings: ModelSettings, auto_class: Any, what: str) -> Any:
+def load_full(
+    model: str,
+    settings: ModelSettings,
+    auto_class: Any,
+    what: str,
+    *,
+    task: Task = "CAUSAL_LM",
+    own: Collection[str] = (),
+) -> Any:
     """The transformers model in `model`, a hub id or a directory, on its device. Safetensors only, no remote code.
 
-    auto_class: transformers' AutoModelFor...; what: how it is called in messages. Raises ModelError, in one sentence.
+    auto_class: transformers' AutoModelFor... of the task; what: how it is called in messages; own: weights that the
+    caller reads itself, or does not need, and which may be missing or too many for that class. Raises ModelError, in
+    one sentence.
     """
     from transformers.utils import logging as transformers_logging
 
     config = load_config(model, settings.revision)
-    refuse_unsupported(model, config)
+    refuse_unsupported(model, config, task=task)
     weight_files(model, settings.revision)
     device = resolve_device(settings.device)
     register()
@@ -128,20 +139,21 @@ def load_full(model: str, settings: ModelSettings, auto_class: Any, what: str) -
         raise ModelError(f"{model}: cannot be loaded as {what}: {first_sentence(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _refuse_incomplete(model, report, what)
+    _refuse_incomplete(model, report, what, own)
     return full.to(device).eval()
 
 
-def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str) -> None:
+def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Collection[str]) -> None:
     """ModelError where transformers filled weights in at random, or left layers out, with no more than a warning."""
     for key, has in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
-        names = sorted(str(name) for name in report.get(key) or ())
+        names = sorted({str(name) for name in report.get(key) or ()} - set(own))
         if names:
             raise ModelError(
                 f"{model}: the checkpoint {has} {len(names)} of the weights that its configuration asks for "
                 f"({names[0]} ...); is it {what}, and whole?"
             )
-    layers = sorted(str(name) for name in report.get("unexpected_keys") or () if _LAYER.search(str(name)))
+    unexpected = {str(name) for name in report.get("unexpected_keys") or ()} - set(own)
+    layers = sorted(name for name in unexpected if _LAYER.search(name))
     if layers:
         raise ModelError(
             f"{model}: the checkpoint has {len(layers)} weights of layers that its configuration leaves out "

@@ -17,15 +17,16 @@ import pyarrow as pa
 
 
 class Status(StrEnum):
-    """Why a row has the figures that it has. Only `ok` and `truncated` rows carry a loss."""
+    """Why a row has the figures that it has. Only `ok` and `truncated` rows carry a loss or a reward."""
 
     OK = "ok"
-    TRUNCATED = "truncated"  # scored, but cut at the length limit: the loss is that of the kept tokens
+    TRUNCATED = "truncated"  # scored, but cut at the length limit: the figure is that of the kept tokens
     EMPTY = "empty"  # the response is null, missing or has no characters
     INVALID = "invalid"  # the record cannot be read as a response: broken JSON, wrong type, unpaired surrogate
     UNREADABLE = "unreadable"  # stands for the rest of a file that ends early or cannot be opened
     TEMPLATE = "template"  # the chat template refuses the conversation
     PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no token of the response
+    TOO_LONG = "too_long"  # no reward: the conversation is longer than the model's limit, and was not to be cut
     NONFINITE = "nonfinite"  # the model gave NaN or infinity
     OOM = "oom"  # too large for the device's memory even alone
 

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
-from fastcompat.checkpoint import (
-    ModelSettings,
-    fingerprint,
-    load_config,
-    model_lengths,
-    refuse_unsupported,
-    resolve_device,
-    resolve_dtype,
-    weight_files,
-)
+from fastcompat.checkpoint import model_lengths
 from fastcompat.corpus import rows_from_records
-from fastcompat.engine import ResponseScores, default_token_budget, score_sequences
+from fastcompat.engine import ResponseScores, score_sequences
 from fastcompat.errors import UsageError
 from fastcompat.model import CausalLM, load_causal_lm, settings_of
+from fastcompat.model_scorer import ModelScorer, records
 from fastcompat.response import Status, to_table
 from fastcompat.store import SCORES_SCHEMA
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 
 
-class Scorer:
+class Scorer(ModelScorer):
     """Exact base-model losses of responses.
 
         scorer = fc.Scorer("Qwen/Qwen2.5-0.5B")
@@ -41,7 +31,7 @@ class Scorer:
 
     model: a hub id or a directory. Safetensors only; code from a model's repository is never run.
     device: "auto", "cpu", "cuda", "cuda:1" ...; dtype: "auto" (as stored, where the device is fast in it), "float32",
-    "bfloat16", "float16"; token_budget: tokens of a pack.
+    "bfloat16", "float16"; token_budget: tokens of a pack, chosen from the free memory if not given.
     template: "auto" (the tokenizer's own chat template, else plain), "chatml", "alpaca", "plain" or a Jinja file.
     turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
     max_length: tokens, the model's context if not given; longer sequences are cut and say so.
@@ -49,6 +39,8 @@ class Scorer:
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
     TemplateError with what to do.
     """
+
+    kind = "base_model"
 
     def __init__(
         self,
@@ -64,16 +56,15 @@ class Scorer:
         max_length: int | None = None,
         revision: str | None = None,
     ) -> None:
-        for name, value in (("token_budget", token_budget), ("max_length", max_length)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
-        self.source = str(model)
-        self.settings = ModelSettings(device=device, dtype=dtype, revision=revision)
-        self.config = load_config(self.source, revision)
-        refuse_unsupported(self.source, self.config)
-        weight_files(self.source, revision)
-        self.device = resolve_device(device)
-        self.token_budget = token_budget or default_token_budget(self.device)
+        super().__init__(
+            model,
+            task="CAUSAL_LM",
+            device=device,
+            dtype=dtype,
+            token_budget=token_budget,
+            max_length=max_length,
+            revision=revision,
+        )
         context_length, _ = model_lengths(self.config)
         tokenization = TokenizationSettings(
             template=template,
@@ -86,37 +77,15 @@ class Scorer:
             self.source, tokenization, revision=revision, context_length=context_length
         )
 
-    @property
-    def name(self) -> str:
-        """The model's hub id, or its directory's name."""
-        path = Path(self.source)
-        return path.resolve().name if path.is_dir() else self.source
-
     @cached_property
     def model(self) -> CausalLM:
         """The loaded model."""
         return load_causal_lm(self.source, self.settings)
 
-    def unload(self) -> None:
-        """Give the weights' memory back; they are loaded again when they are needed."""
-        self.__dict__.pop("model", None)
-
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
-        return {
-            "kind": "base_model",
-            "model_sha256": fingerprint(self.source, self.settings.revision),
-            "tokenization_sha256": self.tokenizer.fingerprint(),
-            "dtype": str(resolve_dtype(self.settings.dtype, self.config, self.device)).removeprefix("torch."),
-        }
-
-    @property
-    def directory_name(self) -> str:
-        """The scorer's name in a run directory: readable, and different for different identities."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        readable = "".join(c if c.isalnum() or c in "._" else "-" for c in self.name.split("/")[-1])
-        return f"{readable}-{digest[:10]}"
+        return self._identity(self.tokenizer.fingerprint())
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""
@@ -144,7 +113,7 @@ class Scorer:
         mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
         `Run.scores()`. Raises SchemaError when no response can be found in the rows.
         """
-        responses = rows_from_records(_records(rows), overrides=mapping)
+        responses = rows_from_records(records(rows), overrides=mapping)
         scores = score_sequences(self.model, self.tokenizer(responses), token_budget=self.token_budget)
         return self._table(to_table(responses), scores)
 
@@ -203,20 +172,3 @@ class Scorer:
         columns = scores.columns() | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())}
         columns |= {name: rows[name] for name in SCORES_SCHEMA.names if name not in columns}
         return pa.table(columns).select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
-
-
-def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """The rows of a table, or of a list, as dictionaries. Raises UsageError for what would be taken apart wrongly."""
-    if isinstance(rows, Mapping | str | bytes):
-        raise UsageError(f"rows must be a list of dictionaries or a table, got one {type(rows).__name__}")
-    if hasattr(rows, "read_all"):  # pyarrow's readers
-        rows = rows.read_all()
-    if hasattr(rows, "to_pylist"):  # pyarrow
-        return rows.to_pylist()  # type: ignore[no-any-return]
-    if hasattr(rows, "to_dicts"):  # polars
-        return rows.to_dicts()  # type: ignore[no-any-return]
-    if hasattr(rows, "to_dict"):  # pandas
-        return rows.to_dict("records")  # type: ignore[no-any-return]
-    if not isinstance(rows, Iterable):
-        raise UsageError(f"rows must be a list of dictionaries or a table, got {type(rows).__name__}")
-    return rows

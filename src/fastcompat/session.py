@@ -126,4 +126,5 @@ def score_corpus(
             stop=stop,
         )
     finally:
-        run.log("stop", scorer=store.name, rows=progress.n_rows, tokens=progress.n_tokens)
+        seconds = {"total": round(progress.seconds, 6)} | progress.timings.seconds()
+        run.log("stop", scorer=store.name, rows=progress.n_rows, tokens=progress.n_tokens, seconds=seconds)

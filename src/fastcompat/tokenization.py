@@ -207,7 +207,7 @@ class ConversationTokenizer:
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
         if row.status is not Status.OK:
             raise ConversationRefusedError(row.status, row.detail)
-        _check_messages(row.messages)
+        check_messages(row.messages)
         return self.template.scored_text(
             row.messages, turns=self.settings.turns, score_eos=self.settings.score_eos, frames=frames
         )
@@ -327,7 +327,8 @@ def _own_template(tokenizer: Any, name: str) -> str | None:
     return str(own)
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """ConversationRefusedError unless `messages` are text and end with an assistant's turn that is not empty."""
     if not messages:
         raise ConversationRefusedError(Status.INVALID, "the conversation has no messages")
     for index, message in enumerate(messages):

@@ -1,0 +1,181 @@
+"""How many tokens a pack may have: chosen from the machine's free memory, and less for a while where it runs out.
+
+Dimension key: T packed tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcompat import nll_torch
+
+# The fewest and the most tokens of a pack where nobody chose. On a CPU more are no faster (LOG.md).
+LEAST_CPU_TOKEN_BUDGET = 512
+CPU_TOKEN_BUDGET = 4096
+LEAST_CUDA_TOKEN_BUDGET = 4096
+CUDA_TOKEN_BUDGET = 65536
+
+# The share of the free memory that activations may take. The rest is for what the estimate does not know, for the
+# allocator's gaps, and for other processes.
+MEMORY_SHARE = 0.5
+
+# After so many packs in a row that fitted, packs twice as large are tried again.
+PACKS_BEFORE_GROWTH = 8
+
+# Where the system does not say how much memory it has.
+ASSUMED_MEMORY = 4 << 30
+
+
+@dataclass(slots=True)
+class PackLimit:
+    """The most tokens of a pack at the moment: the budget, until memory runs out, and again once packs fit."""
+
+    token_budget: int
+    n_tokens: int = field(init=False)
+    n_fitted: int = field(default=0, init=False)  # packs in a row
+    announced: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.n_tokens = self.token_budget
+
+    def ran_out(self, n_tokens: int) -> None:
+        """Memory ran out on a pack of `n_tokens`: half of that from here on."""
+        self.n_tokens = max(1, n_tokens // 2)
+        self.n_fitted = 0
+        if not self.announced:
+            self.announced = True
+            logging.getLogger("fastcompat").warning(
+                f"memory ran out on a pack of {n_tokens:,} tokens: packs are made smaller until they fit, then larger "
+                f"again up to {self.token_budget:,} tokens; a smaller token budget spares the attempts"
+            )
+
+    def fitted(self) -> None:
+        """A pack fitted into memory."""
+        self.n_fitted += 1
+        if self.n_fitted == PACKS_BEFORE_GROWTH:
+            self.n_tokens = min(2 * self.n_tokens, self.token_budget)
+            self.n_fitted = 0
+
+
+def choose_token_budget(device: torch.device, config: Any, dtype: torch.dtype, free_bytes: int) -> int:
+    """The token budget for a model of this configuration, dtype and device, beside whose weights `free_bytes` are free.
+
+    The largest power of two T such that the activations of a pack of T tokens take `MEMORY_SHARE` of what is free at
+    most: 4,096 to 65,536 on CUDA, 512 to 4,096 elsewhere, however little or much is free. Powers of two, so that what
+    else runs on the machine seldom changes the choice.
+    """
+    on_cuda = device.type == "cuda"
+    least = LEAST_CUDA_TOKEN_BUDGET if on_cuda else LEAST_CPU_TOKEN_BUDGET
+    most = CUDA_TOKEN_BUDGET if on_cuda else CPU_TOKEN_BUDGET
+    room = MEMORY_SHARE * free_bytes - head_bytes(device, config)
+    n_tokens = max(int(room // token_bytes(config, dtype)), 1)
+    return min(max(1 << (n_tokens.bit_length() - 1), least), most)
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of activations for each packed token: one layer's, since nothing is kept from one to the next.
+
+    Counted as if a layer's attention and its MLP held all their intermediate results at once, and every MLP as much as
+    the most wasteful: a bound, about three times what most families take.
+    """
+    text = config.get_text_config()
+    element = dtype.itemsize
+    hidden = int(text.hidden_size)
+    n_heads = int(text.num_attention_heads)
+    n_key_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
+    head_width = int(getattr(text, "head_dim", None) or hidden // n_heads)
+    intermediate = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
+    n_experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+    # The residual stream, what a norm makes of it, a block's result and the rows to be scored; a norm's float32 copies.
+    total = hidden * (4 * element + 3 * 4)
+    # Queries, keys and values: projected, turned (two products and their sum), laid out anew; and the result.
+    total += 6 * (n_heads + 2 * n_key_heads) * head_width * element
+    # Gate, up, their product, and what an activation function that is written out leaves on its way (GELU: five).
+    total += 8 * intermediate * element
+    # The same in every expert that a token visits, with the token's row gathered and scattered.
+    expert = int(getattr(text, "moe_intermediate_size", None) or intermediate)
+    total += n_experts * (4 * hidden + 8 * expert) * element
+    return total
+
+
+def head_bytes(device: torch.device, config: Any) -> int:
+    """Bytes that the fused head takes whatever the pack's size, where plain torch serves, which takes the most."""
+    text = config.get_text_config()
+    on_cuda = device.type == "cuda"
+    n_tokens = nll_torch.CUDA_TILE_TOKENS if on_cuda else nll_torch.TILE_TOKENS
+    width = min(nll_torch.CUDA_TILE_VOCABULARY if on_cuda else nll_torch.TILE_VOCABULARY, int(text.vocab_size))
+    # The logits, their exponentials and one more; hidden states and weights widened to float32.
+    return 4 * (3 * n_tokens * width + (n_tokens + width) * int(text.hidden_size))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has left for this process, what torch keeps in reserve included."""
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory left for this process: the machine's, or fewer where a control group (a container) has less.
+
+    root: where proc and sys lie.
+    """
+    return min([_machine_memory(root), *_control_group_memory(root)])
+
+
+def _machine_memory(root: Path) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a Unix, or one that does not say
+        return ASSUMED_MEMORY
+
+
+def _control_group_memory(root: Path) -> Iterator[int]:
+    """What each control group that this process is in leaves of its limit; pages of files can be had back."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # The limits of all groups above hold too. Inside a container the path may be one of the host; its own group
+        # is the mount then.
+        group = mount / path.lstrip("/")
+        while group.is_relative_to(mount):
+            left = _left(group, *names)
+            if left is not None:
+                yield left
+            if group == mount:
+                break
+            group = group.parent
+
+
+def _left(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
+    """Limit less usage of one control group; None where there is no limit."""
+    try:
+        limit = (group / limit_name).read_text().strip()
+        used = int((group / usage_name).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(int(limit) - used + int(statistics.get(cache_name, 0)), 0) if limit != "max" else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,113 @@
+"""What scorers of base models and of reward models have in common: the model's place, name, budget and identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastcompat.budget import choose_token_budget, free_memory
+from fastcompat.checkpoint import (
+    ModelSettings,
+    Task,
+    fingerprint,
+    load_config,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+    weight_files,
+)
+from fastcompat.errors import UsageError
+from fastcompat.packed_model import PackedModel
+
+
+class ModelScorer:
+    """A model with all its settings; a subclass loads it and says what it scores."""
+
+    kind: str  # in the identity
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        task: Task,
+        device: str,
+        dtype: str,
+        token_budget: int | None,
+        max_length: int | None,
+        revision: str | None,
+    ) -> None:
+        for name, value in (("token_budget", token_budget), ("max_length", max_length)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.source = str(model)
+        self.settings = ModelSettings(device=device, dtype=dtype, revision=revision)
+        self.config = load_config(self.source, revision)
+        refuse_unsupported(self.source, self.config, task=task)
+        weight_files(self.source, revision)
+        self.device = resolve_device(device)
+        self._given_token_budget = token_budget
+
+    @property
+    def name(self) -> str:
+        """The model's hub id, or its directory's name."""
+        path = Path(self.source)
+        return path.resolve().name if path.is_dir() else self.source
+
+    @cached_property
+    def model(self) -> PackedModel:
+        """The loaded model."""
+        raise NotImplementedError
+
+    @cached_property
+    def token_budget(self) -> int:
+        """Tokens of a pack: as given, else chosen from the memory that is free beside the loaded model."""
+        if self._given_token_budget is not None:
+            return self._given_token_budget
+        dtype = self.model.dtype  # loaded from here on: what is free below is free beside it
+        return choose_token_budget(self.device, self.config, dtype, free_memory(self.device))
+
+    def unload(self) -> None:
+        """Give the weights' memory back; they are loaded again when they are needed."""
+        self.__dict__.pop("model", None)
+
+    def _identity(self, tokenization_sha256: str, **choices: Any) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "model_sha256": fingerprint(self.source, self.settings.revision),
+            "tokenization_sha256": tokenization_sha256,
+            "dtype": str(resolve_dtype(self.settings.dtype, self.config, self.device)).removeprefix("torch."),
+            **choices,
+        }
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
+        raise NotImplementedError
+
+    @property
+    def directory_name(self) -> str:
+        """The scorer's name in a run directory: readable, and different for different identities."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        readable = "".join(c if c.isalnum() or c in "._" else "-" for c in self.name.split("/")[-1])
+        return f"{readable}-{digest[:10]}"
+
+
+def records(rows: Any) -> Iterable[Mapping[str, Any]]:
+    """The rows of a table, or of a list, as dictionaries. Raises UsageError for what would be taken apart wrongly."""
+    if isinstance(rows, Mapping | str | bytes):
+        raise UsageError(f"rows must be a list of dictionaries or a table, got one {type(rows).__name__}")
+    if hasattr(rows, "read_all"):  # pyarrow's readers
+        rows = rows.read_all()
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        return rows.to_pylist()  # type: ignore[no-any-return]
+    if hasattr(rows, "to_dicts"):  # polars
+        return rows.to_dicts()  # type: ignore[no-any-return]
+    if hasattr(rows, "to_dict"):  # pandas
+        return rows.to_dict("records")  # type: ignore[no-any-return]
+    if not isinstance(rows, Iterable):
+        raise UsageError(f"rows must be a list of dictionaries or a table, got {type(rows).__name__}")
+    return rows

@@ -1,0 +1,144 @@
+"""`RewardScorer`: a reward model, its tokenizer and every setting, as one object for libraries and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from fastcompat import __version__
+from fastcompat.checkpoint import model_lengths
+from fastcompat.corpus import rows_from_records
+from fastcompat.model import settings_of
+from fastcompat.model_scorer import ModelScorer, records
+from fastcompat.response import to_table
+from fastcompat.reward_model import RewardModel, describe, load_reward_model
+from fastcompat.reward_scoring import score_conversations
+from fastcompat.reward_tokenization import RewardTokenizer
+
+# What `RewardScorer.score` returns; `reward` is null unless the status is ok or truncated.
+REWARDS_SCHEMA = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("source", pa.string()),
+        ("row_index", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("generator", pa.string()),
+        ("reward_model", pa.string()),
+        ("n_tokens", pa.int32()),
+        ("reward", pa.float64()),
+        ("status", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+class RewardScorer(ModelScorer):
+    """A reward model's judgement of responses.
+
+        scorer = fc.RewardScorer("Skywork/Skywork-Reward-V2-Qwen3-0.6B")
+        table = scorer.score([{"prompt": "What is two plus two?", "response": "Four."}])
+
+    model: a hub id or a directory of a *ForSequenceClassification, of ArmoRM or of QRM. Safetensors only; code from a
+    model's repository is never run.
+    device, dtype, token_budget: as `Scorer`.
+    bos: "auto" (as tokenizer and template have it), "one" or "none"; never two.
+    max_length: tokens, the model's context if not given; a longer conversation has status `too_long` and no reward,
+    unless truncate: then its beginning is judged, with status `truncated`.
+    output: the name or number of the label that is the reward, where there are several.
+    read_out: "auto" (where the model's own class reads), "last" token, or rightmost "non-pad" token.
+
+    A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError,
+    TemplateError or UsageError with what to do.
+    """
+
+    kind = "reward_model"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        token_budget: int | None = None,
+        bos: str = "auto",
+        max_length: int | None = None,
+        truncate: bool = False,
+        output: str | int | None = None,
+        read_out: str = "auto",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            task="SEQUENCE_CLASSIFICATION",
+            device=device,
+            dtype=dtype,
+            token_budget=token_budget,
+            max_length=max_length,
+            revision=revision,
+        )
+        self.head = describe(
+            self.source,
+            self.config,
+            revision,
+            output=output,
+            read_out=read_out,  # type: ignore[arg-type]  # checked there
+        )
+        context_length, _ = model_lengths(self.config)
+        self.tokenizer = RewardTokenizer.from_pretrained(
+            self.source,
+            self.head.read_out,
+            bos=bos,  # type: ignore[arg-type]  # checked there
+            max_length=max_length,
+            truncate=truncate,
+            context_length=context_length,
+            revision=revision,
+        )
+        self._choices: dict[str, Any] = {"output": output, "read_out": read_out}
+
+    @cached_property
+    def model(self) -> RewardModel:
+        """The loaded model."""
+        return load_reward_model(self.source, self.settings, **self._choices)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
+        return self._identity(self.tokenizer.fingerprint(), head=self.head.kind.name, output=self.head.output)
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, for the run's scorer.json."""
+        return {
+            "model": self.name,
+            "source": self.source,
+            "revision": self.settings.revision,
+            "head": self.head.kind.name,
+            "output": self.head.output,
+            "read_out": self.head.read_out.rule,
+            "pad_token_id": self.head.read_out.pad_id,
+            "template": self.tokenizer.description,
+            "bos": self.tokenizer.bos,
+            "max_length": self.tokenizer.max_length,
+            "truncate": self.tokenizer.truncate,
+            "token_budget": self.token_budget,
+            "fastcompat": __version__,
+            **settings_of(self.model),
+        }
+
+    def score(
+        self, rows: Iterable[Mapping[str, Any]] | pa.Table, *, mapping: Mapping[str, str] | None = None
+    ) -> pa.Table:
+        """The rewards of rows of any shape that `fastcompat score` reads; one row per response, in input order.
+
+        rows: dictionaries, or a pyarrow, polars or pandas table.
+        mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are `REWARDS_SCHEMA`.
+        Raises SchemaError when no response can be found in the rows.
+        """
+        responses = rows_from_records(records(rows), overrides=mapping)
+        scores = score_conversations(self.model, self.tokenizer(responses), token_budget=self.token_budget)
+        columns = scores.columns() | {"reward_model": pa.array([self.name] * len(responses), pa.string())}
+        table = to_table(responses)
+        columns |= {name: table[name] for name in REWARDS_SCHEMA.names if name not in columns}
+        return pa.table(columns).select(REWARDS_SCHEMA.names).cast(REWARDS_SCHEMA)
