@@ -138,7 +138,8 @@ static void attend_as(const ForestAttention& call, int head, int64_t first, int 
           }
           const Vec s = load(scratch.scores + (row + which) * kBlock + n * kLanes);
           Vec p = probability(s, n);
-          if (masked) p = where_less(hidden, s, p, splat(0.0f));
+          // Hidden is -inf; a NaN that the query sees stays.
+          if (masked) p = where_less(hidden, s, p, where_less(s, splat(0.0f), splat(0.0f), p));
           sum[n] = sum[n] + p;
           e[which][n] = p;
         }

@@ -19,10 +19,10 @@ the queries of the blocks that it lies in, not its own path only.
 Roofline (computed, nothing here has run on a GPU): 2 (C + Cv) flop a pair and head. Of T^2, packs of about 32k tokens
 of the benchmark's workloads attend 0.65% (`generators`) to 7.7% (`reasoning`), and their lists hold 1.4% to 8.4%, 15%
 to 85% of it in full. Llama-3-8B's 32 heads of 128: 0.23 to 1.04 Tflop a layer for the lists, 0.3 to 1.3 ms at a plain
-product's 800 Tflop/s on an H100, where T^2 is 17.1 Tflop. A 128 x 64 tile of C 128: 1,024 cycles of tensor cores, 512
-of exp2, which nothing but another program's products hides, and at 8 warps of 170 registers a multiprocessor has one
-program. Keys and values from L2: 32 KiB a tile, 6.2 TB/s at that rate. Look first at these two, then at short lists:
-on `generators` two pipelines are filled for one block without and six with a mask.
+product's 800 Tflop/s on an H100; all of T^2 would be 17 and 12. A 128 x 64 tile of C 128: 1,024 cycles of tensor cores,
+512 of exp2, which nothing but another program's products hides, and at 8 warps of 176 registers a multiprocessor has
+one program. Keys and values from L2: 32 KiB a tile, 6.2 TB/s at that rate. Look first at these two, then at short
+lists: on `generators` two pipelines are filled for one block without and six with a mask.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def _add_keys(
 def _sigmoid(u, EXACT: tl.constexpr):
     """1 / (1 + 2^u); of u = -2 log2(e) x it is (1 + tanh(x)) / 2, a soft cap but for a factor and a constant.
 
-    The factor goes into `scale`; the softmax forgets the constant, and sinks get it added.
+    The factor goes into `scale`; the softmax forgets the constant, and sinks get it added. A logit is off by some 1e-7
+    of the cap, not of itself, which is what a softmax needs.
     """
     t = 1.0 + tl.exp2(u)
     if EXACT:

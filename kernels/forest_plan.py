@@ -1,4 +1,6 @@
-"""Which blocks of keys each block of queries sees in a prefix forest: found once a pack, used by every layer.
+"""How attention over a prefix forest is cut: which blocks of keys each block of queries sees, and a GPU's tiles.
+
+The lists are made once a pack and used by every layer.
 
 Dimension key: T packed tokens (keys), Q queries, N entries of all lists together.
 
@@ -6,7 +8,7 @@ Query i sees key j exactly when `j <= i < subtree_end[j]`. Counted in queries in
 are one interval [first, end): with every token a query, [j, subtree_end[j]); with some of them, what a binary search
 makes of these bounds. So a block of keys is seen by a block of queries exactly when the smallest `first` lies before
 the queries' end and the largest `end` behind their begin: were both due to keys seen elsewhere, the queries between
-would be tokens of that very block of keys, and see themselves. It is seen in full when the largest `first` and the
+would be tokens of that very block of keys, which see themselves. It is seen in full when the largest `first` and the
 smallest `end` enclose the queries. A sliding window adds the smallest and largest differences of positions, which may
 list a block at the window's edge in vain, never miss one.
 
@@ -80,8 +82,8 @@ def summarise(
         query_position = position_ids.index_select(0, query_index)
     n_queries = len(query_position)
 
-    # `first` never falls. Keys past the last are never seen in full; keys that no query sees count for no end.
-    firsts = _blocks(first, KEY_BLOCK, n_queries)
+    # `first` never falls. An end of 0 stands for keys past the last, never seen in full, and for keys no query sees.
+    firsts = _blocks(first, KEY_BLOCK, 0)
     first_min, first_max = firsts[:, 0], firsts[:, -1]
     end_min = _blocks(end, KEY_BLOCK, 0).amin(1)
     end_max = _blocks(end.masked_fill(first >= end, 0), KEY_BLOCK, 0).amax(1)
@@ -206,20 +208,20 @@ _HUGE = Tiles(block_q=64, block_k=16, num_warps=8, num_stages=3)
 TILES = {
     80: {
         64: _TALL,  # 255, 255: two programs of 4 warps a multiprocessor, so that one computes while one waits
-        128: _BROAD,  # 214, 223: queries stay in registers, for which 4 warps have too few
-        256: _FLAT,  # 252, 255: two programs; 128 queries spill, 32 keys leave shared memory for one program
-        512: _HUGE,  # 255, 255
+        128: _BROAD,  # 221, 217: queries stay in registers, for which 4 warps have too few
+        256: _FLAT,  # 248, 255: two programs; 128 queries spill, 32 keys leave shared memory for one program
+        512: _HUGE,  # 250, 255
     },
     90: {
-        64: _TALL,  # 228, 255: two programs, one's softmax beside the other's products
-        128: _BROAD,  # 170, 210: 4 warps spill 208 bytes; 64 queries would double what is read from L2
-        256: Tiles(block_q=128, block_k=32, num_warps=8, num_stages=4),  # 229, 236: 64 keys leave two stages only
+        64: _TALL,  # 227, 255: two programs, one's softmax beside the other's products
+        128: _BROAD,  # 176, 206: 4 warps spill 208 bytes; 64 queries would double what is read from L2
+        256: Tiles(block_q=128, block_k=32, num_warps=8, num_stages=4),  # 228, 232: 64 keys leave two stages only
         512: _HUGE,  # 255, 255
     },
     100: {
-        128: _BROAD,  # 210, 187: 4 warps spill, with Triton 3.6.0 also at 64
-        256: Tiles(block_q=128, block_k=32, num_warps=8, num_stages=4),  # 249, 244
-        512: _HUGE,  # 238, 240
+        128: _BROAD,  # 216, 187: 4 warps spill, with Triton 3.6.0 also at 64
+        256: Tiles(block_q=128, block_k=32, num_warps=8, num_stages=4),  # 242, 242
+        512: _HUGE,  # 240, 240
     },
 }
 # Any other of NVIDIA's has 99 KiB of shared memory.

@@ -125,7 +125,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_pack(dtype, sliding_windo
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-def test_four_thousand_responses_of_one_token_and_one_long_sequence(backend):
+def test_four_thousand_responses_of_one_token(backend):
     n_prompt, n_responses = 37, 4096 if backend == NATIVE[0] else 200
     position = torch.cat([torch.arange(n_prompt), torch.full((n_responses,), n_prompt)])
     total = len(position)
@@ -172,3 +172,31 @@ def test_a_plan_knows_whether_anything_is_shared():
     assert plan_of([1, 2, 3], [1, 5]).cu_seqlens is None
     assert plan_of([1, 2, 3], [1, 2, 5]).cu_seqlens is None
     assert plan_of([1, 2], [1, 2, 5, 6]).cu_seqlens.tolist() == [0, 4]  # one is the beginning of the other
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_some_queries_of_one_sequence_of_32k(softcap):
+    n_tokens = 32_768
+    q, k, v = (torch.randn(1, n_tokens, 16) for _ in range(3))
+    plan = AttentionPlan.create(torch.arange(n_tokens), torch.full((n_tokens,), n_tokens))
+    index = torch.tensor([0, 1, 63, 64, 16_383, 32_000, 32_767])
+    sinks = torch.tensor([0.7])
+    got = forest_attention(
+        q[:, index], k, v, plan.for_queries(index), scaling=0.25, softcap=softcap, sinks=sinks, backend=NATIVE[0]
+    )
+    for row, i in enumerate(index.tolist()):
+        z = (k[0, : i + 1].double() @ q[0, i].double()) * 0.25
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        weights = torch.softmax(torch.cat([z, sinks.double()]), 0)[:-1]
+        torch.testing.assert_close(got[row, 0].double(), weights @ v[0, : i + 1].double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_nan_reaches_every_query_that_sees_it(backend):
+    forest = random_forest(3, n_sequences=20, max_length=60)
+    (q, k, v), position, end = tensors(forest, heads=2, key_heads=1, width=16)
+    j = int(np.argmax(forest.subtree_end - np.arange(forest.n_tokens) * 1 > 5))
+    k = k.clone()
+    k[0, j] = float("nan")
+    got = forest_attention(q, k, v, AttentionPlan.create(position, end), scaling=0.3, backend=backend)
+    assert got[j : int(forest.subtree_end[j])].isnan().all()

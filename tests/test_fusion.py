@@ -151,3 +151,56 @@ def test_a_swapped_gate_an_adapter_and_another_residual_are_kept():
     fusions = {f.part: f for f in wrap("test", model).fusions}
     assert (fusions["MLP"].n_fused, fusions["attention"].n_fused, fusions["layer"].n_fused) == (2, 2, 2)
     assert "no plain linear layer q_proj" in fusions["attention"].why
+
+
+def test_what_shows_far_away_only_is_kept():
+    model = small_model("Llama")
+    first, second, _ = (layer.self_attn for layer in model.model.layers)
+    own = first.forward
+
+    def scaled(hidden_states, position_ids=None, own=own, **kwargs):
+        out, weights = own(hidden_states, position_ids=position_ids, **kwargs)
+        return out * (1 + (position_ids[0, -1] >> 12)), weights
+
+    first.forward = scaled
+    second.q_proj.register_forward_hook(lambda module, args, out: out.clamp(-8, 8))
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: out.clamp(max=7))
+    fusions = {f.part: f for f in wrap("test", model).fusions}
+    assert fusions["attention"].n_fused == 1
+    assert fusions["MLP"].n_fused == 2
+
+
+def test_a_layer_with_a_tensor_of_its_own_is_kept():
+    model = small_model("Llama")
+    model.model.layers[1].register_buffer("layer_scalar", torch.ones(1))
+    fusion = next(f for f in wrap("test", model).fusions if f.part == "layer")
+    assert (fusion.n_fused, fusion.why) == (2, "LlamaDecoderLayer: it has a tensor layer_scalar of its own")
+
+
+def test_a_copy_of_a_fused_model_has_weights_of_its_own_and_parameters_still_train():
+    model = small_model("Llama")
+    loaded = wrap("test", model)
+    twin = copy.deepcopy(model)
+    for parameter in twin.model.layers.parameters():
+        parameter.data.zero_()
+    forest = forest_of([20, 30])
+    assert not torch.equal(wrap("twin", twin).forward(forest), loaded.forward(forest))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_that_move_are_joined_again():
+    model = small_model("Llama")
+    loaded, forest = wrap("test", model), forest_of([20, 30])
+    before = loaded.forward(forest)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight * 2
+    assert not torch.equal(loaded.forward(forest), before)
+
+
+def test_a_body_that_needs_all_tokens_gets_them():
+    model = small_model("Llama")
+    own = model.model.norm.forward
+    model.model.norm.forward = lambda x: own(x) + 0 * torch.ones(1, 94, 1)[:, : x.shape[1] + (x.shape[1] < 60)]
+    loaded = wrap("test", model)
+    assert not loaded.prunes

@@ -211,3 +211,18 @@ def test_out_of_memory_splits_the_pack_and_names_what_never_fits(monkeypatch):
     kept = np.arange(len(sequences)) != 20
     np.testing.assert_allclose(scores.nll_sum[kept], wanted[kept], rtol=1e-5)
     assert np.isnan(scores.nll_sum[20])
+
+
+def test_a_response_without_a_finite_loss_spoils_no_other():
+    model = small_model("Llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1] = float("nan")
+    sequences = corpus()
+    ids = sequences[7].input_ids.copy()
+    ids[-2] = VOCABULARY - 1
+    sequences[7] = sequence(ids, 23)
+    sequences = [s for n, s in enumerate(sequences) if n == 7 or VOCABULARY - 1 not in s.input_ids]
+    scores = score_sequences(wrap("test", model), sequences, token_budget=4096)
+    bad = [n for n, status in enumerate(scores.status) if status == Status.NONFINITE]
+    assert [VOCABULARY - 1 in sequences[n].input_ids for n in bad] == [True]
+    assert np.isfinite(np.delete(scores.nll_sum, bad)).all()

@@ -61,7 +61,7 @@ class CountedScores(ResponseScores):
 
     def add(self, forest, token_nll):
         self.counts[forest.sequences] += 1
-        ResponseScores.add(self, forest, token_nll)
+        return ResponseScores.add(self, forest, token_nll)
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=repr)

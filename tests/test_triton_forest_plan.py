@@ -102,8 +102,8 @@ def test_the_lists_are_what_the_definition_says(seed, branches):
     generator = np.random.default_rng(seed)
     T = int(generator.integers(1, 900))
     forest = random_forest(T, seed, branches=branches)
-    chosen = torch.from_numpy(np.flatnonzero(generator.random(T) < generator.random())).to(DEVICE)
-    for index in (None, chosen):
+    some, few = (torch.from_numpy(np.flatnonzero(generator.random(T) < x)).to(DEVICE) for x in (seed / 12, 0.01))
+    for index in (None, some, few):
         rows = torch.arange(T) if index is None else index.cpu()
         for window in (None, 1, 50, 191, 300, 1 << 30):
             summary = summarise(*forest, sliding_window=window, query_index=index)

@@ -21,6 +21,9 @@ from fastcompat import attention_torch
 from fastcompat.backends import NATIVE_DTYPES, choose, native, native_level
 from fastcompat.errors import ArgumentError
 
+# Wider heads do not fit into a GPU's registers.
+TRITON_WIDTH = 512
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class AttentionPlan:
@@ -90,6 +93,8 @@ def forest_attention(
     if backend == "varlen":
         return _varlen_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks)
     backend = choose(backend, query)
+    if backend == "triton" and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
+        backend = "torch"
     # Heads and tokens may lie any distance apart; a head's elements adjoin.
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     if backend.startswith("native"):

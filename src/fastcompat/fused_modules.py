@@ -57,6 +57,9 @@ class FusedRmsNorm:
             x = x.contiguous()
         out = torch.empty_like(x)
         # A batch of one: [1, T, D], [1, T, H, C] or, transposed, [1, H, T, C]; experts take rows [T, D].
+        if x.ndim > 2 and x.shape[0] != 1:
+            flat = x.reshape(-1, x.shape[-1])
+            return rms_norm(flat, self.weight, eps=self.eps, offset=self.offset).view(x.shape)
         rows, out_rows = (x, out) if x.ndim == 2 else (x[0], out[0])
         rms_norm(rows, self.weight, eps=self.eps, offset=self.offset, out=out_rows)
         return out
@@ -73,18 +76,30 @@ class FusedRmsNorm:
         rms_norm(x, self.weight, eps=self.eps, offset=self.offset, out=x)
 
 
-def joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight and bias for linear layers of one input; the layers' own become views of it."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-    begin = 0
-    for linear in linears:
-        end = begin + linear.out_features
-        linear.weight = nn.Parameter(weight[begin:end], requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias[begin:end], requires_grad=False)
-        begin = end
-    return weight, bias
+class JoinedLinear:
+    """Linear layers of one input as one product. Their weights become views of the joined one, so memory stays."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = linears
+        self._join()
+
+    def _join(self) -> None:
+        self.weight = torch.cat([linear.weight.detach() for linear in self.linears])
+        biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        begin = 0
+        for linear in self.linears:
+            end = begin + linear.out_features
+            linear.weight.data = self.weight[begin:end]
+            if self.bias is not None:
+                linear.bias.data = self.bias[begin:end]
+            begin = end
+
+    def __call__(self, x: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """x [T, D] -> outputs [begin, end) of all the layers', [T, end - begin]."""
+        if self.linears[0].weight.data_ptr() != self.weight.data_ptr():  # moved, or given other values
+            self._join()
+        return F.linear(x, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
 
 def plain_linears(module: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
@@ -114,27 +129,22 @@ class FusedMlp:
     """x [1, T, D] -> down(act(gate(x)) * up(x)), with one product for gate and up."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = (
-            plain_linears(module, ["gate_up_proj"])
-            if hasattr(module, "gate_up_proj")
-            else plain_linears(module, ["gate_proj", "up_proj"])
-        )
+        names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else ["gate_proj", "up_proj"]
+        parts = plain_linears(module, names)
         (self.down,) = plain_linears(module, ["down_proj"])
         self.activation = _activation(module)
-        self.weight, self.bias = self.parts[0].weight, self.parts[0].bias
-        if len(self.parts) == 2:
-            self.weight, self.bias = joined(self.parts)  # type: ignore[assignment]
+        self.gate_up = JoinedLinear(parts)
 
     def __call__(self, forward: ForwardPass | None, x: Tensor) -> Tensor:
         x = x[0]
-        size = len(x) * len(self.weight) * x.element_size()
+        size = len(x) * len(self.gate_up.weight) * x.element_size()
         if x.device.type != "cpu" or size <= CPU_MLP_BYTES:
             return self._rows(x)[None]
         # Equal parts: no product has few rows.
         return torch.cat([self._rows(part) for part in x.tensor_split(-(-size // CPU_MLP_BYTES))])[None]
 
     def _rows(self, x: Tensor) -> Tensor:
-        both = F.linear(x, self.weight, self.bias)
+        both = self.gate_up(x)
         width = both.shape[1] // 2
         out: Tensor = self.down(gated(both[:, :width], both[:, width:], self.activation))
         return out
@@ -162,17 +172,15 @@ class FusedAttention:
         self, module: nn.Module, arguments: AttentionArguments, norms: Sequence[FusedRmsNorm | None], rotary: str
     ) -> None:
         names = ["qkv_proj"] if hasattr(module, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
-        self.parts = plain_linears(module, names)
+        parts = plain_linears(module, names)
         (self.output,) = plain_linears(module, ["o_proj"])
         self.arguments, self.rotary = arguments, rotary
         self.norms = norms  # of queries and of keys
         widths = [arguments.heads * arguments.width, arguments.key_heads * arguments.width]
         self.sizes = [*widths, arguments.key_heads * arguments.value_width]
-        if sum(linear.out_features for linear in self.parts) != sum(self.sizes):
+        if sum(linear.out_features for linear in parts) != sum(self.sizes):
             raise Mismatch("its projections are not those of H query heads and K key and value heads")
-        self.weight, self.bias = self.parts[0].weight, self.parts[0].bias
-        if len(self.parts) > 1:
-            self.weight, self.bias = joined(self.parts)  # type: ignore[assignment]
+        self.projections = JoinedLinear(parts)
 
     def __call__(self, forward: ForwardPass, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         arguments, plan, needed = self.arguments, forward.plan, None
@@ -184,14 +192,14 @@ class FusedAttention:
         x = x[0]
         if needed is None:
             # Queries and keys adjoin, and are rotated together.
-            product = F.linear(x, self.weight, self.bias)
+            product = self.projections(x)
             query_key = self._heads(product[:, : -self.sizes[2]])
             query, key = query_key[:, : arguments.heads], query_key[:, arguments.heads :]
             value = product[:, -self.sizes[2] :]
             turned: list[tuple[Tensor, Tensor | None]] = [(query_key, None)]
         else:
-            query = self._heads(F.linear(x[needed], self.weight[: self.sizes[0]], self._part(0, self.sizes[0])))
-            rest = F.linear(x, self.weight[self.sizes[0] :], self._part(self.sizes[0], None))
+            query = self._heads(self.projections(x[needed], 0, self.sizes[0]))
+            rest = self.projections(x, self.sizes[0])
             key, value = self._heads(rest[:, : self.sizes[1]]), rest[:, self.sizes[1] :]
             turned = [(query, needed), (key, None)]
         for norm, heads in zip(self.norms, (query, key), strict=True):
@@ -208,9 +216,6 @@ class FusedAttention:
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.arguments.width)
-
-    def _part(self, begin: int, end: int | None) -> Tensor | None:
-        return None if self.bias is None else self.bias[begin:end]
 
     def _angles(self, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """cos and sin [T, R]."""

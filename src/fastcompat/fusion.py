@@ -33,6 +33,10 @@ from fastcompat.interface import AttentionArguments, ForwardPass, current_pass, 
 # Largest relative difference of a token's values. A wrong formula shows as 0.01 and more; in float32 the order of sums
 # shows as 1e-6.
 FLOAT32_TOLERANCE = 2e-5
+LARGE_TOLERANCE = 1e-3
+# How much larger values are, and how much later positions, that must not make a difference either.
+LARGE, LATE = 30.0, 1 << 17
+POSITIONS = ("position_ids", "cache_position")
 LAYER_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.004, torch.float64: 2e-5}
 
 
@@ -53,6 +57,7 @@ class _Calls:
     forward: ForwardPass
     arguments: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # of each module's last call, by name
     order: dict[nn.Module, int] = field(default_factory=dict)
+    fused_mlps: set[nn.Module] = field(default_factory=set)
 
 
 @torch.no_grad()
@@ -62,7 +67,8 @@ def fuse(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: Forward
     Modules that the pack did not reach keep their forward.
     """
     calls = _observe(body, run, forward)
-    observed = forward.observed
+    # No longer noted: the copies that are compared would be kept.
+    observed, forward.observed = forward.observed, None
     assert observed is not None
     norms, norm_report = _fuse_norms(calls)
     layers = [module for module in calls.arguments if any(child in observed for child in module.children())]
@@ -145,14 +151,17 @@ def _fuse_norms(calls: _Calls) -> tuple[dict[nn.Module, FusedRmsNorm], Fusion]:
 
 
 def _fused_norm(module: nn.Module, arguments: dict[str, Any]) -> FusedRmsNorm:
+    if len(arguments) != 1:
+        raise Mismatch("it takes more than what it normalises")
     x = _random_like(next(iter(arguments.values())))
     candidates = FusedRmsNorm.candidates(module)
     if candidates[0].weight.dtype != x.dtype:
         raise Mismatch("its weight is of another dtype than what it normalises")
     exact = _in_float32(module)
     # A weight of ones or zeros hides what is done with it.
+    generator = torch.Generator(x.device).manual_seed(20)
     for parameter in exact.parameters():
-        parameter.normal_()
+        parameter.normal_(generator=generator)
     for candidate in candidates:
         if _agree(candidate.of(exact)(None, x.float()), exact(x.float()), FLOAT32_TOLERANCE):
             return candidate
@@ -169,9 +178,11 @@ def _fused_mlp(module: nn.Module, calls: _Calls) -> Callable[..., Any]:
     # Found unfit before anything is joined.
     exact = _in_float32(module)
     fused = FusedMlp(exact)
-    if not _agree(_call(fused, calls.forward, x), exact(x), FLOAT32_TOLERANCE):
-        raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
+    for values in (x, LARGE * x):
+        if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
+            raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
     mlp = FusedMlp(module)
+    calls.fused_mlps.add(module)
     return lambda context, *args, **kwargs: mlp(context, *args, *kwargs.values())
 
 
@@ -203,8 +214,25 @@ def _fused_attention(
         except (Mismatch, RuntimeError):  # the shapes are not this layout's
             continue
         if _agree(got, result[0], FLOAT32_TOLERANCE):
+            _compare_far_away(exact, fused, calls, x, passed_on)
             return _attention_forward(FusedAttention(module, arguments, found, rotary))
     raise Mismatch("it computes something else than attention after a rotary embedding by halves")
+
+
+def _compare_far_away(
+    exact: nn.Module, fused: FusedAttention, calls: _Calls, x: Tensor, passed_on: dict[str, Any]
+) -> None:
+    """Mismatch where large values or late positions show what small ones hide: a clamp, a scale that grows."""
+    late = {name: passed_on[name] + LATE for name in POSITIONS if isinstance(passed_on.get(name), Tensor)}
+    with forward_pass(calls.forward):
+        here, there = exact(hidden_states=x, **passed_on)[0], exact(hidden_states=x, **(passed_on | late))[0]
+        large = exact(hidden_states=LARGE * x, **passed_on)[0]
+    if not torch.equal(here, there):
+        raise Mismatch("it depends on positions by more than its rotary embedding")
+    got = _call(fused, calls.forward, LARGE * x, passed_on.get("position_embeddings"))
+    # Softmax over such large logits is all or nothing: a few near-ties may fall either way.
+    if not _agree(got, large, LARGE_TOLERANCE, by_median=True):
+        raise Mismatch("with large values it computes something else")
 
 
 def _attention_forward(fused: FusedAttention) -> Callable[..., Any]:
@@ -223,6 +251,9 @@ def _attention_forward(fused: FusedAttention) -> Callable[..., Any]:
 def _fused_layer(
     module: nn.Module, calls: _Calls, norms: dict[nn.Module, FusedRmsNorm], *, last: bool
 ) -> Callable[..., Any]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    if own:
+        raise Mismatch(f"it has a tensor {own[0][0]} of its own")
     passed_on = dict(calls.arguments[module])
     x = _random_like(passed_on.pop("hidden_states", None))
     fused = FusedLayer(module, norms, last=last)
@@ -234,12 +265,14 @@ def _fused_layer(
         expected = module(x, **passed_on)
     if not isinstance(expected, Tensor):
         raise Mismatch("it returns more than hidden states")
-    if not _agree(_call(fused, calls.forward, x, **passed_on), expected, tolerance, by_median=True):
+    # Of experts a near-tie may choose others.
+    experts = fused.mlp not in calls.fused_mlps
+    if not _agree(_call(fused, calls.forward, x, **passed_on), expected, tolerance, by_median=experts):
         raise Mismatch("it does not add attention and MLP to its input one after the other")
     if last:
         needed = torch.arange(1, x.shape[1], 2, device=x.device)
         pruned = replace(calls.forward, needed=calls.forward.plan.for_queries(needed))
-        if not _agree(_call(fused, pruned, x, **passed_on), expected[:, needed], tolerance, by_median=True):
+        if not _agree(_call(fused, pruned, x, **passed_on), expected[:, needed], tolerance, by_median=experts):
             raise Mismatch("computed for some tokens only it gives something else")
     names = list(inspect.signature(module.forward).parameters)
 
@@ -272,14 +305,23 @@ def _compare_in_place(module: nn.Module, fused: Callable[..., Any], calls: _Call
 
 def _install(module: nn.Module, fused: Callable[..., Any]) -> None:
     """From now on `fused` computes for `module` inside a forward pass of ours, and its own forward elsewhere."""
-    own = module.forward
+    module.forward = _Replacement(module.forward, fused)
 
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+
+class _Replacement:
+    """A module's forward and what stands in for it; a deep copy of the module has its own forward again."""
+
+    def __init__(self, own: Callable[..., Any], fused: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, own)
+        self.own, self.fused = own, fused
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = current_pass()
-        return own(*args, **kwargs) if context is None else fused(context, *args, **kwargs)
+        return self.own(*args, **kwargs) if context is None else self.fused(context, *args, **kwargs)
 
-    module.forward = forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        own: Callable[..., Any] = copy.deepcopy(self.own, memo)
+        return own
 
 
 def _in_float32(module: nn.Module) -> nn.Module:

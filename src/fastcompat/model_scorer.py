@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastcompat.budget import choose_token_budget, free_memory
 from fastcompat.checkpoint import (
@@ -73,6 +76,9 @@ class ModelScorer:
     def unload(self) -> None:
         """Give the weights' memory back; they are loaded again when they are needed."""
         self.__dict__.pop("model", None)
+        gc.collect()  # a replaced forward and its module hold each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _identity(self, tokenization_sha256: str, **choices: Any) -> dict[str, Any]:
         return {

@@ -55,6 +55,7 @@ class PackedModel:
     n_attention_layers: int
     n_windowed_layers: int
     fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
+    prunes: bool  # the last layer can be computed for some tokens only
 
     @property
     def embedding(self) -> Tensor:
@@ -86,7 +87,7 @@ class PackedModel:
         input_ids = torch.from_numpy(forest.input_ids).to(self.device)
         forward = ForwardPass(plan=plan)
         index = None if needed is None else torch.from_numpy(needed).to(self.device)
-        if index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
+        if self.prunes and index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
             forward.needed = plan.for_queries(index)
         hidden = _last_hidden(self.body, forward, input_ids, position_ids)
         if forward.n_calls != self.n_attention_layers:
@@ -193,6 +194,7 @@ def packed(name: str, full: Any) -> PackedModel:
     else:
         n_windowed = n_layers if getattr(text, "sliding_window", None) else 0
     context_length, rope_boundary = model_lengths(config)
+    fusions, prunes = _fuse(full, context_length)
     return PackedModel(
         name=name,
         body=full.base_model,
@@ -201,7 +203,8 @@ def packed(name: str, full: Any) -> PackedModel:
         rope_boundary=rope_boundary,
         n_attention_layers=n_layers,
         n_windowed_layers=n_windowed,
-        fusions=_fuse(full, context_length),
+        fusions=fusions,
+        prunes=prunes,
     )
 
 
@@ -213,8 +216,11 @@ def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor,
 
 
 @torch.no_grad()
-def _fuse(full: Any, context_length: int | None) -> tuple[Fusion, ...]:
-    """Fuse what can be fused; nothing where the model cannot run a pack at all, which its probe will say."""
+def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool]:
+    """Fuse what can be fused, and try whether the last layer can do with the needed tokens.
+
+    Nothing where the model cannot run a pack at all, which its probe will say.
+    """
     embedding = full.get_input_embeddings().weight
     length = min(FUSION_TOKENS, context_length or FUSION_TOKENS)
     draw = np.random.default_rng(20).integers(len(embedding), size=(3, length), dtype=np.int32)
@@ -224,8 +230,21 @@ def _fuse(full: Any, context_length: int | None) -> tuple[Fusion, ...]:
     input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
     plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))
     body = full.base_model
+
+    def run(forward: ForwardPass) -> Tensor:
+        return _last_hidden(body, forward, input_ids, position_ids)
+
     try:
-        return fuse(body, lambda forward: _last_hidden(body, forward, input_ids, position_ids), ForwardPass(plan=plan))
+        fusions = fuse(body, run, ForwardPass(plan=plan))
     except Exception as error:
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
-        return ()
+        return (), False
+    try:
+        # A body may do more with its layers' output than normalise it.
+        needed = torch.arange(0, len(input_ids), 2, device=input_ids.device)
+        every, some = run(ForwardPass(plan=plan)), run(ForwardPass(plan=plan, needed=plan.for_queries(needed)))
+    except Exception as error:
+        logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
+        return fusions, False
+    near = some.shape == every[needed].shape and torch.allclose(some, every[needed], rtol=0.05, atol=0.05)
+    return fusions, near

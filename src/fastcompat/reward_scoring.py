@@ -58,13 +58,11 @@ class RewardScores:
         reads = {n: self.sequences[n].reads for n in forest.sequences.tolist()}
         return model.rewards(forest, packed_reads(forest, reads))
 
-    def add(self, forest: PrefixForest, rewards: NDArray[np.float64]) -> None:
-        """Take the rewards [N] of a pack."""
-        for n, reward in zip(forest.sequences.tolist(), rewards.tolist(), strict=True):
-            if np.isfinite(reward):
-                self.reward[n] = reward
-            else:
-                self.fail(n, Status.NONFINITE, "the model gave NaN or infinity for this conversation")
+    def add(self, forest: PrefixForest, rewards: NDArray[np.float64]) -> list[int]:
+        """Take the rewards [N] of a pack; the conversations whose reward is not finite are returned and not taken."""
+        finite = np.isfinite(rewards)
+        self.reward[forest.sequences[finite]] = rewards[finite]
+        return [int(n) for n in forest.sequences[~finite]]
 
     def fail(self, n: int, status: Status, detail: str) -> None:
         self.status[n], self.detail[n] = status, detail

@@ -45,8 +45,8 @@ class Scores(Protocol):
     def compute(self, model: Any, forest: PrefixForest) -> NDArray[Any]:
         """What `add` takes, of one pack."""
 
-    def add(self, forest: PrefixForest, values: NDArray[Any]) -> None:
-        """Take the figures of a pack."""
+    def add(self, forest: PrefixForest, values: NDArray[Any]) -> list[int]:
+        """Take the figures of a pack; the sequences whose figure is not finite are returned and not taken."""
 
     def fail(self, n: int, status: Status, detail: str) -> None:
         """Sequence n has no figure."""
@@ -86,14 +86,12 @@ class ResponseScores:
         """[S] token NLL of a pack."""
         return model.token_nll(forest)
 
-    def add(self, forest: PrefixForest, token_nll: NDArray[np.float32]) -> None:
-        """Take the per-token NLL [S] of a pack."""
+    def add(self, forest: PrefixForest, token_nll: NDArray[np.float32]) -> list[int]:
+        """Take the per-token NLL [S] of a pack; the sequences whose sum is not finite are returned and not taken."""
         sums = response_sums(forest, token_nll)
-        for n, total in zip(forest.sequences.tolist(), sums.tolist(), strict=True):
-            if np.isfinite(total):
-                self.nll_sum[n] = total
-            else:
-                self.fail(n, Status.NONFINITE, "the model gave NaN or infinity for this response")
+        finite = np.isfinite(sums)
+        self.nll_sum[forest.sequences[finite]] = sums[finite]
+        return [int(n) for n in forest.sequences[~finite]]
 
     def fail(self, n: int, status: Status, detail: str) -> None:
         self.status[n], self.detail[n] = status, detail
@@ -146,8 +144,16 @@ def score_pack(model: PackedModel, forest: PrefixForest, scores: Scores, limit: 
             continue
         values = _values(model, pack, scores)
         if values is not None:
-            scores.add(pack, values)
             limit.fitted()
+            bad = scores.add(pack, values)
+            if len(members) == 1:
+                for n in bad:
+                    scores.fail(n, Status.NONFINITE, "the model gave NaN or infinity for this response")
+                continue
+            # In attention a key that a query does not see has probability 0, and 0 times NaN is NaN: what one sequence
+            # does must not spoil its neighbours.
+            for n in bad:
+                todo += _pack(model, scores, [n], limit.n_tokens)
         elif len(members) > 1:
             limit.ran_out(pack.n_tokens)
             todo.append(pack)
