@@ -156,7 +156,7 @@ STEPS = {
     "packed_nll": Step(run=packed_nll, seconds=60),
     "elementwise": Step(run=elementwise, seconds=70),
     "segment_sum": Step(run=segment_sum, seconds=30),
-    "engine": Step(run=engine, seconds=120),
+    "engine": Step(run=engine, seconds=180),
     "head_tiles": Step(run=head_tiles, seconds=150),
     "row_tiles": Step(run=row_tiles, seconds=60),
 }

@@ -11,8 +11,8 @@ from fastcompat.benchmark.measurement import Measurement, Settings, measure
 from fastcompat.benchmark.subjects import SHAPES, shape_subject
 
 # Prompts of the `generators` workload, 16 responses each: seconds for the slowest scorer.
-PROMPTS = {"SmolLM2-135M": 64, "Qwen2.5-0.5B": 24}
-ROUNDS = 3
+PROMPTS = {"Qwen2.5-1.5B": 48, "Llama-3.2-3B": 16, "Gemma-2-2B": 16}
+ROUNDS = 2
 
 
 def tiny() -> object:
