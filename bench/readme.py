@@ -29,7 +29,9 @@ def speed() -> str:
             f"| {name} | {entry['seconds']:.1f} s | {entry['efficiency']:.0%} | {entry['largest_error_nats']:.4f} |"
             for name, entry in result["scorers"].items()
         ]
-        title = f"{result['shape']} shape, `{result['workload']}` ({result['n_tokens']:,} tokens)"
+        n_rounds = len(result["scorers"]["fastcompat"]["all_seconds"])
+        rounds = "one round" if n_rounds == 1 else f"{n_rounds} rounds"
+        title = f"{result['shape']} shape, `{result['workload']}` ({result['n_tokens']:,} tokens, {rounds})"
         head = f"| {title} | time | of the product's rate | largest error, nats |\n| --- | --- | --- | --- |"
         blocks.append("\n".join([head, *rows]))
     preparation = load("preparation_memory.json")

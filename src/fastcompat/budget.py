@@ -64,6 +64,17 @@ class PackLimit:
             self.n_fitted = 0
 
 
+# How libraries say that memory ran out where they raise no exception of its own for it.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a call failed for want of memory, by whatever library."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+
+
 def choose_token_budget(device: torch.device, config: Any, dtype: torch.dtype, free_bytes: int) -> int:
     """The token budget for a model of this configuration, dtype and device, beside whose weights `free_bytes` are free.
 

@@ -68,6 +68,9 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """(s, rms_norm(s)) for s = x + residual, rounded to their dtype; x and residual [T, D], contiguous."""
+    assert x.is_contiguous(), x.stride()
+    assert residual.is_contiguous(), residual.stride()
+    assert x.dtype == residual.dtype == weight.dtype, (x.dtype, residual.dtype, weight.dtype)
     backend = choose(backend, x)
     if backend == "torch":
         both = reference.rms_norm(x, weight, eps=eps, offset=offset, residual=residual)

@@ -94,10 +94,14 @@ class JoinedLinear:
             if self.bias is not None:
                 linear.bias.data = self.bias[begin:end]
             begin = end
+        self._places = self._where()
+
+    def _where(self) -> list[int]:
+        return [linear.weight.data_ptr() for linear in self.linears]
 
     def __call__(self, x: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
         """x [T, D] -> outputs [begin, end) of all the layers', [T, end - begin]."""
-        if self.linears[0].weight.data_ptr() != self.weight.data_ptr():  # moved, or given other values
+        if self._where() != self._places:  # moved, or given other values
             self._join()
         return F.linear(x, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 

@@ -73,14 +73,12 @@ def fuse(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: Forward
     norms, norm_report = _fuse_norms(calls)
     layers = [module for module in calls.arguments if any(child in observed for child in module.children())]
     attention_report = _fuse_each(
-        "attention", list(observed), calls, lambda module: _fused_attention(module, calls, observed[module], norms)
+        "attention", list(observed), lambda module: _fused_attention(module, calls, observed[module], norms)
     )
     mlps = [module for module in calls.arguments if hasattr(module, "down_proj") and module not in observed]
-    mlp_report = _fuse_each("MLP", mlps, calls, lambda module: _fused_mlp(module, calls))
+    mlp_report = _fuse_each("MLP", mlps, lambda module: _fused_mlp(module, calls))
     last = max(layers, key=lambda layer: calls.order[layer], default=None)
-    layer_report = _fuse_each(
-        "layer", layers, calls, lambda module: _fused_layer(module, calls, norms, last=module is last)
-    )
+    layer_report = _fuse_each("layer", layers, lambda module: _fused_layer(module, calls, norms, last=module is last))
     for module, norm in norms.items():
         _install(module, norm)
     return norm_report, attention_report, mlp_report, layer_report
@@ -113,16 +111,12 @@ def _observe(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: For
 # ---- each kind of module --------------------------------------------------------------------------------------------
 
 
-def _fuse_each(
-    part: str, modules: Sequence[nn.Module], calls: _Calls, build: Callable[[nn.Module], Callable[..., Any]]
-) -> Fusion:
+def _fuse_each(part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Callable[..., Any]]) -> Fusion:
     """Install what `build` gives for each module, and count."""
     reasons: Counter[str] = Counter()
     for module in modules:
         try:
-            fused = build(module)
-            _compare_in_place(module, fused, calls)
-            _install(module, fused)
+            _install(module, build(module))
         except Exception as error:  # a module that is not what it looks like breaks as it likes
             reasons[f"{type(module).__name__}: {_reason(error)}"] += 1
     return _report(part, len(modules), reasons)
@@ -182,8 +176,13 @@ def _fused_mlp(module: nn.Module, calls: _Calls) -> Callable[..., Any]:
         if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
             raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
     mlp = FusedMlp(module)
+
+    def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
+        return mlp(context, *args, *kwargs.values())
+
+    _compare_in_place(module, forward, calls)
     calls.fused_mlps.add(module)
-    return lambda context, *args, **kwargs: mlp(context, *args, *kwargs.values())
+    return forward
 
 
 def _fused_attention(
@@ -215,7 +214,9 @@ def _fused_attention(
             continue
         if _agree(got, result[0], FLOAT32_TOLERANCE):
             _compare_far_away(exact, fused, calls, x, passed_on)
-            return _attention_forward(FusedAttention(module, arguments, found, rotary))
+            forward = _attention_forward(FusedAttention(module, arguments, found, rotary))
+            _compare_in_place(module, forward, calls)
+            return forward
     raise Mismatch("it computes something else than attention after a rotary embedding by halves")
 
 

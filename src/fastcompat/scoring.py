@@ -17,16 +17,13 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from fastcompat.budget import PackLimit
+from fastcompat.budget import PackLimit, out_of_memory
 from fastcompat.forest import BoolArray, IntArray, PrefixForest, pack_forest
 from fastcompat.model import CausalLM
 from fastcompat.packed_model import PackedModel
 from fastcompat.response import SCORED_STATUSES, Status
 from fastcompat.statistics import response_sums
 from fastcompat.tokenization import TokenSequence
-
-# How libraries say that memory ran out where they raise no exception of its own for it.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 class Scores(Protocol):
@@ -171,19 +168,13 @@ def _values(model: PackedModel, forest: PrefixForest, scores: Scores) -> NDArray
         try:
             return scores.compute(model, forest)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         # Out of the handler, whose traceback keeps the activations alive. Young cycles only: all of them take long.
         gc.collect(1)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
     return None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(phrase in str(error) for phrase in OUT_OF_MEMORY)
 
 
 def _pack(model: PackedModel, scores: Scores, chosen: Sequence[int], token_budget: int) -> list[PrefixForest]:

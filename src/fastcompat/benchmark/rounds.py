@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcompat.benchmark.flops import product_rate
 from fastcompat.benchmark.loops import Loop, Losses, Sequences
-from fastcompat.budget import MEMORY_SHARE, free_memory
+from fastcompat.budget import MEMORY_SHARE, free_memory, out_of_memory
 
 
 @dataclass(kw_only=True)
@@ -166,9 +166,3 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a call failed for want of memory, by whatever library."""
-    words = ("can't allocate memory", "out of memory", "bad_alloc")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
