@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_shape(shape: str) -> None:
             "prompt + chosen + rejected; system from column `system`; generator from columns `chosen_model`",
         ),
         (
-            {"instruction": "a", "context": "b", "response": "c", "category": "d", "id": "1", "n": 5, "x_score": "7"},
+            {"instruction": "a", "context": "b", "response": "c", "category": "d", "id": "1", "n": 5, "hash": "7"},
             "instruction + context + response; generator from the file's name; not used: category",
         ),
         (
@@ -510,7 +511,17 @@ _json = st.recursive(
     max_leaves=6,
 )
 _NAMES = ("prompt", "response", "instruction", "input", "output", "messages", "conversations", "completions")
-_MORE_NAMES = ("generations", "chosen", "rejected", "system", "model", "generation_models", "some_model")
+_MORE_NAMES = (
+    "generations",
+    "chosen",
+    "rejected",
+    "system",
+    "model",
+    "generation_models",
+    "some_model",
+    "score",
+    "ratings",
+)
 _columns = st.sampled_from((*_NAMES, *_MORE_NAMES))
 
 
@@ -521,7 +532,8 @@ def test_any_record_gives_storable_rows_in_order(records: list[dict[str, Any]]) 
     rows = rows_from_records([good] * 64 + records)
     assert list(dict.fromkeys(row.row_index for row in rows)) == list(range(64 + len(records)))
     for row in rows:
-        json.dumps([row.messages, row.detail, row.generator], ensure_ascii=False).encode()
+        json.dumps([row.messages, row.detail, row.generator, row.rewards], ensure_ascii=False).encode()
+        assert all(type(value) is float and math.isfinite(value) for _, value in row.rewards)
         if row.status is Status.OK:
             assert row.messages[-1].role == ASSISTANT
             assert row.messages[-1].content.strip()

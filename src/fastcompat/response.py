@@ -26,6 +26,7 @@ class Status(StrEnum):
     UNREADABLE = "unreadable"  # stands for the rest of a file that ends early or cannot be opened
     TEMPLATE = "template"  # the chat template refuses the conversation
     PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no token of the response
+    NO_REWARD = "no_reward"  # the corpus has rewards of its own, but none for this response
     TOO_LONG = "too_long"  # no reward: the conversation is longer than the model's limit, and was not to be cut
     NONFINITE = "nonfinite"  # the model gave NaN or infinity
     OOM = "oom"  # too large for the device's memory even alone
@@ -46,7 +47,8 @@ class Response:
     """One response: the last message of `messages` is the assistant's turn that is to be scored.
 
     `row_index` is the record's index in `source`, from 0; `response_index` tells apart several responses of one
-    record, from 0. A row whose status is not `ok` may have any messages, none included.
+    record, from 0. A row whose status is not `ok` may have any messages, none included. `rewards` are the rewards
+    that came with it, as (name, finite value) pairs, no name twice.
     """
 
     messages: tuple[Message, ...]
@@ -56,6 +58,7 @@ class Response:
     response_index: int = 0
     status: Status = Status.OK
     detail: str = ""
+    rewards: tuple[tuple[str, float], ...] = ()
 
     @property
     def row_key(self) -> str:
@@ -79,6 +82,7 @@ def prompt_id(prompt: Sequence[Message]) -> str:
 _quoted = json.encoder.encode_basestring_ascii
 
 MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
+REWARDS_TYPE = pa.map_(pa.string(), pa.float64())
 
 # The normalised row as it lies in corpus/shard-*.parquet.
 ROW_SCHEMA = pa.schema(
@@ -92,6 +96,7 @@ ROW_SCHEMA = pa.schema(
         ("messages", pa.list_(MESSAGE_TYPE)),
         ("status", pa.string()),
         ("detail", pa.string()),
+        ("rewards", REWARDS_TYPE),  # never null: empty where the corpus brings none
     ]
 )
 
@@ -108,6 +113,7 @@ def to_table(rows: Sequence[Response]) -> pa.Table:
         "messages": [[message._asdict() for message in row.messages] for row in rows],
         "status": [str(row.status) for row in rows],
         "detail": [row.detail for row in rows],
+        "rewards": [row.rewards for row in rows],
     }
     return pa.table(columns, schema=ROW_SCHEMA)
 
@@ -123,6 +129,7 @@ def from_table(table: pa.Table) -> list[Response]:
             response_index=row["response_index"],
             status=Status(row["status"]),
             detail=row["detail"],
+            rewards=tuple(row["rewards"]),
         )
         for row in table.to_pylist()
     ]

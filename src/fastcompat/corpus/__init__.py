@@ -2,7 +2,8 @@
 
     sources       what a user names -> the files behind it (filenames: what their names say)
     containers    a file -> its records (bytestream: compressed and cut-off bytes; jsonrecords: JSON and JSON lines)
-    detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape)
+    detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape;
+                  rewards: the columns of the rewards that the corpus brings)
     formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages)
     reading       a file -> its rows (documents: a JSON document that holds the records somewhere inside)
     preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made)

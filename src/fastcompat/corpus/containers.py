@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fastcompat.corpus.bytestream import BLOCK_BYTES, ByteStream
 from fastcompat.corpus.filenames import has_known_suffix
 from fastcompat.corpus.jsonrecords import document_records, is_document, line_records
-from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Broken, Record, Unreadable
+from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Broken, NumberList, Record, Unreadable
 from fastcompat.corpus.sources import Source
 
 # What pyarrow raises for damaged files: ArrowInvalid is a ValueError, ArrowIOError an OSError.
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Opaque:
-    """Stands for a value that no response can be made of and that is costly, or impossible, to convert."""
+    """Stands for a value that cannot be converted to one of Python's."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -227,7 +227,8 @@ def _to_records_singly(batch: pa.RecordBatch) -> list[Record | Broken | Unreadab
 def _to_values(column: pa.Array) -> list[Any]:
     kind = column.type
     if _is_list(kind) and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
-        return [Opaque("a list of numbers")] * len(column)
+        filled = column.is_valid().to_pylist()
+        return [NumberList(column, index) if there else None for index, there in enumerate(filled)]
     try:
         # Times may have no equivalent in Python (nanoseconds, unknown zones): their numbers do as well here.
         timeless = _without_times(kind)

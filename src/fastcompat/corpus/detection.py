@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from fastcompat.corpus.mapping import COMMON, OPTIONAL, Given, Mapping, Overrides, parts_of
 from fastcompat.corpus.records import Record
+from fastcompat.corpus.rewards import NO_REWARDS, asked_reward, field_names, find_rewards
 from fastcompat.corpus.sample import (
     COMPLETION_TEXTS,
     COMPLETIONS,
@@ -25,9 +26,10 @@ from fastcompat.corpus.sample import (
     RESPONSES,
     SYSTEMS,
     TASKS,
+    Columns,
     Sample,
 )
-from fastcompat.corpus.shapes import Columns, named
+from fastcompat.corpus.shapes import named
 from fastcompat.corpus.turns import storable
 from fastcompat.errors import SchemaError
 
@@ -60,10 +62,9 @@ def detect(
     given = parts_of(overrides)
     found = ", ".join(map(str, sample.names)) or "none"
     for part, column in given.items():
-        if not (sample.has(column) or (more_columns and part in OPTIONAL)):
-            raise SchemaError(
-                storable(f"--map {part}={column}: {label} has no column `{column}`; columns found: {found}.")
-            )
+        # Where a reward lies depends on the shape, which is not known yet.
+        if part != "reward" and not (sample.has(column) or (more_columns and part in OPTIONAL)):
+            raise _no_column(part, column, label, sample)
     lacks: dict[str, Lack] = {}
     hollow: Mapping | None = None
     asked = set(given) - COMMON
@@ -72,7 +73,7 @@ def detect(
             lack = Lack("does not have " + " and ".join(sorted(asked - parts)) + ", which --map sets", -1)
         elif isinstance(fitted := fit(sample, given), Mapping):
             if _filled(fitted, sample):
-                return _finished(fitted, sample)
+                return _rewarded(_finished(fitted, sample), sample, given.get("reward"), label, more_columns)
             # Its column is there, but null or empty so far: any shape that has something comes first.
             hollow = hollow or fitted
             continue
@@ -81,7 +82,7 @@ def detect(
         if shape not in lacks or lack.near > lacks[shape].near:
             lacks[shape] = lack
     if hollow is not None:
-        return _finished(hollow, sample)
+        return _rewarded(_finished(hollow, sample), sample, given.get("reward"), label, more_columns)
     # The nearest first: its lack is most likely what the user can mend. If none is near, the plainest.
     tried = sorted(lacks.items(), key=lambda item: (-item[1].near, item[0] != "prompt + response"))
     raise SchemaError(
@@ -90,6 +91,13 @@ def detect(
             + "\n".join(f"  {shape}: {lack.reason}" for shape, lack in tried)
             + "\nSay which column is what, for example: --map prompt=COLUMN --map response=COLUMN"
         )
+    )
+
+
+def _no_column(part: str, column: str, label: str, sample: Sample, where: str = "") -> SchemaError:
+    found = ", ".join(map(str, sample.names)) or "none"
+    return SchemaError(
+        storable(f"--map {part}={column}: {label} has no column `{column}`{where}; columns found: {found}.")
     )
 
 
@@ -109,6 +117,24 @@ def _finished(mapping: Mapping, sample: Sample) -> Mapping:
     used = [path for part, paths in columns.items() for path in (told[part] or (paths if part not in OPTIONAL else ()))]
     unused = sample.unused([*used, *mapping.structs])
     return replace(mapping, columns=columns, told=told, unused=unused)
+
+
+def _rewarded(mapping: Mapping, sample: Sample, asked: str | None, label: str, more_columns: bool) -> Mapping:
+    """With the columns that hold rewards. Raises SchemaError where the one that is asked for cannot be there."""
+    shape, columns, structs = mapping.shape, mapping.columns, mapping.structs
+    if asked == NO_REWARDS:
+        return mapping
+    if asked is None:
+        rewards = find_rewards(sample, shape, columns, structs, more_columns=more_columns)
+    else:
+        rewards, there = asked_reward(sample, asked, shape, columns, structs)
+        if not (there or more_columns):
+            fields = field_names(sample, columns, structs)
+            where = f", nor is it one of the fields inside ({', '.join(fields)})" if fields else ""
+            sides = " of the chosen and the rejected response" if shape == "chosen/rejected" else ""
+            raise _no_column("reward", asked, label, sample, where or sides)
+    others = sample.unused([column.path for column in rewards if column.told and column.where != "field"])
+    return replace(mapping, rewards=rewards, unused=tuple(name for name in mapping.unused if name in others))
 
 
 def _given(value: object) -> object:

@@ -155,6 +155,7 @@ def rows_from_records(
             response_index=response_index,
             status=reading.status,
             detail=reading.detail,
+            rewards=reading.rewards,
         )
         for row_index, record in enumerate(every)
         for response_index, reading in enumerate(reader.read(record))

@@ -7,8 +7,9 @@ from collections.abc import Mapping as AbstractMapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from fastcompat.corpus.rewards import RewardColumn
+from fastcompat.corpus.sample import Columns
 from fastcompat.corpus.shapes import (
-    Columns,
     Read,
     read_completions,
     read_generations,
@@ -17,6 +18,7 @@ from fastcompat.corpus.shapes import (
     read_structs,
     read_turns,
 )
+from fastcompat.corpus.turns import storable
 from fastcompat.errors import UsageError
 
 Overrides: TypeAlias = AbstractMapping[str, str]
@@ -47,9 +49,10 @@ CANONICAL = {
     "model": "generator",
     "system": "system",
     "system_prompt": "system",
+    "reward": "reward",
 }
 # Parts that any shape may have, so an override of them does not choose the shape.
-COMMON = frozenset(("generator", "system", "chosen_generator", "rejected_generator"))
+COMMON = frozenset(("generator", "system", "chosen_generator", "rejected_generator", "reward"))
 # Parts that a record may do without, so that columns which the first records lack may still come.
 OPTIONAL = COMMON | {"input"}
 
@@ -58,7 +61,8 @@ OPTIONAL = COMMON | {"input"}
 class Mapping:
     """How a file's records become responses: the shape's name and the columns (or paths) of each of its parts.
 
-    `told` are those of `columns` that have a value in the first records, `unused` the columns that play no part.
+    `told` are those of `columns` that have a value in the first records, `rewards` what rewards are read from,
+    `unused` the columns that play no part.
     """
 
     shape: str
@@ -66,6 +70,7 @@ class Mapping:
     structs: tuple[str, ...] = ()
     turn_keys: str = ""
     told: Columns = field(default_factory=dict)
+    rewards: tuple[RewardColumn, ...] = ()
     unused: tuple[str, ...] = ()
     inside: str = ""
 
@@ -75,7 +80,17 @@ class Mapping:
         more = f" and {len(self.unused) - 6} more" if len(self.unused) > 6 else ""
         unused = f"; not used: {', '.join(self.unused[:6])}{more}" if self.unused else ""
         inside = f"{self.inside}: " if self.inside else ""
-        return f"{inside}{self._parts()}{system}; generator from {self._generator()}{unused}"
+        return f"{inside}{self._parts()}{system}; generator from {self._generator()}{self._rewards()}{unused}"
+
+    def _rewards(self) -> str:
+        told = list(dict.fromkeys(column.path for column in self.rewards if column.told))
+        if told:
+            columns = ", ".join(f"`{path}`" for path in told[:4])
+            more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+            return storable(f"; rewards from column{'s' if len(told) > 1 else ''} {columns}{more}")
+        # One that is asked for may come later.
+        awaited = next((column.name for column in self.rewards if column.asked), "")
+        return f"; rewards from column `{awaited}` (nothing in the first records)" if awaited else ""
 
     def _generator(self) -> str:
         if told := self.told.get("generator"):
@@ -109,8 +124,8 @@ class Mapping:
     def reader(self) -> Read:
         """The function that turns a record into one `Reading` per response."""
         if self.shape == "struct per generator":
-            return read_structs(self.columns, self.structs)
-        return _READERS[self.shape](self.columns)
+            return read_structs(self.columns, self.structs, self.rewards)
+        return _READERS[self.shape](self.columns, self.rewards)
 
 
 _READERS = {

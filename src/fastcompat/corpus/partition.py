@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
-from fastcompat.response import MESSAGE_TYPE, ROW_SCHEMA, Message
+from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA, Message
 
 # A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
 _STAGED_SCHEMA = pa.schema(
@@ -31,6 +31,7 @@ _STAGED_SCHEMA = pa.schema(
         ("messages", pa.list_(MESSAGE_TYPE)),
         ("status", pa.string()),
         ("detail", pa.string()),
+        ("rewards", REWARDS_TYPE),
         ("chars", pa.int64()),
     ]
 )
@@ -79,6 +80,9 @@ class Partition:
         self._ends = [0]
         self._roles: list[str] = []
         self._contents: list[str] = []
+        self._reward_ends = [0]
+        self._reward_names: list[str] = []
+        self._reward_values: list[float] = []
         self._pending_chars = 0
 
     def add(
@@ -91,6 +95,7 @@ class Partition:
         messages: Sequence[Message],
         status: str,
         detail: str,
+        rewards: Sequence[tuple[str, float]] = (),
     ) -> None:
         """Stage one row. Rows of one source must come in order: equal prompts keep the order of arrival."""
         chars = 0
@@ -98,6 +103,9 @@ class Partition:
             self._roles.append(role)
             self._contents.append(content)
             chars += len(content)
+        for name, value in rewards:
+            self._reward_names.append(name)
+            self._reward_values.append(value)
         self._prompt_ids.append(prompt_id)
         self._sources.append(source)
         self._row_indices.append(row_index)
@@ -108,6 +116,7 @@ class Partition:
         self._chars.append(chars)
         self.n_rows += 1
         self._ends.append(len(self._roles))
+        self._reward_ends.append(len(self._reward_values))
         self._pending_chars += chars
         if len(self._chars) >= _BATCH_ROWS or self._pending_chars >= _BATCH_CHARS:
             self._to_batch()
@@ -123,6 +132,11 @@ class Partition:
         turns = pa.StructArray.from_arrays(
             [pa.array(self._roles, pa.string()), pa.array(self._contents, pa.string())], fields=list(MESSAGE_TYPE)
         )
+        rewards = pa.MapArray.from_arrays(
+            pa.array(self._reward_ends, pa.int32()),
+            pa.array(self._reward_names, pa.string()),
+            pa.array(self._reward_values, pa.float64()),
+        )
         batch = pa.record_batch(
             [
                 pa.array(self._prompt_ids, pa.string()),
@@ -133,6 +147,7 @@ class Partition:
                 pa.ListArray.from_arrays(pa.array(self._ends, pa.int32()), turns),
                 pa.array(self._statuses, pa.string()),
                 pa.array(self._details, pa.string()),
+                rewards,
                 pa.array(self._chars, pa.int64()),
             ],
             schema=_STAGED_SCHEMA,
@@ -246,7 +261,7 @@ def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:
     response = table["response_index"].combine_chunks()
     suffixed = pc.binary_join_element_wise(row_key, pc.cast(response, pa.string()), "/")
     columns = {name: table[name] for name in ("row_index", "response_index", "prompt_id", "generator", "messages")}
-    columns |= {name: table[name] for name in ("status", "detail")}
+    columns |= {name: table[name] for name in ("status", "detail", "rewards")}
     columns["row_key"] = pc.if_else(pc.equal(response, 0), row_key, suffixed)
     columns["source"] = source
     return pa.table({name: columns[name] for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA).combine_chunks()

@@ -87,7 +87,7 @@ def prepare(
     try:
         n_buckets = _number_of_buckets(sources, target_shard_bytes)
         partition = Partition(temporary, n_buckets=n_buckets, stage_bytes=_STAGE_BYTES)
-        files, generators = _read(sources, partition, overrides, strict, report)
+        files, generators, rewards = _read(sources, partition, overrides, strict, report)
         _check_scorable(files)
         labels = [source.label for source in sources]
         partition.finish()
@@ -100,6 +100,7 @@ def prepare(
         files=tuple(files),
         shards=tuple(shards),
         generators=generators,
+        rewards=rewards,
         overrides=dict(overrides or {}),
         left_out=left_out,
     )
@@ -114,7 +115,7 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
         for row_index, readings, _ in rows:
             if not known:
                 known = _check_schema(rows, sources[number + 1 :], overrides)
-            for response_index, (messages, generator, status, detail) in enumerate(readings):
+            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
                 yield Response(
                     messages=messages,
                     generator=generator or source.generator,
@@ -123,6 +124,7 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
                     response_index=response_index,
                     status=status,
                     detail=detail,
+                    rewards=rewards,
                 )
 
 
@@ -131,9 +133,10 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
 
 def _read(
     sources: list[Source], partition: Partition, overrides: Overrides | None, strict: bool, report: OnProgress
-) -> tuple[list[FileSummary], dict[str, int]]:
+) -> tuple[list[FileSummary], dict[str, int], dict[str, int]]:
     files: list[FileSummary] = []
     generators: Counter[str] = Counter()
+    reward_names: Counter[str] = Counter()
     known = False
     total = sum(source.size for source in sources)
     done = 0
@@ -149,7 +152,7 @@ def _read(
                 reported = position
                 mapping = rows.reader.mapping.describe() if rows.reader and rows.reader.mapping else ""
                 report(PreparationProgress("reading", done + position, total, partition.n_rows, source.label, mapping))
-            for response_index, (messages, generator, status, detail) in enumerate(readings):
+            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
                 if strict and status in (Status.INVALID, Status.UNREADABLE):
                     _stop(source, row_index, detail)
                 prompt = messages[:-1]
@@ -157,12 +160,14 @@ def _read(
                 if prompt != last_prompt:
                     last_prompt, last_id = prompt, prompt_id(prompt)
                 generator = generator or source.generator
-                partition.add(last_id, number, row_index, response_index, generator, messages, status, detail)
+                partition.add(last_id, number, row_index, response_index, generator, messages, status, detail, rewards)
                 generators[generator] += 1
+                for name, _ in rewards:
+                    reward_names[name] += 1
         done += source.size
         files.append(rows.summary())
         rows.close()
-    return files, dict(sorted(generators.items()))
+    return files, dict(sorted(generators.items())), dict(sorted(reward_names.items()))
 
 
 def _check_schema(rows: SourceRows, others: list[Source], overrides: Overrides | None) -> bool:

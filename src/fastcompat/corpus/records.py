@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import pyarrow as pa
+
 Record: TypeAlias = dict[str, Any]
 
 # A batch ends at whichever comes first; what a batch holds bounds the memory of reading.
@@ -15,6 +17,24 @@ class Broken(NamedTuple):
     """One record that cannot be read; those after it can."""
 
     reason: str
+
+
+class NumberList:
+    """A list of numbers in a columnar file: unfolded only when asked for, since most are embeddings or token ids."""
+
+    __slots__ = ("_column", "_index")
+
+    def __init__(self, column: pa.Array, index: int) -> None:
+        self._column = column
+        self._index = index
+
+    def __repr__(self) -> str:
+        return "a list of numbers"
+
+    def unfolded(self) -> list[Any]:
+        """The numbers, None for those that are null."""
+        numbers: list[Any] = self._column[self._index].as_py()
+        return numbers
 
 
 class Unreadable(NamedTuple):

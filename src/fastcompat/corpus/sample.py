@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastcompat.corpus.records import Record
+from fastcompat.corpus.records import NumberList, Record
 from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, filled_key, looks_like_turns, unrolled
+
+# A part's columns, the likeliest first: the first that has a value in a record is read. A file's first records need
+# not have them all, since later ones may.
+Columns: TypeAlias = dict[str, tuple[str, ...]]
 
 # Names under which the parts of a record go, the likeliest first.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "user", "inputs", "input")
@@ -195,6 +199,8 @@ def getter(path: str) -> Callable[[Record], Any]:
             return record[path]
         value: Any = record
         for part in parts:
+            if isinstance(value, NumberList):
+                value = value.unfolded()
             if isinstance(value, dict):
                 value = value[part]
             elif isinstance(value, list) and part.lstrip("-").isdigit():
@@ -211,6 +217,12 @@ def getter(path: str) -> Callable[[Record], Any]:
     return get
 
 
+def rows_of_lists(value: Any) -> Any:
+    """The list of objects that Arrow's struct of lists stands for; anything else as it is."""
+    lists = {key: item for key, item in value.items() if isinstance(item, list)} if isinstance(value, dict) else {}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=False)] if lists else value
+
+
 def form_of(value: object) -> str:
     """What a value looks like; the words are those of `Sample.forms`."""
     if value is None:
@@ -221,6 +233,8 @@ def form_of(value: object) -> str:
         return "turns"
     if isinstance(value, dict):
         return "object"
+    if isinstance(value, NumberList):
+        return "list"
     if isinstance(value, list):
         if not value:
             return "list"

@@ -7,11 +7,12 @@ function that turns one record into one `Reading` for each response inside.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from fastcompat.corpus.records import Record
-from fastcompat.corpus.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, getter
+from fastcompat.corpus.rewards import RewardColumn, Rewards, no_rewards, rewards_at, rewards_of_each
+from fastcompat.corpus.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, Columns, getter, rows_of_lists
 from fastcompat.corpus.turns import (
     Reading,
     Tally,
@@ -29,9 +30,6 @@ from fastcompat.corpus.turns import (
 )
 from fastcompat.response import Message
 
-# A part's columns, the likeliest first: the first that has a value in a record is read. A file's first records need
-# not have them all, since later ones may.
-Columns: TypeAlias = dict[str, tuple[str, ...]]
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]
 
 
@@ -150,7 +148,25 @@ def _system_turn(value: object) -> list[Message]:
 # --- the shapes
 
 
-def read_turns(columns: Columns) -> Read:
+def _rewarded(reading: Reading, rewards: Rewards) -> Reading:
+    return reading._replace(rewards=rewards) if rewards else reading
+
+
+def _with_rewards(read: Read, rewards: Sequence[RewardColumn]) -> Read:
+    """The reader of a shape with one response per record, with the rewards of the record's columns."""
+    rewards_of = rewards_at(rewards, "record")
+    if rewards_of is no_rewards:
+        return read
+
+    def read_both(record: Record, tally: Tally) -> list[Reading]:
+        readings = read(record, tally)
+        found = rewards_of(record)
+        return [_rewarded(reading, found) for reading in readings] if found else readings
+
+    return read_both
+
+
+def read_turns(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """One conversation per record; its last assistant turn is the response."""
     field = "messages" if "messages" in columns else "conversations"
     turns_in = _required(columns, field)
@@ -171,10 +187,10 @@ def read_turns(columns: Columns) -> Read:
             return [invalid(str(error), generator)]
         return [conversation(messages, generator, place, tally)]
 
-    return read
+    return _with_rewards(read, rewards)
 
 
-def read_pair(columns: Columns) -> Read:
+def read_pair(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """One prompt and one response."""
     prompt_in = _prompt_reader(columns)
     response_in = _required(columns, "response")
@@ -192,10 +208,15 @@ def read_pair(columns: Columns) -> Read:
             return [invalid(f"{place} is a list of strings; read it with --map generations={place}", generator, prompt)]
         return [answer(prompt, value, generator, place, tally)]
 
-    return read
+    return _with_rewards(read, rewards)
 
 
-def _read_several(columns: Columns, part: str, each: Callable[[list[Any]], list[tuple[Any, object, str]]]) -> Read:
+def _read_several(
+    columns: Columns,
+    part: str,
+    rewards: Sequence[RewardColumn],
+    each: Callable[[list[Any]], list[tuple[Any, object, str]]],
+) -> Read:
     """Several responses per record: `each` gives (response, its own generator, place) of every one.
 
     The generator column names one for all, or is a list with one for each.
@@ -203,18 +224,15 @@ def _read_several(columns: Columns, part: str, each: Callable[[list[Any]], list[
     prompt_in = _prompt_reader(columns)
     list_in = _required(columns, part)
     generators_of = _optional(columns, "generator")
+    rewards_of = rewards_of_each(rewards)
     column = columns[part][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
-        values = list_in(record)
+        values = rows_of_lists(list_in(record))
         told = generators_of(record)
         own = named(told)
         if values is None:
             raise MissingColumnError(column, empty([], own, f"{column} is null"))
-        if isinstance(values, dict):
-            # Arrow's struct of lists.
-            lists = [item for item in values.values() if isinstance(item, list)]
-            values = [dict(zip(values, row, strict=False)) for row in zip(*lists, strict=False)] if lists else values
         if not isinstance(values, list):
             return [invalid(f"{column} is {kind_of(values)}, not a list of responses", own)]
         try:
@@ -238,12 +256,12 @@ def _read_several(columns: Columns, part: str, each: Callable[[list[Any]], list[
             else:
                 reading = answer(prompt, value, name, place, tally)
                 readings.append(reading._replace(detail=unnamed) if unnamed and not reading.detail else reading)
-        return readings
+        return list(map(_rewarded, readings, rewards_of(record, values)))
 
     return read
 
 
-def read_completions(columns: Columns) -> Read:
+def read_completions(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """UltraFeedback: `completions` of {model, response, ...}, one row each."""
     column = columns["completions"][0]
 
@@ -260,23 +278,24 @@ def read_completions(columns: Columns) -> Read:
             found.append((lack if key is None else item[key], model, f"{place}.{key}"))
         return found
 
-    return _read_several(columns, "completions", each)
+    return _read_several(columns, "completions", rewards, each)
 
 
-def read_generations(columns: Columns) -> Read:
+def read_generations(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """distilabel: `generations`, a list of texts, and beside it a list of their models."""
     column = columns["generations"][0]
 
     def each(values: list[Any]) -> list[tuple[Any, object, str]]:
         return [(value, None, f"{column}[{index}]") for index, value in enumerate(values)]
 
-    return _read_several(columns, "generations", each)
+    return _read_several(columns, "generations", rewards, each)
 
 
-def read_structs(columns: Columns, structs: tuple[str, ...]) -> Read:
+def read_structs(columns: Columns, structs: tuple[str, ...], rewards: Sequence[RewardColumn] = ()) -> Read:
     """Magpie-100K-Generator-Zoo: one struct column per generator, with the response in its `content`."""
     prompt_in = _prompt_reader(columns)
     generator_of = _optional(columns, "generator", named)
+    rewards_of = rewards_at(rewards, "field")
     # JSON lines may bring a generator that the first records did not have.
     known = {*structs, *NOT_GENERATORS, *(path for paths in columns.values() for path in paths)}
 
@@ -303,17 +322,19 @@ def read_structs(columns: Columns, structs: tuple[str, ...]) -> Read:
             elif not isinstance(value, dict) or "content" not in value:
                 readings.append(invalid(f"{name} is {kind_of(value)}, without content", own or name, prompt))
             else:
-                readings.append(answer(prompt, value["content"], own or name, f"{name}.content", tally))
+                reading = answer(prompt, value["content"], own or name, f"{name}.content", tally)
+                readings.append(_rewarded(reading, rewards_of(value)))
         return readings
 
     return read
 
 
-def read_preference(columns: Columns) -> Read:
+def read_preference(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """A chosen and a rejected response: texts after a prompt, whole conversations, or HH strings."""
     sides = ("chosen", "rejected")
     values_in = [_required(columns, side) for side in sides]
     generators_of = [_optional(columns, f"{side}_generator", named) for side in sides]
+    rewards_of = [rewards_at(rewards, side) for side in sides]
     generator_of = _optional(columns, "generator", named)
     prompt_in = _prompt_reader(columns)
     places = [columns[side][0] for side in sides]
@@ -337,6 +358,6 @@ def read_preference(columns: Columns) -> Read:
                 readings.append(answer(prompt_in(record, tally), value, name, place, tally))
             except UnfitError as error:
                 readings.append(invalid(str(error), name))
-        return readings
+        return [_rewarded(reading, of(record)) for reading, of in zip(readings, rewards_of, strict=True)]
 
     return read

@@ -17,7 +17,7 @@ from fastcompat.corpus.containers import file_sha256
 from fastcompat.corpus.sources import Source, find_sources
 
 # Raised when the same files come to give other rows: part of the fingerprint.
-NORMALISATION = 1
+NORMALISATION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +62,16 @@ class ShardSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSummary:
-    """A prepared corpus. `generators` counts rows by generator; `overrides` are those that the rows were read with.
+    """A prepared corpus. `generators` counts rows by generator, `rewards` rows with a value by the reward's name.
 
-    `left_out` are files in the inputs' directories and patterns whose endings are not known.
+    `overrides` are those that the rows were read with, `left_out` files in the inputs' directories and patterns whose
+    endings are not known.
     """
 
     files: tuple[FileSummary, ...]
     shards: tuple[ShardSummary, ...]
     generators: Mapping[str, int]
+    rewards: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     normalisation: int = NORMALISATION
     left_out: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ class CorpusSummary:
             files=tuple(FileSummary(**file) for file in value["files"]),
             shards=tuple(ShardSummary(**{**shard, "units": tuple(shard["units"])}) for shard in value["shards"]),
             generators=value["generators"],
+            rewards=value.get("rewards", {}),
             overrides=value["overrides"],
             normalisation=value["normalisation"],
             left_out=tuple(value.get("left_out", ())),

@@ -48,12 +48,13 @@ class UnfitError(Exception):
 
 
 class Reading(NamedTuple):
-    """One response of a record. `generator` is None where the record does not name one."""
+    """One response of a record. `generator` is None where the record does not name one; `rewards` are (name, value)."""
 
     messages: tuple[Message, ...]
     generator: str | None
     status: Status = Status.OK
     detail: str = ""
+    rewards: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(slots=True)
