@@ -7,11 +7,15 @@ import random
 import shutil
 from pathlib import Path
 
+import torch
 from families import small_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastcompat.corpus import prepare
 from fastcompat.demo import model_directory
 from fastcompat.store import Run, add_generation
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 WORDS = (
     "the",
@@ -74,6 +78,22 @@ def prepare_small_units(directory: Path, corpus: Path, *, target_unit_chars: int
 def save_small_model(directory: Path, *, family: str = "Llama", seed: int = 0, **changes: object) -> Path:
     """A random model of a family with the demo's tokenizer, as save_pretrained writes it."""
     small_model(family, seed=seed, vocab_size=4096, **changes).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
+        shutil.copy(model_directory() / name, directory / name)
+    return directory
+
+
+def save_small_reward_model(directory: Path, *, body: Path | None = None, seed: int = 0) -> Path:
+    """A random Llama sequence classifier with the demo's tokenizer; `body`: a model whose body it has."""
+    causal = AutoModelForCausalLM.from_pretrained(body) if body else small_model("Llama", seed=seed, vocab_size=4096)
+    config = AutoConfig.from_pretrained(body) if body else causal.config
+    config.architectures, config.num_labels, config.pad_token_id = None, 1, 0
+    model = AutoModelForSequenceClassification.from_config(config).to(causal.dtype)
+    model.base_model.load_state_dict(causal.base_model.state_dict())
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(seed + 1)
+        model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=draw) * 0.3)
+    model.save_pretrained(directory)
+    for name in TOKENIZER_FILES:
         shutil.copy(model_directory() / name, directory / name)
     return directory

@@ -31,10 +31,11 @@ class FakeModel:
     rope_boundary: int | None = None
     sizes: list[int] = field(default_factory=list)
 
-    def token_nll(self, forest: PrefixForest) -> np.ndarray:
+    def token_statistics(self, forest: PrefixForest, statistics: tuple[str, ...]) -> np.ndarray:
+        assert statistics == ("nll",)
         self.sizes.append(forest.n_tokens)
         self.raises(forest)
-        return nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.scored])
+        return nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.scored])[None]
 
 
 def sequence_of(ids: np.ndarray, n_prompt_tokens: int) -> TokenSequence:

@@ -64,7 +64,7 @@ import torch
 from fake_model import sequence_of
 from families import small_model
 from fastcompat.budget import head_bytes, token_bytes
-from fastcompat.engine import score_sequences
+from fastcompat.response_scores import score_sequences
 from fastcompat.model import wrap
 torch.set_num_threads(1)
 def peak():

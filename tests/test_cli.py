@@ -263,7 +263,7 @@ def test_the_process_ends_with_the_exit_code_of_the_error_and_no_traceback(tmp_p
 def test_options_that_make_no_sense(tmp_path, model):
     corpus = write_jsonl(tmp_path / "a.jsonl", rows_of("a", n_prompts=2))
     run = tmp_path / "run"
-    assert invoke("score", corpus, "-o", run).exit_code == 2
+    assert "--reward-model" in fail(UsageError, "score", corpus, "-o", run)
     assert "I/N" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "x")
     assert "1 to" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--worker", "3/2")
     assert "NAME=COLUMN" in fail(UsageError, "score", corpus, "--base-model", model, "-o", run, "--map", "response")

@@ -17,13 +17,14 @@ import torch
 from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from fake_model import FakeModel, fake_tokenizer, sum_alone
 
-from fastcompat.engine import Progress, pack_sequences, score_run
+from fastcompat.engine import Progress, score_run
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.pipeline import THREAD_NAME
 from fastcompat.response import Response, from_table
+from fastcompat.response_scores import ResponseScores
 from fastcompat.scorer import Scorer
-from fastcompat.scoring import ResponseScores
-from fastcompat.session import Worker, open_scorer, score_corpus
+from fastcompat.scoring import pack_sequences
+from fastcompat.session import Pass, Worker, open_scorer, score_corpus
 from fastcompat.store import Run, ScorerStore, Unit
 
 BUDGET = 64
@@ -40,14 +41,14 @@ def new_run(directory: Path, corpus: Path, *, target_unit_chars: int = 1200) -> 
     """Units of some eight rows, in some three packs each."""
     run = prepare_small_units(directory, corpus, target_unit_chars=target_unit_chars)
     assert len(run.units) * target_unit_chars > 10_000
-    store = run.scorer("fake", {"kind": "fake"}, lambda: {"model": "fake", "token_budget": BUDGET})
+    store = run.scorer("fake", {"kind": "base_model"}, lambda: {"model": "fake", "token_budget": BUDGET})
     return run, store
 
 
 def score(run: Run, store: ScorerStore, model: object, tokenizer=fake_tokenizer, **options) -> Progress:
     progress = Progress()
-    units = run.pending(store)
-    score_run(run, store, model, tokenizer, token_budget=BUDGET, units=units, progress=progress, **options)
+    options = {"units": run.pending(store), "progress": progress} | options
+    score_run(run, [store], model, lambda rows: ResponseScores(tokenizer(rows)), token_budget=BUDGET, **options)
     return progress
 
 
@@ -78,7 +79,7 @@ def rows_of_unit(run: Run, unit: Unit) -> list[Response]:
 
 def packs_of(run: Run, unit: Unit) -> int:
     sequences = fake_tokenizer(rows_of_unit(run, unit))
-    return len(pack_sequences(FakeModel(), ResponseScores.of(sequences), token_budget=BUDGET))
+    return len(pack_sequences(FakeModel(), ResponseScores(sequences), token_budget=BUDGET))
 
 
 def assert_nothing_is_left_over(store: ScorerStore, *, begun: int = 0) -> None:
@@ -123,9 +124,9 @@ def test_overlap_changes_no_byte_of_a_real_models_run(tmp_path, corpus):
         store, budget = open_scorer(run, scorer, token_budget=None)
         score_run(
             run,
-            store,
+            [store],
             scorer.model,
-            scorer.tokenizer,
+            scorer.begin,
             token_budget=budget,
             units=run.pending(store),
             progress=Progress(),
@@ -152,7 +153,7 @@ def test_units_are_prepared_and_written_by_a_thread_each(tmp_path, corpus, monke
 
     monkeypatch.setattr(ScorerStore, "commit", seen_commit)
     progress = Progress(notify=lambda progress: seen["notify"].add(threading.get_ident()))
-    score_run(run, store, FakeModel(), seen_tokenizer, token_budget=BUDGET, units=run.pending(store), progress=progress)
+    score(run, store, FakeModel(), seen_tokenizer, progress=progress)
     own = threading.get_ident()
     assert seen["notify"] == {own}
     assert len(seen["prepare"]) == len(seen["write"]) == 1
@@ -339,8 +340,7 @@ def test_packs_are_counted_as_planned_when_memory_runs_out_which_is_announced_on
 def test_the_log_says_where_the_time_went(tmp_path, corpus):
     scorer = Scorer(str(save_small_model(tmp_path / "model")), token_budget=256)
     run = prepare_small_units(tmp_path / "run", corpus, target_unit_chars=2000)
-    store, budget = open_scorer(run, scorer, token_budget=None)
-    score_corpus(run, scorer, store, token_budget=budget, worker=Worker(), progress=Progress())
+    score_corpus(run, Pass(base=scorer), token_budget=None, worker=Worker(), progress=Progress())
     (seconds,) = (line["seconds"] for line in log_of(run) if line["event"] == "stop")
     total = seconds.pop("total")
     assert set(seconds) == {"forward", "waiting_for_units", "waiting_for_writes"}
@@ -354,7 +354,7 @@ import numpy as np
 import torch
 from fastcompat.engine import Progress
 from fastcompat.scorer import Scorer
-from fastcompat.session import Worker, open_scorer, score_corpus
+from fastcompat.session import Pass, Worker, score_corpus
 from fastcompat.store import open_run
 torch.set_num_threads(1)
 def peak():
@@ -364,9 +364,8 @@ def peak():
 scorer = Scorer(sys.argv[1], token_budget=1024)
 for directory in sys.argv[2:]:
     run = open_run(directory)
-    store, budget = open_scorer(run, scorer, token_budget=None)
     progress = Progress()
-    score_corpus(run, scorer, store, token_budget=budget, worker=Worker(), progress=progress)
+    score_corpus(run, Pass(base=scorer), token_budget=None, worker=Worker(), progress=progress)
     print(progress.n_unshared_tokens, peak())
 ballast = np.ones(8 << 20)
 print(0, peak())

@@ -15,6 +15,8 @@ HEAVY = {"torch", "transformers"}
 LIGHT = ["", ".cli", ".display", ".errors", ".response", ".corpus", ".tokenization", ".store", ".forest", ".statistics"]
 LIGHT += [".metrics", ".ranking", ".verification", ".demo", ".demo.corpus", ".inspection", ".doctor"]
 LIGHT += [".commands.machine", ".commands.options", ".benchmark", ".benchmark.workloads", ".benchmark.machine"]
+LIGHT += [".response_metrics", ".token_metrics", ".extras", ".schemas", ".durable", ".reward_tokenization"]
+LIGHT += [".bootstrap", ".pairing", ".selection", ".training_file"]
 
 
 def run_python(code: str) -> str:

@@ -8,11 +8,11 @@ import torch
 from families import FAMILIES, VOCABULARY, small_model
 
 from fastcompat.checkpoint import refuse_unsupported
-from fastcompat.engine import score_sequences
 from fastcompat.errors import ModelError
 from fastcompat.model import wrap
 from fastcompat.probe import probe
 from fastcompat.response import Status
+from fastcompat.response_scores import score_sequences
 from fastcompat.tokenization import TokenSequence
 
 

@@ -85,11 +85,13 @@ def test_packed_reads_are_found_on_each_path():
     reads = [tuple(generator.integers(len(s.input_ids), size=3).tolist()) for s in sequences]
     ids = [s.input_ids for s in sequences]
     (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=1 << 20)
+    found = packed_reads(forest, dict(enumerate(reads)), n_reads=3)
     for k, n in enumerate(forest.sequences.tolist()):
-        path = [int(forest.path_end[k])]
-        while forest.parent[path[-1]] >= 0:
-            path.append(int(forest.parent[path[-1]]))
-        assert packed_reads(forest, reads)[k].tolist() == [path[::-1][depth] for depth in reads[n]]
+        assert found[k].tolist() == forest.path(k)[list(reads[n])].tolist()
+    some = {n: reads[n] for n in range(0, len(reads), 2)}
+    rows = [k for k, n in enumerate(forest.sequences.tolist()) if n in some]
+    assert packed_reads(forest, some, n_reads=3).tolist() == found[rows].tolist()
+    assert packed_reads(forest, {}, n_reads=3).shape == (0, 3)
 
 
 # ---- sequence classifiers -------------------------------------------------------------------------------------------
@@ -263,10 +265,10 @@ def test_the_gate_is_read_where_two_conversations_part(kind, gated):
     path = gated[kind]
     model = load_reward_model(path)
     sequences = RewardTokenizer.from_pretrained(path, model.head.read_out)(CONVERSATIONS[:3])
-    scores = RewardScores.of(sequences)
+    scores = RewardScores(sequences)
     ids, masks = zip(*(scores.to_pack(n, None) for n in range(3)), strict=True)
     (forest,) = pack_forest(ids, masks, token_budget=1 << 20)
-    reads = packed_reads(forest, [s.reads for s in sequences])
+    reads = packed_reads(forest, {n: s.reads for n, s in enumerate(sequences)}, n_reads=2)
     assert len(set(reads[:, 0])) == 3
     assert len(set(reads[:, 1])) == 1
     eot = llama3_tokenizer().convert_tokens_to_ids("<|eot_id|>")

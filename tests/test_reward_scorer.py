@@ -13,7 +13,7 @@ from tokenizer_makers import CHATML, make_tokenizer
 
 import fastcompat as fc
 from fastcompat.errors import ModelError, SchemaError, UsageError
-from fastcompat.reward_scorer import REWARDS_SCHEMA
+from fastcompat.schemas import SCORES_SCHEMA
 
 ROWS = [
     {"prompt": "What is two plus two?", "response": "It is four.", "generator": "a"},
@@ -44,7 +44,7 @@ def own_reward(path: str, row: dict[str, str]) -> float:
 
 def test_rewards_of_rows_in_input_order(path):
     table = fc.RewardScorer(path, token_budget=128).score(ROWS)
-    assert table.schema.equals(REWARDS_SCHEMA)
+    assert table.schema.equals(SCORES_SCHEMA)
     rows = table.to_pylist()
     assert [row["row_index"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["generator"] for row in rows] == ["a", "b", "c", "d", "a"]

@@ -10,9 +10,9 @@ import torch
 from fake_model import VOCABULARY, FakeModel, sequence_of, sum_alone
 
 from fastcompat.budget import PACKS_BEFORE_GROWTH, PackLimit
-from fastcompat.engine import score_sequences
 from fastcompat.response import Status
-from fastcompat.scoring import ResponseScores, pack_sequences, score_pack
+from fastcompat.response_scores import ResponseScores, score_sequences
+from fastcompat.scoring import pack_sequences, score_pack
 from fastcompat.tokenization import TokenSequence
 
 NO_MEMORY = [
@@ -59,9 +59,9 @@ def most_attempts(n_sequences: int, n_lost: int, token_budget: int) -> int:
 class CountedScores(ResponseScores):
     """Also counts how often each sequence was scored."""
 
-    def add(self, forest, token_nll):
+    def add(self, forest, computed):
         self.counts[forest.sequences] += 1
-        return ResponseScores.add(self, forest, token_nll)
+        return ResponseScores.add(self, forest, computed)
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=repr)
@@ -73,7 +73,7 @@ def test_whatever_fits_is_scored_once_with_equal_sums(error, most):
 
     sequences = random_sequences(200)
     model = FakeModel(small_device)
-    scores = CountedScores.of(sequences)
+    scores = CountedScores(sequences)
     scores.counts = np.zeros(len(sequences), int)
     limit = PackLimit(512)
     for forest in pack_sequences(model, scores, token_budget=512):

@@ -9,12 +9,8 @@ Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its templa
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,23 +22,18 @@ from fastcompat.commands.machine import bench, doctor
 from fastcompat.commands.options import (
     Average,
     Bos,
-    Device,
-    Dtype,
     Map,
     MaxLength,
     RunDirectory,
     Template,
-    TokenBudget,
     Turns,
 )
+from fastcompat.commands.score import score
 from fastcompat.display import TableFormat, console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from fastcompat.corpus import PreparationProgress
-    from fastcompat.scorer import Scorer
-    from fastcompat.session import Worker
-    from fastcompat.store import Run
+    pass
 
 app = typer.Typer(
     name="fastcompat",
@@ -86,119 +77,7 @@ def options(
     """Which response generator will teach a base model best, told before any training."""
 
 
-@app.command()
-def score(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
-    base_model: Annotated[list[str], typer.Option("--base-model", metavar="ID_OR_DIR", help="Repeatable.")],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="INPUT...", help="Files, directories, globs or hf:// ids. None: resume RUN."),
-    ] = None,
-    mapping: Map = None,
-    template: Template = "auto",
-    turns: Annotated[Turns, typer.Option(help="The assistant turns that are scored.")] = Turns.last,
-    score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
-    bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
-    max_length: MaxLength = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    token_budget: TokenBudget = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the models on the hub.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
-    extend: Annotated[bool, typer.Option("--extend", help="Add INPUTs that RUN does not have yet.")] = False,
-    worker: Annotated[
-        str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
-    ] = "1/1",
-) -> None:
-    """Score a corpus: the base model's loss on every response, into a run directory.
-
-    The same command resumes a run that was interrupted, and adds another model, template or setting beside what is
-    finished. Rows that cannot be scored stay in the output with the reason.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from fastcompat.corpus.formats import parse_overrides
-    from fastcompat.display import LiveDisplay, show_corpus
-    from fastcompat.scorer import Scorer
-    from fastcompat.session import CorpusSettings, prepare_run
-
-    transformers_logging.disable_progress_bar()
-    share = parse_worker(worker)
-    settings = CorpusSettings(overrides=parse_overrides(mapping or []), strict=strict)
-    # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
-    scorers = [
-        Scorer(
-            model,
-            device=device,
-            dtype=dtype,
-            token_budget=token_budget,
-            template=template,
-            turns=turns.value,
-            score_eos=score_eos,
-            bos=bos.value,
-            max_length=max_length,
-            revision=revision,
-        )
-        for model in base_model
-    ]
-    with stopping() as stop:
-        if extend or not (output / "manifest.json").exists():
-            _ = scorers[0].model  # a checkpoint that lacks weights, or cannot be packed, shows before hours of reading
-        display = LiveDisplay("corpus")
-
-        def preparing(progress: PreparationProgress) -> None:
-            display.preparing(progress)
-            if stop():
-                raise Interrupted("interrupted while the corpus was prepared; give the same command again")
-
-        with display.showing():
-            run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
-        if summary is not None:
-            show_corpus(summary, time.monotonic() - display.began)
-        for scorer in scorers:
-            score_model(run, scorer, token_budget=token_budget, worker=share, stop=stop)
-            scorer.unload()  # the next model needs the room
-    say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
-
-
-def score_model(
-    run: Run, scorer: Scorer, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]
-) -> None:
-    """Work off one base model, with its progress on the screen."""
-    from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, show_statuses
-    from fastcompat.engine import Progress
-    from fastcompat.session import open_scorer, score_corpus
-    from fastcompat.verification import scorer_progress
-
-    say(
-        f"\n[bold]{escape(scorer.name)}[/] · {scorer.identity['dtype']} on {scorer.device} · "
-        f"template: {escape(scorer.tokenizer.description)}"
-    )
-    store, budget = open_scorer(run, scorer, token_budget=token_budget)
-    display = LiveDisplay(scorer.name)
-    progress = Progress(notify=display.scoring)
-    try:
-        with display.showing():
-            score_corpus(run, scorer, store, token_budget=budget, worker=worker, progress=progress, stop=stop)
-    except Interrupted:
-        say(figures_of(progress))
-        raise Interrupted(
-            f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
-        ) from None
-    if not progress.n_rows:
-        say(
-            f"all {progress.n_rows_total:,} responses were scored before"
-            if progress.n_rows_total
-            else "nothing to score: this worker's share is empty"
-        )
-        return
-    say(
-        f"{progress.n_rows:,} responses in {duration(progress.seconds)} · "
-        f"{progress.n_tokens / progress.seconds:,.0f} tokens/s · "
-        f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
-        + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
-    )
-    show_statuses(scorer_progress(run, store))
+app.command()(score)
 
 
 @app.command()
@@ -228,17 +107,19 @@ def rank(
 @app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
-    from fastcompat.display import show_statuses
+    from fastcompat.display import show_reward_columns, show_statuses
     from fastcompat.store import open_run
     from fastcompat.verification import scorer_progress
 
     run = open_run(directory)
     n_files = sum(len(generation.files) for generation in run.generations)
     say(f"{run.n_rows:,} rows from {n_files:,} files in {len(run.units):,} units of work")
+    show_reward_columns(run.reward_columns)
     for scorer in run.scorers():
         entry = scorer_progress(run, scorer)
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
-        say(f"[bold]{escape(entry.name)}[/]: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
+        kind = scorer.kind.replace("_", " ")
+        say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
         show_statuses(entry)
     if not run.scorers():
         say("no scorer yet")
@@ -323,7 +204,7 @@ def demo(
         "which of them does the small base model find most compatible?\n"
     )
     say(f"[bold]$ fastcompat score {escape(str(corpus))} --base-model {escape(model)} -o {escape(str(directory))}[/]")
-    score(directory, [model], inputs=[str(corpus)])
+    score(directory, [str(corpus)], [model])
     say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
     rank(directory)
     say(
@@ -340,32 +221,3 @@ def demo(
 
 app.command()(bench)
 app.command()(doctor)
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question that the engine asks after every pack; a second SIGINT ends at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        errors.print("finishing the pack at hand, then stopping (Ctrl-C again: at once)", highlight=False)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def parse_worker(text: str) -> Worker:
-    """--worker I/N."""
-    from fastcompat.session import Worker
-
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal()):
-        raise UsageError(f"--worker {text}: write I/N, for example 1/4")
-    return Worker(index=int(first) - 1, count=int(second))

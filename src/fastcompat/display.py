@@ -209,6 +209,14 @@ def show_corpus(summary: CorpusSummary, seconds: float) -> None:
         f"{counted_noun(len(summary.generators), 'generator')} from {counted_noun(len(summary.files), 'file')}, "
         f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
     )
+    show_reward_columns(summary.rewards)
+
+
+def show_reward_columns(counts: Mapping[str, int]) -> None:
+    """Rewards that came with a corpus."""
+    if counts:
+        columns = ", ".join(f"{name} ({counted_noun(count, 'response')})" for name, count in counts.items())
+        say(f"rewards of its own: {escape(printable(columns))}")
 
 
 def _oddities(summary: CorpusSummary) -> Iterator[str]:

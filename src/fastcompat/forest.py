@@ -60,6 +60,13 @@ class PrefixForest:
         predictors: NDArray[np.int32] = self.parent[self.scored]
         return predictors
 
+    def path(self, k: int) -> NDArray[np.int64]:
+        """[n] the packed indices of the forest's k-th sequence, from its root to its end."""
+        path = [int(self.path_end[k])]
+        while self.parent[path[-1]] >= 0:
+            path.append(int(self.parent[path[-1]]))
+        return np.array(path[::-1], np.int64)
+
     def renumbered(self, members: Sequence[int]) -> PrefixForest:
         """The same pack for a caller whose sequence n is the packer's sequence `members.index(n)`."""
         return replace(self, sequences=np.array(members, np.int64)[self.sequences])

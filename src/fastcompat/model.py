@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcompat.checkpoint import ModelSettings, logit_scale
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest
-from fastcompat.nll import linear_nll
+from fastcompat.nll import Statistic, linear_nll
 from fastcompat.packed_model import PackedModel, load_full, packed
 
 
@@ -40,18 +40,32 @@ class CausalLM(PackedModel):
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """[S] float32 nats: the NLL of target [S] under the LM head on hidden states [S, D]."""
-        return linear_nll(
-            hidden, self.weight, target, bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale
-        )
+        return self.statistics(hidden, target, ("nll",))[0]
 
-    def token_nll(self, forest: PrefixForest) -> NDArray[np.float32]:
-        """[S] float32 nats of the forest's scored tokens."""
+    def statistics(self, hidden: Tensor, target: Tensor, statistics: tuple[Statistic, ...]) -> Tensor:
+        """[K, S] float32: these statistics (`linear_nll`) of target [S] under the LM head on hidden states [S, D]."""
+        found = linear_nll(
+            hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            statistics=statistics,  # type: ignore[arg-type]  # one or several: the overloads tell them apart
+        )
+        return found[None] if isinstance(found, Tensor) else torch.stack([row.float() for row in found])
+
+    def token_statistics(self, forest: PrefixForest, statistics: tuple[Statistic, ...]) -> NDArray[np.float32]:
+        """[K, S] float32 of the forest's scored tokens."""
         # Several tokens may follow one: the first of every response follows its prompt's last.
-        needed, which = np.unique(forest.predictors, return_inverse=True)
-        hidden = self.forward(forest, needed.astype(np.int64))
-        predicting = hidden.index_select(0, torch.from_numpy(which).to(self.device))
-        nll = self.nll(predicting, torch.from_numpy(forest.targets).to(self.device))
-        result: NDArray[np.float32] = nll.cpu().numpy()
+        return self.target_statistics(self.hidden_at(forest, forest.predictors), forest, statistics)
+
+    def target_statistics(
+        self, hidden: Tensor, forest: PrefixForest, statistics: tuple[Statistic, ...]
+    ) -> NDArray[np.float32]:
+        """[K, S] float32 of the forest's scored tokens, from the states that predict them, hidden [S, D]."""
+        found = self.statistics(hidden, torch.from_numpy(forest.targets).to(self.device), statistics)
+        result: NDArray[np.float32] = found.cpu().numpy()
         return result
 
 

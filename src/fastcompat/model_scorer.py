@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from fastcompat.budget import choose_token_budget, free_memory
@@ -23,14 +24,21 @@ from fastcompat.checkpoint import (
     resolve_dtype,
     weight_files,
 )
+from fastcompat.corpus import rows_from_records
 from fastcompat.errors import UsageError
+from fastcompat.extras import Extras
 from fastcompat.packed_model import PackedModel
+from fastcompat.response import Response, to_table
+from fastcompat.schemas import as_scores
+from fastcompat.scoring import OneFigure, score_all
 
 
 class ModelScorer:
     """A model with all its settings; a subclass loads it and says what it scores."""
 
-    kind: str  # in the identity
+    kind: str  # in the identity, and the column of a table that says which model it is
+    what: str  # what it computes, for people
+    tokenizer: Any  # has a `description`
 
     def __init__(
         self,
@@ -72,6 +80,35 @@ class ModelScorer:
             return self._given_token_budget
         dtype = self.model.dtype  # loaded from here on: what is free below is free beside it
         return choose_token_budget(self.device, self.config, dtype, free_memory(self.device))
+
+    def compute_extras(self, extras: Extras) -> None:
+        """Compute these columns beside the figure."""
+        assert not extras.columns, f"{self.kind} has no columns beside its figure"
+
+    def begin(self, rows: list[Response]) -> OneFigure:
+        """Tokenise responses; nothing of them is scored yet."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, for the run's scorer.json."""
+        raise NotImplementedError
+
+    def score(
+        self, rows: Iterable[Mapping[str, Any]] | pa.Table, *, mapping: Mapping[str, str] | None = None
+    ) -> pa.Table:
+        """Score rows of any shape that `fastcompat score` reads; one row per response, in input order.
+
+        rows: dictionaries, or a pyarrow, polars or pandas table.
+        mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
+        `Run.scores()`. Raises SchemaError when no response can be found in the rows.
+        """
+        responses = rows_from_records(records(rows), overrides=mapping)
+        return self._score(to_table(responses), self.begin(responses))
+
+    def _score(self, rows: pa.Table, scores: OneFigure) -> pa.Table:
+        score_all(self.model, scores, token_budget=self.token_budget)
+        (table,) = scores.tables(rows)
+        return as_scores(table, self.kind, self.name)
 
     def unload(self) -> None:
         """Give the weights' memory back; they are loaded again when they are needed."""

@@ -99,6 +99,12 @@ class PackedModel:
             )
         return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
 
+    def hidden_at(self, forest: PrefixForest, positions: NDArray[np.integer[Any]]) -> Tensor:
+        """[P, D] last hidden states of the packed tokens `positions` [P], in any order, any of them several times."""
+        needed, which = np.unique(positions, return_inverse=True)
+        hidden = self.forward(forest, needed.astype(np.int64))
+        return hidden.index_select(0, torch.from_numpy(which).to(self.device))
+
 
 def load_full(
     model: str,

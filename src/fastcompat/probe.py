@@ -60,7 +60,7 @@ def _compare(model: CausalLM) -> None:
         model.full.set_attn_implementation(ATTENTION_NAME)
 
     for k, n in enumerate(forest.sequences.tolist()):
-        path = _path(forest.parent, int(forest.path_end[k]))
+        path = forest.path(k)
         difference = (packed[path] - hidden[n]).float().norm(dim=1) / hidden[n].float().norm(dim=1)
         if not _median_within(difference, HIDDEN_TOLERANCE[model.dtype]):
             raise ModelError(
@@ -79,13 +79,6 @@ def _compare(model: CausalLM) -> None:
                 "token apart); something stands between its body and its loss that fastcompat does not know; it is not "
                 "supported"
             )
-
-
-def _path(parent: np.ndarray, end: int) -> list[int]:
-    path = [end]
-    while parent[path[-1]] >= 0:
-        path.append(int(parent[path[-1]]))
-    return path[::-1]
 
 
 def _median_within(difference: torch.Tensor, tolerance: float) -> bool:

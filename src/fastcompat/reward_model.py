@@ -8,7 +8,7 @@ it is loaded: packed against alone, and, where transformers has its class, the h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -52,26 +52,27 @@ class RewardModel(PackedModel):
         """
         reads = reads.reshape(len(reads), -1)
         assert reads.shape[1] == self.head.n_reads, f"reads is {reads.shape}, not [N, {self.head.n_reads}]"
-        needed, which = np.unique(reads, return_inverse=True)
-        hidden = self.forward(forest, needed.astype(np.int64))
-        states = hidden.index_select(0, torch.from_numpy(which.reshape(-1)).to(self.device))
-        outputs = self.module.outputs(states.view(*reads.shape, -1))
-        result: NDArray[np.float64] = outputs[:, self.head.column].double().cpu().numpy()
+        return self.rewards_of(self.hidden_at(forest, reads.reshape(-1)).view(*reads.shape, -1))
+
+    @torch.no_grad()
+    def rewards_of(self, states: torch.Tensor) -> NDArray[np.float64]:
+        """[N] float64 rewards from the hidden states that are read, states [N, R, D]."""
+        result: NDArray[np.float64] = self.module.outputs(states)[:, self.head.column].double().cpu().numpy()
         return result
 
 
-def packed_reads(
-    forest: PrefixForest, reads: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]]
-) -> NDArray[np.int64]:
+def packed_reads(forest: PrefixForest, reads: Mapping[int, tuple[int, ...]], *, n_reads: int) -> NDArray[np.int64]:
     """[N, R] packed indices: where `reads[n]`, indices in the caller's sequence n, lie in the forest.
 
-    Depth first, all that stands between a token and one below it is below it too: of the tokens at some depth, the last
-    one up to the end of a path is on that path.
+    In the forest's order, of those of its sequences that are in `reads`. Depth first, all that stands between a token
+    and one below it is below it too: of the tokens at some depth, the last one up to the end of a path is on that path.
     """
-    depth = np.array([reads[n] for n in forest.sequences.tolist()], np.int64)
+    members = [(k, reads[n]) for k, n in enumerate(forest.sequences.tolist()) if n in reads]
+    depth = np.array([own for _, own in members], np.int64).reshape(len(members), n_reads)
+    end = forest.path_end[[k for k, _ in members]].astype(np.int64)
     n_tokens = forest.n_tokens
     by_depth = np.sort(forest.position_ids * n_tokens + np.arange(n_tokens))
-    place = np.searchsorted(by_depth, depth * n_tokens + forest.path_end[:, None], side="right") - 1
+    place = np.searchsorted(by_depth, depth * n_tokens + end[:, None], side="right") - 1
     found: NDArray[np.int64] = by_depth[place] - depth * n_tokens
     return found
 
@@ -102,12 +103,29 @@ def load_reward_model(
         task="SEQUENCE_CLASSIFICATION",
         own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
     )
-    module = head.build(read_tensors(model, head.weights, settings.revision), full.config, model)
-    body = packed(model, full)
-    parts = {part.name: getattr(body, part.name) for part in fields(body)}
-    loaded = RewardModel(**parts, head=head, module=module.to(body.device))
+    loaded = _on_body(packed(model, full), model, head, full.config, settings.revision)
     probe_reward_model(loaded)
     return loaded
+
+
+def reward_model_on(
+    body: PackedModel,
+    model: str,
+    settings: ModelSettings,
+    *,
+    output: str | int | None = None,
+    read_out: ReadOutChoice = "auto",
+) -> RewardModel:
+    """The head of `model` on a body that is loaded and probed, and that has its weights (`joint.share_body`)."""
+    config = load_config(model, settings.revision)
+    head = describe(model, config, settings.revision, output=output, read_out=read_out)
+    return _on_body(body, model, head, config, settings.revision)
+
+
+def _on_body(body: PackedModel, model: str, head: RewardHead, config: Any, revision: str | None) -> RewardModel:
+    module = head.build(read_tensors(model, head.weights, revision), config, model)
+    parts = {part.name: getattr(body, part.name) for part in fields(PackedModel)} | {"name": model}
+    return RewardModel(**parts, head=head, module=module.to(body.device))
 
 
 def describe(
@@ -144,14 +162,14 @@ def _compare(model: RewardModel) -> None:
     draw = generator.integers(model.vocabulary, size=(3, length), dtype=np.int32)
     ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
     (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
-    reads = [(length - 1, length // 2)[: model.head.n_reads]] * 3
-    rewards = model.rewards(forest, packed_reads(forest, reads))
+    n_reads = model.head.n_reads
+    reads = dict.fromkeys(range(3), (length - 1, length // 2)[:n_reads])
+    rewards = model.rewards(forest, packed_reads(forest, reads, n_reads=n_reads))
     if not np.isfinite(rewards).all():
         raise ModelError(
             f"{model.name}: it gives no finite reward to any text; its weights hold NaN or infinity, or are too large "
             f"for {str(model.dtype).removeprefix('torch.')}"
         )
-    paths = packed_reads(forest, [tuple(range(length))] * 3)
     together = model.forward(forest)
 
     own: list[torch.Tensor] = []
@@ -165,7 +183,8 @@ def _compare(model: RewardModel) -> None:
         model.full.set_attn_implementation(ATTENTION_NAME)
 
     tolerance = _OUTPUT_TOLERANCE[model.dtype]
-    for n, path in zip(forest.sequences.tolist(), paths, strict=True):
+    for k, n in enumerate(forest.sequences.tolist()):
+        path = forest.path(k)
         difference = (together[path] - alone[n]).float().norm(dim=1) / alone[n].float().norm(dim=1)
         if float(difference.median()) > HIDDEN_TOLERANCE[model.dtype]:
             raise ModelError(

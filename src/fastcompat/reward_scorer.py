@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-
 from fastcompat import __version__
 from fastcompat.checkpoint import model_lengths
-from fastcompat.corpus import rows_from_records
 from fastcompat.model import settings_of
-from fastcompat.model_scorer import ModelScorer, records
-from fastcompat.response import to_table
-from fastcompat.reward_model import RewardModel, describe, load_reward_model
-from fastcompat.reward_scoring import score_conversations
+from fastcompat.model_scorer import ModelScorer
+from fastcompat.packed_model import PackedModel
+from fastcompat.response import Response
+from fastcompat.reward_model import RewardModel, describe, load_reward_model, reward_model_on
+from fastcompat.reward_scoring import RewardScores
 from fastcompat.reward_tokenization import RewardTokenizer
-
-# What `RewardScorer.score` returns; `reward` is null unless the status is ok or truncated.
-REWARDS_SCHEMA = pa.schema(
-    [
-        ("row_key", pa.string()),
-        ("source", pa.string()),
-        ("row_index", pa.int64()),
-        ("prompt_id", pa.string()),
-        ("generator", pa.string()),
-        ("reward_model", pa.string()),
-        ("n_tokens", pa.int32()),
-        ("reward", pa.float64()),
-        ("status", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
 
 
 class RewardScorer(ModelScorer):
@@ -55,6 +36,7 @@ class RewardScorer(ModelScorer):
     """
 
     kind = "reward_model"
+    what = "rewards"
 
     def __init__(
         self,
@@ -103,10 +85,18 @@ class RewardScorer(ModelScorer):
         """The loaded model."""
         return load_reward_model(self.source, self.settings, **self._choices)
 
+    def share(self, body: PackedModel) -> None:
+        """Compute with a loaded model's body, which must have this model's weights, instead of loading its own."""
+        self.__dict__["model"] = reward_model_on(body, self.source, self.settings, **self._choices)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
         return self._identity(self.tokenizer.fingerprint(), head=self.head.kind.name, output=self.head.output)
+
+    def begin(self, rows: list[Response]) -> RewardScores:
+        """Tokenise conversations; nothing of them is scored yet."""
+        return RewardScores(self.tokenizer(rows))
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""
@@ -126,19 +116,3 @@ class RewardScorer(ModelScorer):
             "fastcompat": __version__,
             **settings_of(self.model),
         }
-
-    def score(
-        self, rows: Iterable[Mapping[str, Any]] | pa.Table, *, mapping: Mapping[str, str] | None = None
-    ) -> pa.Table:
-        """The rewards of rows of any shape that `fastcompat score` reads; one row per response, in input order.
-
-        rows: dictionaries, or a pyarrow, polars or pandas table.
-        mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are `REWARDS_SCHEMA`.
-        Raises SchemaError when no response can be found in the rows.
-        """
-        responses = rows_from_records(records(rows), overrides=mapping)
-        scores = score_conversations(self.model, self.tokenizer(responses), token_budget=self.token_budget)
-        columns = scores.columns() | {"reward_model": pa.array([self.name] * len(responses), pa.string())}
-        table = to_table(responses)
-        columns |= {name: table[name] for name in REWARDS_SCHEMA.names if name not in columns}
-        return pa.table(columns).select(REWARDS_SCHEMA.names).cast(REWARDS_SCHEMA)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,13 +13,12 @@ import pyarrow as pa
 
 from fastcompat import __version__
 from fastcompat.checkpoint import model_lengths
-from fastcompat.corpus import rows_from_records
-from fastcompat.engine import ResponseScores, score_sequences
 from fastcompat.errors import UsageError
+from fastcompat.extras import EXTRAS, Extras
 from fastcompat.model import CausalLM, load_causal_lm, settings_of
-from fastcompat.model_scorer import ModelScorer, records
-from fastcompat.response import Status, to_table
-from fastcompat.store import SCORES_SCHEMA
+from fastcompat.model_scorer import ModelScorer
+from fastcompat.response import Response, Status
+from fastcompat.response_scores import ResponseScores
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 
 
@@ -35,12 +34,14 @@ class Scorer(ModelScorer):
     template: "auto" (the tokenizer's own chat template, else plain), "chatml", "alpaca", "plain" or a Jinja file.
     turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
     max_length: tokens, the model's context if not given; longer sequences are cut and say so.
+    extras: columns to compute beside the loss, those of `extras.EXTRAS`: "entropy_sum", "token_nll" ...
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
     TemplateError with what to do.
     """
 
     kind = "base_model"
+    what = "losses"
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Scorer(ModelScorer):
         bos: str = "auto",
         max_length: int | None = None,
         revision: str | None = None,
+        extras: Sequence[str] = (),
     ) -> None:
         super().__init__(
             model,
@@ -65,6 +67,12 @@ class Scorer(ModelScorer):
             max_length=max_length,
             revision=revision,
         )
+        unknown = sorted(set(extras) - set(EXTRAS))
+        if unknown:
+            raise UsageError(f"extras: {', '.join(unknown)} is not one of {', '.join(EXTRAS)}")
+        self.extras = Extras.of(extras)
+        if self.extras.needs_alone and turns != "last":
+            raise UsageError("a response without its prompt (IFD) is read for the last turn only: no --turns all")
         context_length, _ = model_lengths(self.config)
         tokenization = TokenizationSettings(
             template=template,
@@ -85,7 +93,21 @@ class Scorer(ModelScorer):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
-        return self._identity(self.tokenizer.fingerprint())
+        extras = {"extras": list(self.extras.columns)} if self.extras.columns else {}
+        return self._identity(self.tokenizer.fingerprint(), **extras)
+
+    def compute_extras(self, extras: Extras) -> None:
+        """Compute these columns beside the loss from now on."""
+        self.extras = extras
+        self.__dict__.pop("identity", None)
+
+    def begin(self, rows: list[Response]) -> ResponseScores:
+        """Tokenise responses; nothing of them is scored yet."""
+        return self._begin(self.tokenizer(rows), [_bytes_of(row, self.tokenizer.settings.turns) for row in rows])
+
+    def _begin(self, sequences: list[TokenSequence], n_bytes: Sequence[int | None]) -> ResponseScores:
+        alone = [self.tokenizer.without_prompt(sequence) for sequence in sequences] if self.extras.needs_alone else []
+        return ResponseScores(sequences, self.extras, alone=alone, n_bytes=n_bytes)
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""
@@ -104,19 +126,6 @@ class Scorer(ModelScorer):
             **settings_of(self.model),
         }
 
-    def score(
-        self, rows: Iterable[Mapping[str, Any]] | pa.Table, *, mapping: Mapping[str, str] | None = None
-    ) -> pa.Table:
-        """Score rows of any shape that `fastcompat score` reads; one row per response, in input order.
-
-        rows: dictionaries, or a pyarrow, polars or pandas table.
-        mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
-        `Run.scores()`. Raises SchemaError when no response can be found in the rows.
-        """
-        responses = rows_from_records(records(rows), overrides=mapping)
-        scores = score_sequences(self.model, self.tokenizer(responses), token_budget=self.token_budget)
-        return self._table(to_table(responses), scores)
-
     def score_ids(self, input_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> pa.Table:
         """Score token ids as they are: input_ids[n] is a whole sequence, its first prompt_lengths[n] ids the prompt.
 
@@ -129,7 +138,6 @@ class Scorer(ModelScorer):
             self._sequence(n, ids, prompt_length)
             for n, (ids, prompt_length) in enumerate(zip(input_ids, prompt_lengths, strict=True))
         ]
-        scores = score_sequences(self.model, sequences, token_budget=self.token_budget)
         index = np.arange(len(sequences))
         prompts = [
             hashlib.blake2b(sequence.input_ids[: sequence.n_prompt_tokens].tobytes(), digest_size=16).hexdigest()
@@ -139,10 +147,11 @@ class Scorer(ModelScorer):
             "row_key": pa.array([f"ids#{n}" for n in index], pa.string()),
             "source": pa.array(["ids"] * len(index), pa.string()),
             "row_index": pa.array(index, pa.int64()),
+            "response_index": pa.array(np.zeros(len(sequences)), pa.int32()),
             "prompt_id": pa.array(prompts, pa.string()),
             "generator": pa.array(["ids"] * len(index), pa.string()),
         }
-        return self._table(pa.table(rows), scores)
+        return self._score(pa.table(rows), self._begin(sequences, [None] * len(sequences)))
 
     def _sequence(self, n: int, ids: Sequence[int], prompt_length: int) -> TokenSequence:
         values = np.asarray(ids)
@@ -168,7 +177,7 @@ class Scorer(ModelScorer):
                 status, detail = Status.PROMPT_TOO_LONG, f"the prompt's {prompt_length} tokens leave none of {limit}"
         return TokenSequence(input_ids=values.astype(np.int64), scored=scored, status=status, detail=detail)
 
-    def _table(self, rows: pa.Table, scores: ResponseScores) -> pa.Table:
-        columns = scores.columns() | {"base_model": pa.array([self.name] * rows.num_rows, pa.string())}
-        columns |= {name: rows[name] for name in SCORES_SCHEMA.names if name not in columns}
-        return pa.table(columns).select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
+
+def _bytes_of(row: Response, turns: str) -> int:
+    scored = [message for message in row.messages if message.role == "assistant"]
+    return sum(len(message.content.encode()) for message in (scored if turns == "all" else scored[-1:]))

@@ -1,6 +1,7 @@
 """Token sequences -> packs -> one figure per response, in smaller packs where memory runs out.
 
-`Scores` says what a figure is: a sum of losses (`ResponseScores`) or a reward (`RewardScores`). The loop is the same.
+`Scores` says what a figure is: a sum of losses (`ResponseScores`), a reward (`RewardScores`), or both of one pass
+(`JointScores`). The loop is the same.
 
 Dimension key: S scored tokens, N sequences.
 """
@@ -8,8 +9,8 @@ Dimension key: S scored tokens, N sequences.
 from __future__ import annotations
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,97 +20,123 @@ from numpy.typing import NDArray
 
 from fastcompat.budget import PackLimit, out_of_memory
 from fastcompat.forest import BoolArray, IntArray, PrefixForest, pack_forest
-from fastcompat.model import CausalLM
-from fastcompat.packed_model import PackedModel
-from fastcompat.response import SCORED_STATUSES, Status
-from fastcompat.statistics import response_sums
-from fastcompat.tokenization import TokenSequence
+from fastcompat.response import Status
 
 
-class Scores(Protocol):
-    """The figures of N conversations as they come in, in the caller's order."""
+class Model(Protocol):
+    """What the loop asks of a model; what it computes is between it and its `Scores`."""
 
     @property
-    def sequences(self) -> Sequence[Any]:
-        """What is scored; each has `input_ids` [n]."""
+    def vocabulary(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def rope_boundary(self) -> int | None: ...
+
+
+class Scores(ABC):
+    """The figures of N sequences as they come in, in the caller's order."""
+
+    @property
+    @abstractmethod
+    def sequences(self) -> Sequence[Any]:
+        """[N] what is packed; each has `input_ids` [n]."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a corpus that these figures are of; of several sequences of a row, the first is below it."""
+        return len(self.sequences)
+
+    @abstractmethod
     def scorable(self) -> list[int]:
         """Indices of the sequences that have something to score."""
 
+    @abstractmethod
     def to_pack(self, n: int, rope_boundary: int | None) -> tuple[IntArray, BoolArray]:
         """Ids and scored mask of sequence n, without what follows the last token that counts."""
 
-    def compute(self, model: Any, forest: PrefixForest) -> NDArray[Any]:
+    @abstractmethod
+    def compute(self, model: Any, forest: PrefixForest) -> Any:
         """What `add` takes, of one pack."""
 
-    def add(self, forest: PrefixForest, values: NDArray[Any]) -> list[int]:
-        """Take the figures of a pack; the sequences whose figure is not finite are returned and not taken."""
+    @abstractmethod
+    def add(self, forest: PrefixForest, computed: Any) -> list[int]:
+        """Take what was computed of a pack; the sequences whose figure is not finite are returned and not taken."""
 
+    @abstractmethod
     def fail(self, n: int, status: Status, detail: str) -> None:
         """Sequence n has no figure."""
 
+    @abstractmethod
+    def tables(self, rows: pa.Table) -> tuple[pa.Table, ...]:
+        """The corpus rows with their figures, one table for each scorer, as it lies in that scorer's parts."""
 
-@dataclass(slots=True, kw_only=True)
-class ResponseScores:
-    """The losses of N responses as they come in, in the caller's order."""
+    @abstractmethod
+    def restore(self, tables: Sequence[pa.Table]) -> None:
+        """Take what an interrupted session kept, in the form of `tables`."""
 
-    sequences: Sequence[TokenSequence]
-    nll_sum: NDArray[np.float64]  # [N] NaN until scored
-    status: list[Status]
-    detail: list[str]
 
-    @classmethod
-    def of(cls, sequences: Sequence[TokenSequence]) -> ResponseScores:
-        return cls(
-            sequences=sequences,
-            nll_sum=np.full(len(sequences), np.nan),
-            status=[sequence.status for sequence in sequences],
-            detail=[sequence.detail for sequence in sequences],
-        )
+class OneFigure(Scores):
+    """One figure for each sequence, which is a row's; a subclass says which."""
 
-    def scorable(self) -> list[int]:
-        """Indices of the sequences that have something to score."""
-        return [n for n, status in enumerate(self.status) if status in SCORED_STATUSES and self.sequences[n].n_tokens]
+    schema: pa.Schema  # of its table
+    figure: str  # the figure's column in it
 
-    def to_pack(self, n: int, rope_boundary: int | None) -> tuple[IntArray, BoolArray]:
-        """Ids and scored mask of sequence n. What follows its last scored token predicts nothing that counts."""
-        sequence = self.sequences[n]
-        length = int(np.flatnonzero(sequence.scored)[-1]) + 1
-        if rope_boundary is not None and len(sequence.input_ids) > rope_boundary:
-            length = len(sequence.input_ids)  # there the whole length decides which rotary frequencies count
-        return sequence.input_ids[:length], sequence.scored[:length]
+    def __init__(self, sequences: Sequence[Any]) -> None:
+        self._sequences = sequences
+        self.values: NDArray[np.float64] = np.full(len(sequences), np.nan)  # [N] NaN until scored
+        self.status: list[Status] = [sequence.status for sequence in sequences]
+        self.detail: list[str] = [sequence.detail for sequence in sequences]
 
-    def compute(self, model: CausalLM, forest: PrefixForest) -> NDArray[np.float32]:
-        """[S] token NLL of a pack."""
-        return model.token_nll(forest)
+    @property
+    def sequences(self) -> Sequence[Any]:
+        """[N]."""
+        return self._sequences
 
-    def add(self, forest: PrefixForest, token_nll: NDArray[np.float32]) -> list[int]:
-        """Take the per-token NLL [S] of a pack; the sequences whose sum is not finite are returned and not taken."""
-        sums = response_sums(forest, token_nll)
-        finite = np.isfinite(sums)
-        self.nll_sum[forest.sequences[finite]] = sums[finite]
-        return [int(n) for n in forest.sequences[~finite]]
+    @property
+    def n_rows(self) -> int:
+        return len(self._sequences)
+
+    def take(self, sequences: NDArray[np.int64], values: NDArray[np.float64]) -> list[int]:
+        """Take the values of these sequences; those whose value is not finite are returned and not taken."""
+        finite = np.isfinite(values)
+        self.values[sequences[finite]] = values[finite]
+        return [int(n) for n in sequences[~finite]]
 
     def fail(self, n: int, status: Status, detail: str) -> None:
         self.status[n], self.detail[n] = status, detail
 
     def columns(self) -> dict[str, pa.Array]:
-        """The columns of `SCORE_SCHEMA` that scoring fills."""
-        counts = np.array([sequence.n_tokens for sequence in self.sequences], np.int32)
-        missing = np.isnan(self.nll_sum)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            loss = self.nll_sum / counts
+        """What scoring fills of the table; a figure that is not there is null."""
         return {
-            "n_prompt_tokens": pa.array([sequence.n_prompt_tokens for sequence in self.sequences], pa.int32()),
-            "n_tokens": pa.array(counts, pa.int32()),
-            "nll_sum": pa.array(self.nll_sum, pa.float64(), mask=missing),
-            "loss": pa.array(loss, pa.float64(), mask=missing),
+            "n_tokens": pa.array([sequence.n_tokens for sequence in self._sequences], pa.int32()),
+            self.figure: pa.array(self.values, pa.float64(), mask=np.isnan(self.values)),
             "status": pa.array([str(status) for status in self.status], pa.string()),
             "detail": pa.array(self.detail, pa.string()),
         }
 
+    def tables(self, rows: pa.Table) -> tuple[pa.Table, ...]:
+        own = self.columns()
+        columns = {name: own[name] if name in own else rows[name] for name in self.schema.names}
+        return (pa.table(columns, schema=self.schema),)
 
-def pack_sequences(model: PackedModel, scores: Scores, *, token_budget: int) -> list[PrefixForest]:
+    def restore(self, tables: Sequence[pa.Table]) -> None:
+        (table,) = tables
+        self.values[:] = table[self.figure].to_numpy(zero_copy_only=False)  # null is NaN
+        self.status[:] = [Status(status) for status in table["status"].to_pylist()]
+        self.detail[:] = table["detail"].to_pylist()
+
+
+def score_all(model: Model, scores: Scores, *, token_budget: int) -> None:
+    """Fill in the scores of sequences that are in memory."""
+    limit = PackLimit(token_budget)
+    for forest in pack_sequences(model, scores, token_budget=token_budget):
+        score_pack(model, forest, scores, limit)
+
+
+def pack_sequences(model: Model, scores: Scores, *, token_budget: int) -> list[PrefixForest]:
     """The scorable sequences as packs; what does not fit the model's vocabulary fails here, row by row."""
     chosen = []
     for n in scores.scorable():
@@ -126,7 +153,7 @@ def pack_sequences(model: PackedModel, scores: Scores, *, token_budget: int) -> 
     return _pack(model, scores, chosen, token_budget)
 
 
-def score_pack(model: PackedModel, forest: PrefixForest, scores: Scores, limit: PackLimit) -> None:
+def score_pack(model: Model, forest: PrefixForest, scores: Scores, limit: PackLimit) -> None:
     """Score one pack; what is above `limit`, or does not fit into memory, is packed again in smaller ones.
 
     A sequence that does not fit alone fails. It leaves the limit as it is: of packs of several it says nothing, since
@@ -159,7 +186,7 @@ def score_pack(model: PackedModel, forest: PrefixForest, scores: Scores, limit: 
             scores.fail(members[0], Status.OOM, f"{n_tokens} tokens do not fit into memory even alone")
 
 
-def _values(model: PackedModel, forest: PrefixForest, scores: Scores) -> NDArray[Any] | None:
+def _values(model: Model, forest: PrefixForest, scores: Scores) -> Any | None:
     """What `scores` computes of a pack, None where memory runs out.
 
     A sequence alone, which cannot be split, is tried a second time, with all caches empty: its row would be lost.
@@ -177,7 +204,7 @@ def _values(model: PackedModel, forest: PrefixForest, scores: Scores) -> NDArray
     return None
 
 
-def _pack(model: PackedModel, scores: Scores, chosen: Sequence[int], token_budget: int) -> list[PrefixForest]:
+def _pack(model: Model, scores: Scores, chosen: Sequence[int], token_budget: int) -> list[PrefixForest]:
     pairs = [scores.to_pack(n, model.rope_boundary) for n in chosen]
     ids, scored = [ids for ids, _ in pairs], [mask for _, mask in pairs]
     return [

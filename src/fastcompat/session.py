@@ -1,4 +1,4 @@
-"""One `fastcompat score`: the corpus goes into a run directory, then every base model works off what is pending."""
+"""One `fastcompat score`: the corpus goes into a run directory, then every model works off what is pending."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, prepare
 from fastcompat.engine import Progress, score_run
 from fastcompat.errors import RunError, UsageError
+from fastcompat.joint import JointScorer, share_body
+from fastcompat.model_scorer import ModelScorer
+from fastcompat.reward_scorer import RewardScorer
 from fastcompat.scorer import Scorer
-from fastcompat.store import Run, ScorerStore, add_generation, open_run
+from fastcompat.store import Run, ScorerStore, Unit, add_generation, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,44 +90,106 @@ def prepare_run(
     return run, None
 
 
-def open_scorer(run: Run, scorer: Scorer, *, token_budget: int | None) -> tuple[ScorerStore, int]:
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one forward pass over the corpus serves: a base model, a reward model, or two that share a body."""
+
+    base: Scorer | None = None
+    reward: RewardScorer | None = None
+
+    @property
+    def scorers(self) -> list[ModelScorer]:
+        return [scorer for scorer in (self.base, self.reward) if scorer is not None]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(scorer.name for scorer in self.scorers)
+
+    def unload(self) -> None:
+        """Give the weights' memory back."""
+        for scorer in self.scorers:
+            scorer.unload()
+
+
+def passes_of(bases: Sequence[Scorer], rewards: Sequence[RewardScorer]) -> list[Pass]:
+    """The passes that these scorers need: one each, but one for a base and a reward model with the same body."""
+    alone = list(rewards)
+    passes = []
+    for base in bases:
+        partner = next((reward for reward in alone if share_body(base, reward)), None)
+        if partner is not None:
+            alone.remove(partner)
+        passes.append(Pass(base=base, reward=partner))
+    return passes + [Pass(reward=reward) for reward in alone]
+
+
+def open_scorer(run: Run, scorer: ModelScorer, *, token_budget: int | None) -> tuple[ScorerStore, int]:
     """The run's record of `scorer` and the token budget to use: the one chosen now, else the one it began with.
 
     Where packs end is part of a figure's last bits, so a resumed run keeps it.
     """
-    existing = next((store.name for store in run.scorers() if store.record["identity"] == scorer.identity), None)
-    store = run.scorer(existing or scorer.directory_name, scorer.identity, scorer.record)
+    wanted = set(scorer.identity.get("extras", ()))
+    others = [store for store in run.scorers() if store.but_extras == {**scorer.identity, "extras": None}]
+    existing = min((store for store in others if wanted <= set(store.extras.columns)), key=_n_extras, default=None)
+    if existing is not None:
+        scorer.compute_extras(existing.extras)  # a run that tells more goes on to do so
+    store = run.scorer(existing.name if existing else scorer.directory_name, scorer.identity, scorer.record)
     return store, token_budget or int(store.record["settings"]["token_budget"])
+
+
+def _n_extras(store: ScorerStore) -> int:
+    return len(store.extras.columns)
 
 
 def score_corpus(
     run: Run,
-    scorer: Scorer,
-    store: ScorerStore,
+    served: Pass,
     *,
-    token_budget: int,
+    token_budget: int | None,
     worker: Worker,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Work off what is pending for one scorer. Raises Interrupted once `stop()` is true and the work at hand kept."""
-    units = run.pending(store, worker=worker.index, n_workers=worker.count)
-    progress.n_rows_total = sum(unit.n_rows for unit in run.units[worker.index :: worker.count])
-    progress.n_rows_skipped = progress.n_rows_total - sum(unit.n_rows for unit in units)
-    if not units:
-        return
-    run.log("score", scorer=store.name, units=len(units), token_budget=token_budget)
+) -> list[ScorerStore]:
+    """Work off what is pending for one pass, and return its scorers' stores.
+
+    token_budget: None: the one that each began with. Raises Interrupted once `stop()` is true and the work at hand
+    kept.
+    """
+    scorers = served.scorers
+    joint = None
+    if served.base is not None and served.reward is not None:
+        joint = JointScorer(served.base, served.reward)  # from here on the reward model has the base model's body
+    opened = [open_scorer(run, scorer, token_budget=token_budget) for scorer in scorers]
+    stores = [store for store, _ in opened]
+    pending = [run.pending(store, worker=worker.index, n_workers=worker.count) for store in stores]
+    own = run.units[worker.index :: worker.count]
+    progress.n_rows_total = sum(unit.n_rows for unit in own)
+    progress.n_rows_skipped = sum(unit.n_rows for unit in own if not any(unit in units for units in pending))
+    # Units that lack both figures are computed once; what lacks one of them, by its own scorer.
+    both = set(pending[0]).intersection(*pending) if joint is not None else set()
+    work: list[tuple[list[ScorerStore], ModelScorer | JointScorer, int, list[Unit]]] = [
+        ([store], scorer, budget, [unit for unit in units if unit not in both])
+        for (store, budget), scorer, units in zip(opened, scorers, pending, strict=True)
+    ]
+    if joint is not None:
+        work.insert(0, (stores, joint, opened[0][1], [unit for unit in own if unit in both]))
     try:
-        score_run(
-            run,
-            store,
-            scorer.model,
-            scorer.tokenizer,
-            token_budget=token_budget,
-            units=units,
-            progress=progress,
-            stop=stop,
-        )
+        for fills, computes, budget, units in work:
+            if not units:
+                continue
+            run.log("score", scorers=[store.name for store in fills], units=len(units), token_budget=budget)
+            score_run(
+                run,
+                fills,
+                computes.model,
+                computes.begin,
+                token_budget=budget,
+                units=units,
+                progress=progress,
+                stop=stop,
+            )
     finally:
         seconds = {"total": round(progress.seconds, 6)} | progress.timings.seconds()
-        run.log("stop", scorer=store.name, rows=progress.n_rows, tokens=progress.n_tokens, seconds=seconds)
+        names = [store.name for store in stores]
+        run.log("stop", scorers=names, rows=progress.n_rows, tokens=progress.n_tokens, seconds=seconds)
+    return stores

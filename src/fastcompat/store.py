@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import secrets
 import socket
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -32,32 +29,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcompat.corpus import CorpusSummary
+from fastcompat.durable import (
+    own_name,
+    read_json,
+    remove_abandoned,
+    remove_tree,
+    sync_directory,
+    write_json,
+    write_table,
+)
 from fastcompat.errors import RunError
+from fastcompat.extras import Extras
 from fastcompat.response import ROW_SCHEMA
+from fastcompat.schemas import FIGURES, SCORES_SCHEMA, as_scores, part_schema, with_reward
 
-FORMAT = 1
-
-# One scored row as it lies in a part. `nll_sum` and `loss` are null unless the status is ok or truncated.
-SCORE_SCHEMA = pa.schema(
-    [
-        ("row_key", pa.string()),
-        ("source", pa.string()),
-        ("row_index", pa.int64()),
-        ("response_index", pa.int32()),
-        ("prompt_id", pa.string()),
-        ("generator", pa.string()),
-        ("n_prompt_tokens", pa.int32()),
-        ("n_tokens", pa.int32()),
-        ("nll_sum", pa.float64()),
-        ("loss", pa.float64()),
-        ("status", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
-# What `Run.scores()` and `Scorer.score()` return: with whose figure it is, without what only keeps the order.
-SCORES_SCHEMA = SCORE_SCHEMA.remove(SCORE_SCHEMA.get_field_index("response_index")).insert(
-    SCORE_SCHEMA.get_field_index("generator"), pa.field("base_model", pa.string())
-)
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -84,6 +70,26 @@ class ScorerStore:
     def name(self) -> str:
         return self.directory.name
 
+    @property
+    def kind(self) -> str:
+        """base_model or reward_model."""
+        return str(self.record["identity"]["kind"])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of its parts."""
+        return part_schema(self.kind, self.extras)
+
+    @property
+    def extras(self) -> Extras:
+        """What its parts tell beside the figure."""
+        return Extras.of(self.record["identity"].get("extras", ()))
+
+    @property
+    def but_extras(self) -> dict[str, Any]:
+        """Its identity without them: equal for scorers whose figures are the same."""
+        return {**self.record["identity"], "extras": None}
+
     def part(self, unit: Unit) -> Path:
         return self.directory / f"part-{unit.name}.parquet"
 
@@ -97,23 +103,43 @@ class ScorerStore:
         write_table(self.part(unit), scores)
         self._beginning(unit).unlink(missing_ok=True)
 
-    def keep_beginning(self, unit: Unit, scores: pa.Table, *, token_budget: int, n_packs: int) -> None:
-        """Keep what an interrupted unit has finished: its first `n_packs` packs under `token_budget`."""
-        plan = {"token_budget": str(token_budget), "n_packs": str(n_packs)}
+    def keep_beginning(
+        self, unit: Unit, scores: pa.Table, *, token_budget: int, n_packs: int, n_stores: int = 1
+    ) -> None:
+        """Keep what an interrupted unit has finished: its first `n_packs` packs under `token_budget`.
+
+        n_stores: scorers that those packs serve; another number packs otherwise.
+        """
+        plan = {"token_budget": str(token_budget), "n_packs": str(n_packs), "n_stores": str(n_stores)}
         write_table(self._beginning(unit), scores.replace_schema_metadata(plan))
 
-    def beginning(self, unit: Unit, token_budget: int) -> tuple[pa.Table, int] | None:
-        """What `keep_beginning` kept of a unit and how many packs that is; None if nothing, or of another budget."""
+    def beginning(self, unit: Unit, token_budget: int, *, n_stores: int = 1) -> tuple[pa.Table, int] | None:
+        """What `keep_beginning` kept of a unit and how many packs that is; None if nothing, or of other packs."""
         path = self._beginning(unit)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
-            plan = {key: int(table.schema.metadata[key]) for key in (b"token_budget", b"n_packs")}
+            plan = {key: int(table.schema.metadata[key]) for key in (b"token_budget", b"n_packs", b"n_stores")}
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):
             return None  # damaged: its packs are computed again, which is all that is lost
-        usable = table.schema.equals(SCORE_SCHEMA) and table.num_rows == unit.n_rows
-        return (table, plan[b"n_packs"]) if usable and plan[b"token_budget"] == token_budget else None
+        usable = table.schema.equals(self.schema) and table.num_rows == unit.n_rows
+        same_packs = plan[b"token_budget"] == token_budget and plan[b"n_stores"] == n_stores
+        return (table, plan[b"n_packs"]) if usable and same_packs else None
+
+    def read(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """A committed unit's scores, or some columns of them. Raises RunError where they are damaged."""
+        path = self.part(unit)
+        try:
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(
+                f"{path} is damaged ({error}); delete it and score again: only its unit is computed"
+            ) from error
+        expected = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        if not table.schema.equals(expected):
+            raise RunError(f"{path} has other columns than a part of format {FORMAT}; delete it and score again")
+        return table
 
     def _beginning(self, unit: Unit) -> Path:
         return self.directory / f"begun-{unit.name}.parquet"
@@ -144,17 +170,26 @@ class Run:
     def shard_path(self, shard: int) -> Path:
         return self.directory / "corpus" / f"shard-{shard:05d}.parquet"
 
-    def unit_rows(self, unit: Unit) -> pa.Table:
-        """A unit's normalised rows, `response.ROW_SCHEMA`. Raises RunError where the shard is damaged."""
+    def unit_rows(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """A unit's normalised rows, `response.ROW_SCHEMA`, or some columns. Raises RunError for a damaged shard."""
         path = self.shard_path(unit.shard)
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_group(unit.group)
+                table = file.read_row_group(unit.group, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
-        if table.num_rows != unit.n_rows or not table.schema.equals(ROW_SCHEMA):
+        expected = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+        if table.num_rows != unit.n_rows or not table.schema.equals(expected):
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
+
+    @property
+    def reward_columns(self) -> dict[str, int]:
+        """Rewards that came with the corpus: name -> rows that have it."""
+        counts: Counter[str] = Counter()
+        for generation in self.generations:
+            counts.update(generation.rewards)
+        return dict(counts)
 
     def scorers(self) -> list[ScorerStore]:
         """Every scorer of the run, in the order in which they were first used."""
@@ -173,17 +208,33 @@ class Run:
             except OSError as error:
                 raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
             write_json(path, record)
-        _remove_abandoned(directory)
+        remove_abandoned(directory)
         store = ScorerStore(directory=directory, record=_read_record(path))
         if store.record["identity"] != dict(identity):
             raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
         return store
 
+    def current_scorers(self) -> list[ScorerStore]:
+        """Without those that another one, with more columns, has replaced: it has scored as many units as they."""
+        stores = self.scorers()
+        finished = {store.name: store.finished() for store in stores}
+
+        def is_replaced(old: ScorerStore) -> bool:
+            return any(
+                new.name != old.name
+                and new.but_extras == old.but_extras
+                and set(new.extras.columns) > set(old.extras.columns)
+                and finished[new.name] >= finished[old.name]
+                for new in stores
+            )
+
+        return [store for store in stores if not is_replaced(store)]
+
     def labels(self) -> dict[str, str]:
-        """Scorer name -> what its rows' `base_model` says: the model, or the scorer where one model has several."""
-        models = {store.name: str(store.record["settings"]["model"]) for store in self.scorers()}
+        """Scorer name -> what its rows say of it: the model, or the scorer where one model has several of a kind."""
+        models = {store.name: (store.kind, str(store.record["settings"]["model"])) for store in self.current_scorers()}
         alike = Counter(models.values())
-        return {name: model if alike[model] == 1 else name for name, model in models.items()}
+        return {name: model[1] if alike[model] == 1 else name for name, model in models.items()}
 
     def pending(self, scorer: ScorerStore, *, worker: int = 0, n_workers: int = 1) -> list[Unit]:
         """Units that have no part yet, of those that fall to this worker."""
@@ -191,22 +242,31 @@ class Run:
         return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
 
     def scores(self) -> pa.Table:
-        """All committed scores, one row per response and scorer (`SCORES_SCHEMA`): scorers in the order of their first
-        use, rows in input order.
+        """All that is known of every response, `SCORES_SCHEMA`: one row per response and scorer, scorers in the order
+        of their first use, then the corpus's own rewards (`reward_model` is "column NAME"); rows in input order. What
+        base models tell beside the loss (`score --for`) comes in columns after those.
         """
-        sources = [file.label for generation in self.generations for file in generation.files]
-        tables = []
         labels = self.labels()
-        for store in self.scorers():
+        tables = [SCORES_SCHEMA.empty_table()]
+        for store in self.current_scorers():
             finished = store.finished()
-            paths = [store.part(unit) for unit in self.units if unit.name in finished]
-            table = pa.concat_tables([SCORE_SCHEMA.empty_table(), *(read_part(path) for path in paths)])
-            order = pc.index_in(table["source"], pa.array(sources, pa.string()))
-            table = table.append_column("_order", order)
-            table = table.sort_by([(key, "ascending") for key in ("_order", "row_index", "response_index")])
-            model = pa.repeat(pa.scalar(labels[store.name], pa.string()), table.num_rows)
-            tables.append(table.append_column("base_model", model).select(SCORES_SCHEMA.names))
-        return pa.concat_tables([SCORES_SCHEMA.empty_table(), *tables]).combine_chunks()
+            parts = [store.read(unit) for unit in self.units if unit.name in finished]
+            own = self._in_input_order(pa.concat_tables([store.schema.empty_table(), *parts]))
+            tables.append(as_scores(own, store.kind, labels[store.name]))
+        if self.reward_columns:
+            columns = [name for name in ROW_SCHEMA.names if name != "messages"]
+            rows = self._in_input_order(pa.concat_tables([self.unit_rows(unit, columns) for unit in self.units]))
+            tables += [
+                as_scores(with_reward(rows, name), "reward_model", f"column {name}") for name in self.reward_columns
+            ]
+        # What only some scorers tell is null for the others.
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+    def _in_input_order(self, rows: pa.Table) -> pa.Table:
+        sources = [file.label for generation in self.generations for file in generation.files]
+        order = pc.index_in(rows["source"], pa.array(sources, pa.string()))
+        keys = [(key, "ascending") for key in ("_order", "row_index", "response_index")]
+        return rows.append_column("_order", order).sort_by(keys).drop_columns("_order")
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines.
@@ -229,7 +289,7 @@ def open_run(directory: str | os.PathLike[str]) -> Run:
         raise RunError(
             f"{directory} is not a run: it has no manifest.json (fastcompat score ... -o {directory} makes one)"
         )
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
     try:
@@ -251,8 +311,8 @@ def add_generation(
     corpus = directory / "corpus"
     try:
         corpus.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-        own = directory / _own_name("preparing")
+        remove_abandoned(directory)
+        own = directory / own_name("preparing")
         own.mkdir()
     except OSError as error:
         raise RunError(
@@ -269,117 +329,18 @@ def add_generation(
             raise RunError(f"another process changed {directory} in the meantime; give the same command again")
         for shard in summary.shards:
             (own / shard.name).rename(corpus / shard.name)
-        _sync_directory(corpus)
+        sync_directory(corpus)
         write_json(directory / "manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in done]})
     finally:
         remove_tree(own)
     return Run(directory, done)
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write Parquet whole or not at all; pages carry checksums."""
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, synced and renamed to it at the end. Raises RunError when the disk refuses."""
-    temporary = path.parent / _own_name(path.name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); what was committed before is safe: "
-            "make room or fix the permissions, then give the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A part's scores, or some columns of them. Raises RunError where it is damaged, with what to do."""
-    try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it and score again: only its unit is computed") from error
-    expected = SCORE_SCHEMA if columns is None else pa.schema([SCORE_SCHEMA.field(name) for name in columns])
-    if not table.schema.equals(expected):
-        raise RunError(f"{path} has other columns than a part of format {FORMAT}; delete it and score again")
-    return table
-
-
-def remove_tree(directory: Path) -> None:
-    """Remove a directory of files and directories, if it is there."""
-    for path in sorted(directory.rglob("*"), reverse=True) if directory.is_dir() else []:
-        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-    if directory.is_dir():
-        directory.rmdir()
-
-
-# Containers may share a host name and a disk but not their process ids: what is younger is never taken as abandoned.
-ABANDONED_SECONDS = 3600
-
-
-def _own_name(name: str) -> str:
-    """A temporary name of this process's own, which says whose it is."""
-    return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes of this host left half done; those of other hosts may still be at work."""
-    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+")
-    for path in directory.glob(".*"):
-        match = pattern.fullmatch(path.name)
-        with suppress(OSError):  # gone in the meantime, or not ours to remove
-            if match and not _alive(int(match[1])) and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable, where the system can (Windows cannot, and need not)."""
-    if os.name != "nt":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object")
-    return value
-
-
 def _read_record(path: Path) -> dict[str, Any]:
-    record = _read_json(path)
+    record = read_json(path)
     whole = {"identity", "settings", "created"} <= set(record) and isinstance(record["settings"], dict)
-    if not whole or not {"model", "token_budget"} <= set(record["settings"]):
+    known = whole and isinstance(record["identity"], dict) and record["identity"].get("kind") in FIGURES
+    if not known or not {"model", "token_budget"} <= set(record["settings"]):
         raise RunError(f"{path} is damaged: it does not say which scorer this is; move {path.parent} away")
     return record
 

@@ -178,6 +178,16 @@ class ConversationTokenizer:
                 found[index] = self._overlong_sequence(conversation)
         return [sequence for sequence in found if sequence is not None]
 
+    def without_prompt(self, sequence: TokenSequence) -> TokenSequence:
+        """The scored tokens of a sequence alone, after a BOS, or an EOS where there is no BOS token.
+
+        The same ids, so that each token's NLL compares with the one that it has given the prompt. With neither BOS nor
+        EOS the first one is not scored.
+        """
+        ids = sequence.input_ids[sequence.scored]
+        ids, scored, detail = self._with_bos(ids, np.ones(len(ids), np.bool_))
+        return TokenSequence(input_ids=ids, scored=scored, status=sequence.status, detail=detail)
+
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
 from fastcompat.response import SCORED_STATUSES, Status
-from fastcompat.store import Run, ScorerStore, Unit, read_part
+from fastcompat.schemas import FIGURES
+from fastcompat.store import Run, ScorerStore, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
     statuses: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for unit in units:
-        part = read_part(scorer.part(unit), columns=["row_key", "status", "detail"])
+        part = scorer.read(unit, ["row_key", "status", "detail"])
         for count in pc.value_counts(part["status"]).to_pylist():
             status = count["values"]
             statuses[status] += count["counts"]
@@ -83,14 +84,15 @@ def _damaged_parts(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> 
 
 def _damage(run: Run, scorer: ScorerStore, unit: Unit) -> Iterator[str]:
     path = scorer.part(unit)
-    part = read_part(path)
+    part = scorer.read(unit)
     rows = run.unit_rows(unit)
     if not part["row_key"].equals(rows["row_key"]):
         yield f"{path} does not hold the rows of its unit; delete it and score again"
         return
     scored = pc.is_in(part["status"], value_set=_SCORED)
-    if not pc.all(pc.equal(scored, pc.is_valid(part["nll_sum"]))).as_py():
-        yield f"{path} has a status without its loss, or a loss without its status; delete it and score again"
+    figure = FIGURES[scorer.kind]
+    if not pc.all(pc.equal(scored, pc.is_valid(part[figure]))).as_py():
+        yield f"{path} has a status without its {figure}, or a {figure} without its status; delete it and score again"
 
 
 _SCORED = pa.array([str(status) for status in SCORED_STATUSES])

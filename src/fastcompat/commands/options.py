@@ -20,6 +20,12 @@ class Bos(StrEnum):
     none = "none"
 
 
+class ReadOutRule(StrEnum):
+    auto = "auto"
+    last = "last"
+    non_pad = "non-pad"
+
+
 class ReportFormat(StrEnum):
     table = "table"
     json = "json"
