@@ -50,11 +50,13 @@ format: install
 # This machine against the loops that everybody writes; takes minutes, writes bench/results.
 bench: install
 	$(BIN)/python bench/end_to_end.py
+	$(BIN)/python bench/rewards.py --workload generators
 	$(BIN)/python bench/fused_head.py
 
 # The same with lm-evaluation-harness and CTranslate2, two models and every workload: hours on two cores.
 bench-all: peers
 	$(PEERS)/python bench/end_to_end.py --peers --shape SmolLM2-135M Qwen2.5-0.5B --workload all
+	$(PEERS)/python bench/rewards.py --workload generators context
 	$(PEERS)/python bench/fused_head.py
 	$(PEERS)/python bench/preparation_memory.py
 	$(PEERS)/python bench/readme.py

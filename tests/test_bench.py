@@ -197,9 +197,9 @@ def test_a_fast_wrong_scorer_shows_and_one_without_losses_has_no_figure(model):
     loops = (length_sorted, wrong, exhausted, lambda full: constant("silent", missing))
     subject = model_subject(str(model), dtype="float32")
     (found,) = measure(subject, Settings(n_prompts=1, rounds=1, loops=loops))
-    assert found.loops["wrong"].largest_error_nats == pytest.approx(0.2, abs=FLOAT32_NATS)
-    assert found.loops["wrong"].mean_error_nats == pytest.approx(0.2 / n, abs=FLOAT32_NATS)
-    assert found.failed == {"exhausted": "out of memory", "silent": "no finite loss for 2 of 16 responses"}
+    assert found.loops["wrong"].largest_error == pytest.approx(0.2, abs=FLOAT32_NATS)
+    assert found.loops["wrong"].mean_error == pytest.approx(0.2 / n, abs=FLOAT32_NATS)
+    assert found.failed == {"exhausted": "out of memory", "silent": "no finite figure for 2 of 16 responses"}
     assert set(found.record()["scorers"]) == {
         "Hugging Face, length-sorted, response logits only",
         "wrong",
@@ -210,7 +210,7 @@ def test_a_fast_wrong_scorer_shows_and_one_without_losses_has_no_figure(model):
     assert len(marked) == 1
     assert "wrong" in marked[0]
     assert re.search(r"0\.(19999|2000)", marked[0])
-    assert "no finite loss for 2 of 16 responses" in text
+    assert "no finite figure for 2 of 16 responses" in text
     assert "off by more than" in text
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastcompat.budget import token_bytes
 from fastcompat.checkpoint import logit_scale
-from fastcompat.engine import score_sequences
 from fastcompat.model import CausalLM
+from fastcompat.response_scores import score_sequences
 from fastcompat.tokenization import TokenSequence
 
 Losses = NDArray[np.float64]  # [N] mean NLL in nats over the scored tokens
@@ -36,7 +36,7 @@ PADDED_TOKENS, GPU_PADDED_TOKENS = 2048, 16384
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One way to compute losses: run(sequences [N], size) -> [N].
+    """One way to compute losses, or rewards: run(sequences [N], size) -> [N].
 
     `size` is what a batch holds, in `unit`s; `sizes` are those worth trying, the usual one first.
     peak_bytes(sequences, size): the memory that a run takes beside the model; 0 for a loop that sees to it itself.
@@ -144,7 +144,7 @@ def by_length(sequences: Sequences, token_budget: int) -> Iterator[list[int]]:
 
 def _padded_losses(model: Any, batch: Sequences) -> Tensor:
     """[B] from the logits of every token, [B, L, V]."""
-    ids, mask, scored = _padded(batch, model.device)
+    ids, mask, scored = right_padded(batch, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     target, chosen = ids[:, 1:], scored[:, 1:]
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
@@ -153,7 +153,7 @@ def _padded_losses(model: Any, batch: Sequences) -> Tensor:
 
 def _response_losses(model: Any, batch: Sequences) -> Tensor:
     """[B] from the logits of scored tokens only, [S, V]."""
-    ids, mask, scored = _padded(batch, model.device)
+    ids, mask, scored = right_padded(batch, model.device)
     length = ids.shape[1]
     # Indices are made here, from NumPy: asking a GPU where a mask is true would make the CPU wait for it.
     rows = np.repeat(np.arange(len(batch)), [sequence.n_tokens for sequence in batch])
@@ -177,10 +177,10 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
     return torch.tanh(z / cap) * cap if cap else z
 
 
-def _padded(batch: Sequences, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def right_padded(batch: Sequences, device: torch.device, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """ids [B, L] int64, attention mask [B, L] int64 and scored [B, L] bool of sequences padded on the right."""
     length = max(len(sequence.input_ids) for sequence in batch)
-    ids, mask = (np.zeros((len(batch), length), np.int64) for _ in range(2))
+    ids, mask = np.full((len(batch), length), pad_id, np.int64), np.zeros((len(batch), length), np.int64)
     scored = np.zeros((len(batch), length), np.bool_)
     for row, sequence in enumerate(batch):
         ids[row, : len(sequence.input_ids)] = sequence.input_ids
@@ -198,7 +198,7 @@ def _on_cpu(losses: Sequence[Tensor]) -> Losses:
 
 def _padded_bytes(model: Any, sequences: Sequences, batch_size: int) -> float:
     return max(
-        logits_bytes(model, len(batch) * longest(batch)) + _body_bytes(model, batch)
+        logits_bytes(model, len(batch) * longest(batch)) + body_bytes(model, batch)
         for batch in in_order(sequences, batch_size)
     )
 
@@ -209,7 +209,7 @@ def _length_sorted_bytes(model: Any, sequences: Sequences, token_budget: int) ->
 
 def _response_bytes(model: Any, batches: Sequence[Sequences]) -> float:
     return max(
-        logits_bytes(model, sum(sequence.n_tokens for sequence in batch)) + _body_bytes(model, batch)
+        logits_bytes(model, sum(sequence.n_tokens for sequence in batch)) + body_bytes(model, batch)
         for batch in batches
     )
 
@@ -220,7 +220,7 @@ def logits_bytes(model: Any, n_tokens: int) -> float:
     return float(n_tokens * vocabulary * (model.dtype.itemsize + 4 + 4))
 
 
-def _body_bytes(model: Any, batch: Sequences) -> float:
+def body_bytes(model: Any, batch: Sequences) -> float:
     """What a decoder layer holds at a time, with the scores [B, H, L, L] of eager attention."""
     text = model.config.get_text_config()
     length = longest(batch)

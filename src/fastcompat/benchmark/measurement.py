@@ -27,10 +27,11 @@ from fastcompat.benchmark.workloads import GPU_PROMPTS, WORKLOADS
 from fastcompat.budget import choose_token_budget, free_memory
 from fastcompat.checkpoint import model_lengths
 from fastcompat.display import counted_noun
-from fastcompat.engine import ResponseScores, pack_sequences
 from fastcompat.errors import FastcompatError
 from fastcompat.forest import PrefixForest
 from fastcompat.model import CausalLM, wrap
+from fastcompat.response_scores import ResponseScores
+from fastcompat.scoring import pack_sequences
 
 # Sequences whose float32 loss the plain model computes too, and how far apart, in nats, the two may be.
 CHECKED_SEQUENCES = 4
@@ -55,10 +56,12 @@ class Problem:
     sequences: Sequences
 
     @classmethod
-    def create(cls, subject: Subject, workload: str, n_prompts: int | None) -> Problem:
-        """n_prompts None: the workload's own, more on a GPU."""
+    def create(
+        cls, subject: Subject[Any], workload: str, n_prompts: int | None, *, vocabulary: int | None = None
+    ) -> Problem:
+        """n_prompts None: the workload's own, more on a GPU. Ids are below `vocabulary`; None: the model's."""
         n_prompts = n_prompts or WORKLOADS[workload].n_prompts * (GPU_PROMPTS if subject.device.type == "cuda" else 1)
-        vocabulary = subject.config.get_text_config().vocab_size
+        vocabulary = vocabulary or subject.config.get_text_config().vocab_size
         context_length, _ = model_lengths(subject.config)
         draw = WORKLOADS[workload].sequences
         sequences = draw(vocabulary, n_prompts=n_prompts, context_length=context_length)
@@ -73,7 +76,7 @@ class Problem:
 
     def packs(self, model: CausalLM, token_budget: int) -> list[PrefixForest]:
         """As fastcompat lays them out."""
-        return pack_sequences(model, ResponseScores.of(self.sequences), token_budget=token_budget)
+        return pack_sequences(model, ResponseScores(self.sequences), token_budget=token_budget)
 
     def described(self) -> str:
         """What is scored, in one line."""
@@ -88,7 +91,7 @@ class Problem:
 class Measurement:
     """One model and workload, every loop."""
 
-    subject: Subject
+    subject: Subject[CausalLM]
     problem: Problem
     token_budget: int
     useful_flops: float
@@ -134,8 +137,8 @@ class Measurement:
                     "tokens_per_second": self.tokens_per_second(loop),
                     "efficiency": self.efficiency(loop),
                     "fastcompat_speedup": self.speedup(loop),
-                    "largest_error_nats": loop.largest_error_nats,
-                    "mean_error_nats": loop.mean_error_nats,
+                    "largest_error_nats": loop.largest_error,
+                    "mean_error_nats": loop.mean_error,
                     "batch_size": loop.size,
                     "batch_unit": loop.unit,
                 }
@@ -164,7 +167,7 @@ class Settings:
 
 
 @torch.no_grad()
-def measure(subject: Subject, settings: Settings) -> Iterator[Measurement]:
+def measure(subject: Subject[CausalLM], settings: Settings) -> Iterator[Measurement]:
     """Each workload in turn. Raises WrongLossError where fastcompat's float32 losses are not those of the plain model.
 
     Losses in float32 come first, for all workloads, so that this copy of the model is gone before the others come.
@@ -180,7 +183,7 @@ def measure(subject: Subject, settings: Settings) -> Iterator[Measurement]:
     weight = up_projection(model).to(subject.dtype, copy=True)
     references = _references(subject, problems, model, weight, token_budget, settings)
     del model
-    _release()
+    release()
     full, ours = subject.plain(), subject.load_ours()
     loops = [*(make(full) for make in settings.loops), fastcompat_loop(ours, token_budget=token_budget)]
     for problem, reference in zip(problems, references, strict=True):
@@ -212,7 +215,12 @@ class _Reference:
 
 
 def _references(
-    subject: Subject, problems: Sequence[Problem], model: Any, weight: Tensor, token_budget: int, settings: Settings
+    subject: Subject[CausalLM],
+    problems: Sequence[Problem],
+    model: Any,
+    weight: Tensor,
+    token_budget: int,
+    settings: Settings,
 ) -> list[_Reference]:
     """In float32. model: the transformers model, whose own losses are computed before fastcompat takes it over."""
     plain = [plain_losses(model, problem.sequences) for problem in problems]
@@ -276,7 +284,7 @@ def _likely_time(flops: Sequence[float], repetitions: Sequence[float], rate: flo
     return f"about {seconds / 60:.0f} minutes" if seconds > 90 else "about a minute" if seconds > 30 else "seconds"
 
 
-def _release() -> None:
+def release() -> None:
     """Give back the memory of a model that is not referred to any more."""
     gc.collect()
     if torch.cuda.is_available():

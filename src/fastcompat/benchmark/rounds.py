@@ -1,4 +1,4 @@
-"""Loops in turn: a batch size for each that fits into memory, seconds round by round, and errors in nats.
+"""Loops in turn: a batch size for each that fits into memory, seconds round by round, and errors.
 
 Dimension key: N sequences.
 """
@@ -21,13 +21,13 @@ from fastcompat.budget import MEMORY_SHARE, free_memory, out_of_memory
 
 @dataclass(kw_only=True)
 class LoopResult:
-    """What one loop took, round by round, and how far its losses [N] are from float32, in nats."""
+    """What one loop took, round by round, and how far its figures [N] are from float32, in their unit."""
 
     size: int
     unit: str
     all_seconds: list[float] = field(default_factory=list)
-    largest_error_nats: float = 0.0
-    mean_error_nats: float = 0.0
+    largest_error: float = 0.0
+    mean_error: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -53,7 +53,7 @@ def run_in_turn(
     n_rounds: int,
     progress: Callable[[int, int, str], None],
 ) -> Rounds:
-    """Every loop once a round, after the product with `weight`; `exact` [N] are the losses in float32."""
+    """Every loop once a round, after the product with `weight`; `exact` [N] are the losses, or rewards, in float32."""
     rounds = Rounds()
     ready: dict[str, Loop] = {}
     n_runs, n_done = n_rounds * len(loops), 0
@@ -81,14 +81,14 @@ def run_in_turn(
             else:
                 errors = np.abs(losses - exact)
                 n_missing = int((~np.isfinite(errors)).sum())
-                problem = f"no finite loss for {n_missing} of {len(errors)} responses" if n_missing else ""
+                problem = f"no finite figure for {n_missing} of {len(errors)} responses" if n_missing else ""
             if problem:
                 rounds.failed[name] = problem
                 del ready[name], rounds.results[name]
                 continue
             result.all_seconds.append(seconds)
-            result.largest_error_nats = max(result.largest_error_nats, float(errors.max()))
-            result.mean_error_nats = max(result.mean_error_nats, float(errors.mean()))
+            result.largest_error = max(result.largest_error, float(errors.max()))
+            result.mean_error = max(result.mean_error, float(errors.mean()))
     return rounds
 
 
@@ -152,7 +152,7 @@ def fitting_sizes(loop: Loop, sequences: Sequences, free_bytes: int) -> list[int
 
 
 def timed(loop: Loop, sequences: Sequences, size: int, device: torch.device) -> tuple[Losses, float]:
-    """The losses [N], and the seconds until they were there."""
+    """What the loop computes [N], and the seconds until it was there."""
     synchronize(device)
     began = time.perf_counter()
     losses = loop.run(sequences, size)

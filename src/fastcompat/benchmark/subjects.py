@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -25,6 +25,10 @@ from fastcompat.checkpoint import (
 )
 from fastcompat.errors import UsageError
 from fastcompat.model import CausalLM, load_causal_lm, wrap
+from fastcompat.packed_model import PackedModel
+
+# What fastcompat makes of a transformers model.
+Packed = TypeVar("Packed", bound=PackedModel)
 
 
 def smollm2_135m() -> Any:
@@ -144,16 +148,21 @@ def random_model(
     # Drawn where it will live: three billion normal numbers take a CPU minutes.
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-        model.get_input_embeddings().weight.normal_(0.0, 3.0 * model.config.hidden_size**-0.5)
+    draw_weights(model)
     return model.eval()
 
 
+@torch.no_grad()
+def draw_weights(model: Any) -> None:
+    """Fill a transformers model's matrices at random; hidden states and what a head makes of them are of order 1."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    model.get_input_embeddings().weight.normal_(0.0, 3.0 * model.config.hidden_size**-0.5)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Subject(Generic[Packed]):
     """A model that can be loaded again and again, with the same weights: as transformers has it, and by fastcompat."""
 
     name: str
@@ -162,7 +171,7 @@ class Subject:
     device: torch.device
     dtype: torch.dtype
     load_plain: Callable[[], Any]
-    load_ours: Callable[[], CausalLM]
+    load_ours: Callable[[], Packed]
 
     def plain(self) -> Any:
         """The transformers model, with the library's own attention: sdpa, or eager where sdpa cannot compute it."""
@@ -190,7 +199,7 @@ class Subject:
             )
 
 
-def shape_subject(shape: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
+def shape_subject(shape: str, *, device: str = "auto", dtype: str = "auto") -> Subject[CausalLM]:
     """One of `SHAPES` with random weights. Raises UsageError for another name. `dtype` "auto": as `resolve_dtype`."""
     if shape not in SHAPES:
         raise UsageError(f"--shape {shape}: there are {', '.join(SHAPES)}; for a model of yours: --base-model")
@@ -211,7 +220,7 @@ def shape_subject(shape: str, *, device: str = "auto", dtype: str = "auto") -> S
     )
 
 
-def model_subject(model: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
+def model_subject(model: str, *, device: str = "auto", dtype: str = "auto") -> Subject[CausalLM]:
     """A hub id or a directory, as `load_causal_lm` takes it. Raises ModelError where it cannot be scored."""
     settings = ModelSettings(device=device, dtype=dtype)
     config = load_config(model, settings.revision)

@@ -24,14 +24,14 @@ def rendered(measurement: Measurement) -> RenderableType:
     for name, loop in measurement.loops.items():
         speedup = measurement.speedup(loop)
         ours = name == "fastcompat"
-        wrong = loop.largest_error_nats > MARKED_NATS
+        wrong = loop.largest_error > MARKED_NATS
         table.add_row(
             Text(name, style="bold" if ours else ""),
             f"{loop.seconds:,.2f}",
             f"{measurement.tokens_per_second(loop):,.0f}",
             f"{measurement.efficiency(loop):.0%}",
             "" if ours or speedup is None else f"{speedup:.1f}x as fast",
-            Text(f"{loop.largest_error_nats:.5f}{' !' if wrong else ''}", style="bold red" if wrong else ""),
+            Text(f"{loop.largest_error:.5f}{' !' if wrong else ''}", style="bold red" if wrong else ""),
         )
     for name, reason in measurement.failed.items():
         table.add_row(Text(name), *[""] * 4, Text(reason, style="red"))
@@ -47,7 +47,7 @@ def _legend(measurement: Measurement) -> Iterator[str]:
         "errors: of a response's mean loss, against float32 with the same weights, which the plain model confirms to "
         f"{measurement.check_nats:.0e} nats"
     )
-    if any(loop.largest_error_nats > MARKED_NATS for loop in measurement.loops.values()):
+    if any(loop.largest_error > MARKED_NATS for loop in measurement.loops.values()):
         yield f"!: off by more than {MARKED_NATS} nats; rounding explains less, but where it changes a router's choice"
 
 
