@@ -67,7 +67,7 @@ class JointModel:
         predictors = forest.predictors
         states = self.base.hidden_at(forest, np.concatenate([predictors, reads.reshape(-1)]))
         found = self.base.target_statistics(states[: len(predictors)], forest, statistics)
-        return found, self.reward.rewards_of(states[len(predictors) :].view(*reads.shape, -1))
+        return found, self.reward.rewards_of(states[len(predictors) :].view(*reads.shape, states.shape[-1]))
 
 
 class JointScores(Scores):

@@ -131,13 +131,11 @@ class ResponseScores(OneFigure):
             "n_prompt_tokens": pa.array([sequence.n_prompt_tokens for sequence in self._sequences], pa.int32()),
             "loss": pa.array(loss, pa.float64(), mask=missing),
         }
+        # A response may have been read without its prompt before it is with it.
         for name, sums in self.sums.items():
-            absent = missing | np.isnan(sums)
+            absent = np.isnan(sums) | (missing & (name == "n_bytes"))
             own[name] = pa.array(np.where(absent, 0, sums), mask=absent).cast(EXTRAS[name].type)
-        for name, lists in self.lists.items():
-            kept = [None if gone else values for gone, values in zip(missing.tolist(), lists, strict=True)]
-            own[name] = _list_array(kept, EXTRAS[name].type)
-        return own
+        return own | {name: _list_array(lists, EXTRAS[name].type) for name, lists in self.lists.items()}
 
     def restore(self, tables: Sequence[pa.Table]) -> None:
         super().restore(tables)

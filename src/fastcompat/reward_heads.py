@@ -86,7 +86,7 @@ class Head(nn.Module):
 
     def outputs(self, states: Tensor) -> Tensor:
         """[N, K] for any number of conversations, each with the bits that it has alone."""
-        n_blocks = -(-len(states) // _BLOCK)
+        n_blocks = max(1, -(-len(states) // _BLOCK))
         padded = states.new_zeros(n_blocks * _BLOCK, *states.shape[1:], dtype=torch.float32)
         padded[: len(states)] = states
         blocks = padded.view(n_blocks, _BLOCK, *states.shape[1:])

@@ -52,7 +52,8 @@ class RewardModel(PackedModel):
         """
         reads = reads.reshape(len(reads), -1)
         assert reads.shape[1] == self.head.n_reads, f"reads is {reads.shape}, not [N, {self.head.n_reads}]"
-        return self.rewards_of(self.hidden_at(forest, reads.reshape(-1)).view(*reads.shape, -1))
+        states = self.hidden_at(forest, reads.reshape(-1))
+        return self.rewards_of(states.view(*reads.shape, states.shape[-1]))
 
     @torch.no_grad()
     def rewards_of(self, states: torch.Tensor) -> NDArray[np.float64]:
