@@ -71,6 +71,7 @@ EXTRAS: Mapping[str, Extra] = {
     "token_varentropy": Extra(type=_FLOATS, statistic="varentropy"),
     "token_rank": Extra(type=pa.list_(pa.int32()), statistic="rank"),
     "unconditioned_token_nll": Extra(type=_FLOATS, statistic="nll", alone=True),
+    "token_text": Extra(type=pa.list_(pa.string())),
 }
 
 
@@ -93,7 +94,7 @@ class Extras:
     def needed_by(cls, metrics: Iterable[str], *, keep_tokens: bool = False) -> Extras:
         """What these metrics read that is not in every part. UsageError where they need tokens that are not kept.
 
-        keep_tokens: the NLL of every token is kept, whatever the metrics need.
+        keep_tokens: every token's NLL and text are kept, whatever the metrics need.
         """
         names = list(metrics)
         wanted = {column for name in names for column in METRICS[name].needs if column in EXTRAS}
@@ -103,7 +104,7 @@ class Extras:
                 f"{', '.join(lists)} read every token's figures, which are kept only with --keep-tokens (4 bytes a "
                 "token and figure, before compression)"
             )
-        return cls.of(wanted | ({"token_nll"} if keep_tokens else set()))
+        return cls.of(wanted | ({"token_nll", "token_text"} if keep_tokens else set()))
 
     @cached_property
     def fields(self) -> list[pa.Field]:

@@ -66,6 +66,7 @@ COLUMNS: Mapping[str, Column] = {
     "token_entropy": Column(meaning="entropy of each prediction, nats", option=_TOKENS),
     "token_varentropy": Column(meaning="varentropy of each prediction, nats^2", option=_TOKENS),
     "token_rank": Column(meaning="rank of each token, 0 for the likeliest", option=_TOKENS),
+    "token_text": Column(meaning="text of each token", option="--keep-tokens"),
     "unconditioned_token_nll": Column(meaning="NLL of each token without the prompt, nats", option=_TOKENS),
     "reference_loss": Column(
         meaning="loss under the reference model, nats per token (`with_reference`)",

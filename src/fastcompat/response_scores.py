@@ -6,7 +6,8 @@ without their prompts, where those are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from fastcompat.tokenization import TokenSequence
 class ResponseScores(OneFigure):
     """`values` are sums of NLL in nats. `extras`: what else is asked for.
 
-    alone: [N] the responses without their prompts, if `extras` asks for them. n_bytes: [N], of the scored text.
+    alone: [N] the responses without their prompts, if `extras` asks for them. known: what is known of the texts
+    beforehand, [N] each: "n_bytes", and "token_text" of the scored tokens.
     """
 
     figure = "nll_sum"
@@ -37,7 +39,7 @@ class ResponseScores(OneFigure):
         extras: Extras = Extras(),  # noqa: B008  # frozen
         *,
         alone: Sequence[TokenSequence] = (),
-        n_bytes: Sequence[int | None] = (),
+        known: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     ) -> None:
         super().__init__(sequences)
         assert len(alone) == (len(sequences) if extras.needs_alone else 0)
@@ -47,12 +49,13 @@ class ResponseScores(OneFigure):
         self.sums: dict[str, NDArray[np.float64]] = {}  # [N] NaN until scored
         self.lists: dict[str, list[NDArray[Any] | None]] = {}
         for name in extras.columns:
+            if name in known:
+                continue
             if EXTRAS[name].per_token:
                 self.lists[name] = [None] * len(sequences)
             else:
                 self.sums[name] = np.full(len(sequences), np.nan)
-        if "n_bytes" in self.sums:
-            self.sums["n_bytes"][:] = [np.nan if n is None else n for n in n_bytes]
+        self.known = {name: known[name] for name in extras.columns if name in known}
 
     @property
     def nll_sum(self) -> NDArray[np.float64]:
@@ -131,9 +134,11 @@ class ResponseScores(OneFigure):
             "n_prompt_tokens": pa.array([sequence.n_prompt_tokens for sequence in self._sequences], pa.int32()),
             "loss": pa.array(loss, pa.float64(), mask=missing),
         }
+        for name, values in self.known.items():
+            own[name] = pa.array(values, EXTRAS[name].type, mask=missing)
         # A response may have been read without its prompt before it is with it.
         for name, sums in self.sums.items():
-            absent = np.isnan(sums) | (missing & (name == "n_bytes"))
+            absent = np.isnan(sums)
             own[name] = pa.array(np.where(absent, 0, sums), mask=absent).cast(EXTRAS[name].type)
         return own | {name: _list_array(lists, EXTRAS[name].type) for name, lists in self.lists.items()}
 

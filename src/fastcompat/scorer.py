@@ -103,11 +103,15 @@ class Scorer(ModelScorer):
 
     def begin(self, rows: list[Response]) -> ResponseScores:
         """Tokenise responses; nothing of them is scored yet."""
-        return self._begin(self.tokenizer(rows), [_bytes_of(row, self.tokenizer.settings.turns) for row in rows])
+        n_bytes = [_bytes_of(row, self.tokenizer.settings.turns) for row in rows]
+        return self._begin(self.tokenizer(rows), n_bytes)
 
     def _begin(self, sequences: list[TokenSequence], n_bytes: Sequence[int | None]) -> ResponseScores:
         alone = [self.tokenizer.without_prompt(sequence) for sequence in sequences] if self.extras.needs_alone else []
-        return ResponseScores(sequences, self.extras, alone=alone, n_bytes=n_bytes)
+        known: dict[str, Sequence[Any]] = {"n_bytes": n_bytes}
+        if "token_text" in self.extras.columns:
+            known["token_text"] = self.tokenizer.scored_texts(sequences)
+        return ResponseScores(sequences, self.extras, alone=alone, known=known)
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""

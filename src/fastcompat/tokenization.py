@@ -188,6 +188,14 @@ class ConversationTokenizer:
         ids, scored, detail = self._with_bos(ids, np.ones(len(ids), np.bool_))
         return TokenSequence(input_ids=ids, scored=scored, status=sequence.status, detail=detail)
 
+    def scored_texts(self, sequences: Sequence[TokenSequence]) -> list[list[str]]:
+        """The text of each scored token by itself; what is part of a character only reads U+FFFD."""
+        ids = [sequence.input_ids[sequence.scored].tolist() for sequence in sequences]
+        distinct = sorted({token for own in ids for token in own})
+        texts = self.tokenizer.batch_decode([[token] for token in distinct], clean_up_tokenization_spaces=False)
+        text_of = dict(zip(distinct, texts, strict=True))
+        return [[text_of[token] for token in own] for own in ids]
+
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.
 

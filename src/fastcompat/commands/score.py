@@ -16,6 +16,8 @@ from fastcompat.commands.options import Bos, Device, Dtype, Map, MaxLength, Read
 from fastcompat.display import errors, say
 from fastcompat.errors import Interrupted, UsageError
 
+REWARDS = "Rewards"
+
 if TYPE_CHECKING:
     from fastcompat.corpus import PreparationProgress
     from fastcompat.session import Pass, Worker
@@ -49,7 +51,10 @@ def score(
     metrics: Annotated[
         str | None,
         typer.Option(
-            "--for", metavar="METRIC,...", help="Compute what these need too: ifd, rsr, entropy ...", show_default="car"
+            "--for",
+            metavar="METRIC,...",
+            help="Compute what these need too: ifd, rsr, entropy ...",
+            show_default="car",
         ),
     ] = None,
     keep_tokens: Annotated[
@@ -57,21 +62,39 @@ def score(
     ] = False,
     reward_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which of the corpus's own rewards to keep, or none.", show_default="all"),
+        typer.Option(
+            rich_help_panel=REWARDS,
+            metavar="NAME",
+            help="Which of the corpus's own rewards to keep, or none.",
+            show_default="all",
+        ),
     ] = None,
     reward_output: Annotated[
-        str | None, typer.Option(metavar="NAME|INDEX", help="Which output of a reward model with several.")
+        str | None,
+        typer.Option(
+            rich_help_panel=REWARDS, metavar="NAME|INDEX", help="Which output of a reward model with several."
+        ),
     ] = None,
     reward_read_out: Annotated[
-        ReadOutRule, typer.Option(help="The token at which a reward is read; auto: as the model's own class.")
+        ReadOutRule,
+        typer.Option(
+            rich_help_panel=REWARDS, help="The token at which a reward is read; auto: as the model's own class."
+        ),
     ] = ReadOutRule.auto,
-    reward_bos: Annotated[Bos, typer.Option(help="As --bos, of reward models.")] = Bos.auto,
+    reward_bos: Annotated[Bos, typer.Option(rich_help_panel=REWARDS, help="As --bos, of reward models.")] = Bos.auto,
     reward_max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens; longer conversations have no reward.", show_default="the model's context"),
+        typer.Option(
+            rich_help_panel=REWARDS,
+            help="Tokens; longer conversations have no reward.",
+            show_default="the model's context",
+        ),
     ] = None,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Judge a longer conversation by its beginning instead.")
+        bool,
+        typer.Option(
+            "--truncate", rich_help_panel=REWARDS, help="Judge a longer conversation by its beginning instead."
+        ),
     ] = False,
     worker: Annotated[
         str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
