@@ -38,6 +38,8 @@ _FORMAT = 1
 # How far the tokens that are kept stay from the place where an overlong text is cut before it is tokenised.
 _MARGIN_TOKENS = 512
 _CHARACTERS_PER_TOKEN = 8
+# What a decoder writes for a part of a character.
+_REPLACEMENT = "\ufffd"
 # A long text of which this much gives too few tokens (50 MB of blanks, or of an unknown script) is not read to its end.
 _MOST_CHARACTERS = 1 << 22
 
@@ -189,12 +191,28 @@ class ConversationTokenizer:
         return TokenSequence(input_ids=ids, scored=scored, status=sequence.status, detail=detail)
 
     def scored_texts(self, sequences: Sequence[TokenSequence]) -> list[list[str]]:
-        """The text of each scored token by itself; what is part of a character only reads U+FFFD."""
+        """The text of each scored token. Of several that make one character the last has it, the others are empty."""
         ids = [sequence.input_ids[sequence.scored].tolist() for sequence in sequences]
         distinct = sorted({token for own in ids for token in own})
-        texts = self.tokenizer.batch_decode([[token] for token in distinct], clean_up_tokenization_spaces=False)
-        text_of = dict(zip(distinct, texts, strict=True))
-        return [[text_of[token] for token in own] for own in ids]
+        text_of = dict(zip(distinct, self._decode([[token] for token in distinct]), strict=True))
+        return [self._texts(own, [text_of[token] for token in own]) for own in ids]
+
+    def _texts(self, ids: list[int], texts: list[str]) -> list[str]:
+        begun: list[int] = []  # indices of the tokens of a character that is not whole yet
+        for k, text in enumerate(texts):
+            if _REPLACEMENT not in text:
+                begun = []
+                continue
+            begun.append(k)
+            (whole,) = self._decode([[ids[j] for j in begun]])
+            if _REPLACEMENT not in whole:
+                for j in begun:
+                    texts[j] = ""
+                texts[k], begun = whole, []
+        return texts
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return list(self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.
