@@ -35,7 +35,9 @@ else:
 setup(
     packages=[*find_packages("src"), "fastcompat.kernels"],
     package_dir={"": "src", "fastcompat.kernels": "kernels"},
-    package_data={"fastcompat": ["py.typed", "demo/base-model/*"]},
+    package_data={
+        "fastcompat": ["py.typed", "demo/base-model/*", "demo/reward-model/*", "paper/*.csv", "paper/README.md"]
+    },
     ext_modules=native,
     cmdclass=commands,
 )
