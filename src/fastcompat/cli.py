@@ -20,7 +20,6 @@ from rich.markup import escape
 from fastcompat import __version__
 from fastcompat.commands.machine import bench, doctor
 from fastcompat.commands.options import (
-    Average,
     Bos,
     Map,
     MaxLength,
@@ -28,8 +27,9 @@ from fastcompat.commands.options import (
     Template,
     Turns,
 )
+from fastcompat.commands.results import rank, report, reproduce, select
 from fastcompat.commands.score import score
-from fastcompat.display import TableFormat, console, errors, say
+from fastcompat.display import console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -80,28 +80,10 @@ def options(
 app.command()(score)
 
 
-@app.command()
-def rank(
-    directory: RunDirectory,
-    by: Annotated[str, typer.Option(help="The column whose values are ranked.")] = "generator",
-    average: Annotated[Average, typer.Option(help="Mean over responses or over tokens.")] = Average.response,
-    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
-    format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
-) -> None:
-    """Rank the generators of a run by mean loss, the most compatible first."""
-    from fastcompat.display import write_ranking
-    from fastcompat.ranking import rank as rank_scores
-    from fastcompat.store import open_run
-
-    run = open_run(directory)
-    scores = run.scores()
-    if not scores.num_rows:
-        raise UsageError(f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR")
-    ranking = rank_scores(scores, by=by, average=average.value, draws=draws)
-    write_ranking(ranking, by, average.value, draws, format)
-    n_pending = sum(run.n_rows - sum(u.n_rows for u in run.units if u.name in s.finished()) for s in run.scorers())
-    if n_pending:
-        errors.print(f"[yellow]note:[/] {n_pending:,} responses are not scored yet", highlight=False)
+app.command()(rank)
+app.command()(select)
+app.command()(report)
+app.command()(reproduce)
 
 
 @app.command()

@@ -9,19 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from fastcompat.corpus import CorpusSummary, PreparationProgress
     from fastcompat.doctor import Finding
     from fastcompat.engine import Progress as EngineProgress
@@ -33,13 +30,6 @@ errors = Console(stderr=True)
 
 # Off a terminal, a line this often.
 PLAIN_SECONDS = 15.0
-
-
-class TableFormat(StrEnum):
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
 
 
 class LiveDisplay:
@@ -128,58 +118,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def ranking_table(ranking: pa.Table, *, by: str) -> Table:
-    """A ranking for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    several = len(set(ranking["base_model"].to_pylist())) > 1
-    if several:
-        table.add_column("base model", overflow="fold")
-    for name, right in [("rank", True), (by, False), ("responses", True), ("tokens", True), ("loss", True)]:
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    table.add_column("95% interval", justify="right")
-    left_out = any(ranking["n_left_out"].to_pylist())
-    if left_out:
-        table.add_column("left out", justify="right")
-    for row in ranking.to_pylist():
-        cells: list[RenderableType] = [
-            "" if row["rank"] is None else f"{row['rank']}",
-            Text(printable(str(row[by]))),
-            f"{row['n']:,}",
-            "" if row["mean_tokens"] is None else f"{row['mean_tokens']:,.0f}",
-            "none" if row["loss"] is None else f"{row['loss']:.4f}",
-            "" if row["loss_low"] is None else f"{row['loss_low']:.4f} to {row['loss_high']:.4f}",
-        ]
-        if left_out:
-            cells.append(f"{row['n_left_out']:,}" if row["n_left_out"] else "")
-        table.add_row(*([Text(printable(row["base_model"]))] if several else []), *cells)
-    return table
-
-
-def write_ranking(ranking: pa.Table, by: str, average: str, draws: int, format: TableFormat) -> None:
-    """A ranking in one of the formats."""
-    if format is TableFormat.table:
-        console.print(ranking_table(ranking, by=by))
-        over = "responses" if average == "response" else "tokens"
-        say(
-            f"[dim]loss: mean NLL in nats a token, averaged over {over}; 95% interval from {draws:,} bootstrap draws "
-            "clustered by prompt;\nneighbours that the draws do not tell apart share a rank.[/]"
-        )
-        if any(row["loss"] is not None and row["loss_low"] is None for row in ranking.to_pylist()):
-            say("[dim]No interval, and no rank of its own, for fewer than 10 prompts.[/]")
-    elif format is TableFormat.json:
-        print(json.dumps(ranking.to_pylist(), indent=2))
-    elif format is TableFormat.csv:
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(ranking, sys.stdout.buffer)
-    else:
-        names = ranking.column_names
-        print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-        for row in ranking.to_pylist():
-            cells = ("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())
-            print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |")
-
-
 # Files with something to tell are shown up to this many.
 SHOWN_FILES = 5
 
@@ -261,6 +199,16 @@ def write_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
 def counted_noun(count: int, noun: str) -> str:
     """1 file, 2 files."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """Cells of text as a table for the terminal; the first `left` columns begin at the left, the others end right."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for k, name in enumerate(header):
+        table.add_column(name, justify="left" if k < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
 
 
 def say(text: str) -> None:

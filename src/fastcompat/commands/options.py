@@ -36,6 +36,28 @@ class Average(StrEnum):
     token = "token"
 
 
+class TableFormat(StrEnum):
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+class SortBy(StrEnum):
+    auto = "auto"
+    car = "car"
+    loss = "loss"
+    reward = "reward"
+
+
+class LeaveOut(StrEnum):
+    response = "response"
+    prompt = "prompt"
+
+
+By = Annotated[str, typer.Option(help="The column whose values are ranked.")]
+Beta = Annotated[list[float] | None, typer.Option("--beta", help="Of CAR. Repeatable.", show_default="3")]
+RewardShift = Annotated[float, typer.Option(help="Added to every mean reward, where rewards may be negative.")]
 Map = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),

@@ -1,0 +1,233 @@
+"""`fastcompat rank`, `select`, `report` and `reproduce`: what one decides with a run. They load no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.markup import escape
+
+from fastcompat.commands.options import Average, Beta, By, LeaveOut, RewardShift, RunDirectory, SortBy, TableFormat
+from fastcompat.display import console, errors, say
+from fastcompat.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from fastcompat.store import Run
+
+
+def rank(
+    directory: RunDirectory,
+    by: By = "generator",
+    beta: Beta = None,
+    average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
+    sort: Annotated[SortBy, typer.Option(help="What decides; auto: CAR, without rewards the loss.")] = SortBy.auto,
+    leave_out: Annotated[
+        LeaveOut, typer.Option(help="Of what lacks a figure, leave out the response, or all responses to its prompt.")
+    ] = LeaveOut.response,
+    reward_shift: RewardShift = 0.0,
+    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|paper:BASE_MODEL",
+            help="Outcomes of training on each generator: how well does every metric predict them?",
+        ),
+    ] = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
+) -> None:
+    """Rank the generators of a run: by CAR where it has rewards and losses, the best teacher first.
+
+    With --against, every metric's rank correlation with outcomes that you know, or with the paper's.
+    """
+    from fastcompat.ranking import Figure, sensitivity
+    from fastcompat.ranking import rank as rank_scores
+    from fastcompat.ranking_display import groups_of, reading, show_ranking, what_the_figures_are, write_table
+
+    run = _opened(directory)
+    scores = run.scores()
+    if against is not None:
+        _validate(scores, against, by, beta or [3.0], reward_shift, format)
+        return
+    figure = None if sort is SortBy.auto else cast(Figure, sort.value)
+    ranking = rank_scores(
+        scores,
+        by=by,
+        beta=beta or [3.0],
+        average=average.value,
+        reward_shift=reward_shift,
+        leave_out=leave_out.value,
+        sort_by=figure,
+        draws=draws,
+    )
+    if format is not TableFormat.table:
+        write_table(ranking, format)
+    else:
+        show_ranking(ranking, by, what_the_figures_are(ranking, average.value, draws))
+        winners = sensitivity(ranking, by=by, reward_shift=reward_shift)
+        told: set[str] = set()
+        for title, rows in groups_of(ranking):
+            lines = reading(rows, by, winners.get((rows[0]["base_model"], rows[0]["reward_model"]), []), figure)
+            if lines:
+                say(f"\n[bold]{escape(title)}[/]: {escape(lines[0])}")
+            for line in lines[1:]:
+                if (text := f"{rows[0]['base_model']}{rows[0]['reward_model']}{line}") not in told:
+                    told.add(text)
+                    say(escape(line))
+    _note_pending(run)
+
+
+def _validate(
+    scores: pa.Table, against: str, by: str, betas: list[float], reward_shift: float, format: TableFormat
+) -> None:
+    from fastcompat.display import plain_table
+    from fastcompat.ranking_display import markdown, write_table
+    from fastcompat.validation import formatted, notes, validate
+
+    table = validate(scores, against, betas=betas, reward_shift=reward_shift, by=by)
+    header, rows = formatted(table)
+    if format is TableFormat.table:
+        console.print(plain_table(header, rows))
+        for note in notes(table):
+            say(f"[dim]{escape(note)}[/]")
+    elif format is TableFormat.md:
+        print(markdown(header, rows))
+    else:
+        write_table(table, format)
+
+
+def select(
+    directory: RunDirectory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Ends in .jsonl, .jsonl.gz or .parquet.")
+    ],
+    by: Annotated[
+        str, typer.Option(help="A metric (car, loss, reward, ifd_ppl ...) or a mixture: car=0.7,ifd_ppl=0.3.")
+    ] = "car",
+    beta: Annotated[float, typer.Option(help="Of CAR.")] = 3.0,
+    reward_shift: RewardShift = 0.0,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Responses to each prompt.", show_default="1; all with --threshold"),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Only responses at least as good as this.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts, those with the best responses.")
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at least so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at most so many tokens.")] = None,
+    drop_duplicates: Annotated[bool, typer.Option(help="Equal responses to a prompt count once.")] = True,
+    base_model: Annotated[str | None, typer.Option(help="Whose losses, where the run has several.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Whose rewards, where the run has several.")] = None,
+) -> None:
+    """Choose the best response to every prompt and write them as training data, with a card that says how."""
+    from fastcompat.display import counted_noun
+    from fastcompat.selection import select as select_rows
+    from fastcompat.selection_settings import parse_by
+    from fastcompat.training_file import write_selection
+
+    run = _opened(directory)
+    chosen = select_rows(
+        run,
+        by=parse_by(by),
+        beta=beta,
+        reward_shift=reward_shift,
+        top=top,
+        threshold=threshold,
+        budget=budget,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        drop_duplicates=drop_duplicates,
+        base_model=base_model,
+        reward_model=reward_model,
+    )
+    card = write_selection(run, chosen, output)
+    counts = chosen["generator"].value_counts().to_pylist()
+    for count in sorted(counts, key=lambda count: -count["counts"]):
+        say(f"{count['counts']:>9,}  {escape(str(count['values']))}")
+    n_chosen = counted_noun(chosen.num_rows, "response")
+    say(f"{n_chosen} in [bold]{escape(str(output))}[/], described in {escape(str(card))}")
+    _note_pending(run)
+
+
+def report(
+    directory: RunDirectory,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
+    by: By = "generator",
+    beta: Beta = None,
+    average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
+    reward_shift: RewardShift = 0.0,
+    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+) -> None:
+    """Write one self-contained HTML page: the ranking, what it rests on, and examples."""
+    from fastcompat.report import write_report
+
+    run = _opened(directory)
+    betas = beta or [3.0]
+    path = write_report(
+        run,
+        output,
+        by=by,
+        beta=betas[0],
+        betas=tuple(dict.fromkeys([*betas, 0.0, 1.0, 3.0, 10.0])),
+        average=average.value,
+        reward_shift=reward_shift,
+        draws=draws,
+    )
+    say(f"[bold]{escape(str(path))}[/] ({path.stat().st_size / 1e6:.1f} MB)")
+    _note_pending(run)
+
+
+def reproduce(
+    base_model: Annotated[
+        list[str] | None,
+        typer.Option("--base-model", metavar="NAME", help="One of the paper's five. Repeatable.", show_default="all"),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN")] = Path("zoo"),
+    corpus: Annotated[
+        str | None, typer.Option(metavar="INPUT", help="A copy of the corpus.", show_default="the hub's")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """Score Magpie-100K-Generator-Zoo under the paper's base models and print Table 4 beside the published one.
+
+    Resumes like any run. It needs the hub, and days on a CPU; --dry-run prints what it would do.
+    """
+    from fastcompat.cli import app
+    from fastcompat.display import plain_table
+    from fastcompat.reproduction import CORPUS, formatted_table4, plan, table4, table4_notes
+    from fastcompat.store import open_run
+
+    for step in plan(base_model or (), corpus=corpus or CORPUS, output=output):
+        say(f"\n{escape(step.title)}: {escape(step.reason)}\n[bold]$ {escape(step.command)}[/]")
+        if not dry_run:
+            typer.main.get_command(app).main(list(step.arguments), standalone_mode=False)
+    if dry_run:
+        return
+    table = table4(open_run(output))
+    header, rows = formatted_table4(table)
+    console.print(plain_table(header, rows))
+    for note in table4_notes(table):
+        say(f"[dim]{escape(note)}[/]")
+
+
+def _opened(directory: Path) -> Run:
+    """The run, which has something to decide with."""
+    from fastcompat.store import open_run
+
+    run = open_run(directory)
+    if not run.reward_columns and not any(store.finished() for store in run.scorers()):
+        raise UsageError(
+            f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR "
+            "--reward-model ID_OR_DIR"
+        )
+    return run
+
+
+def _note_pending(run: Run) -> None:
+    finished = [store.finished() for store in run.current_scorers()]
+    pending = sum(run.n_rows - sum(unit.n_rows for unit in run.units if unit.name in names) for names in finished)
+    if pending:
+        errors.print(f"[yellow]note:[/] {pending:,} responses are not scored yet", highlight=False)
