@@ -17,6 +17,8 @@ LIGHT += [".metrics", ".ranking", ".verification", ".demo", ".demo.corpus", ".in
 LIGHT += [".commands.machine", ".commands.options", ".benchmark", ".benchmark.workloads", ".benchmark.machine"]
 LIGHT += [".response_metrics", ".token_metrics", ".extras", ".schemas", ".durable", ".reward_tokenization"]
 LIGHT += [".bootstrap", ".pairing", ".selection", ".training_file"]
+LIGHT += [".correlation", ".validation", ".reproduction", ".training_outcomes", ".paper", ".ranking_display"]
+LIGHT += [".commands.results", ".commands.score", ".report"]
 
 
 def run_python(code: str) -> str:
