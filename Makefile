@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 
 # The whole job on the embedded corpus and model; nothing reaches the network.
 demo: install
-	rm -rf demo-run demo-run-corpus
+	rm -rf demo-run demo-run-corpus demo-run-report.html
 	HF_HUB_OFFLINE=1 $(BIN)/fastcompat demo --output demo-run
 
 # One torch thread a worker: two processes of two threads each would fight over two cores.

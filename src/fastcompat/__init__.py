@@ -2,8 +2,9 @@
 
     import fastcompat as fc
 
-    scorer = fc.Scorer("Qwen/Qwen2.5-0.5B")
-    table = scorer.score([{"prompt": "What is two plus two?", "response": "Four."}])
+    losses = fc.Scorer("Qwen/Qwen2.5-0.5B").score(rows)
+    rewards = fc.RewardScorer("Skywork/Skywork-Reward-V2-Qwen3-0.6B").score(rows)
+    fc.rank(pa.concat_tables([losses, rewards]), beta=3.0)
 
 Importing this package loads neither torch nor transformers; the names below do so when they are first used.
 """
@@ -21,10 +22,13 @@ _HOMES = {
     "RewardScorer": "fastcompat.reward_scorer",
     "Run": "fastcompat.store",
     "Scorer": "fastcompat.scorer",
+    "car": "fastcompat.response_metrics",
     "linear_nll": "fastcompat.nll",
     "open_run": "fastcompat.store",
     "packed_nll": "fastcompat.nll",
     "rank": "fastcompat.ranking",
+    "select": "fastcompat.selection",
+    "write_selection": "fastcompat.training_file",
 }
 
 __all__ = [
@@ -33,18 +37,24 @@ __all__ = [
     "Run",
     "Scorer",
     "__version__",
+    "car",
     "linear_nll",
     "open_run",
     "packed_nll",
     "rank",
+    "select",
+    "write_selection",
 ]
 
 if TYPE_CHECKING:
     from fastcompat.nll import linear_nll, packed_nll
     from fastcompat.ranking import rank
+    from fastcompat.response_metrics import car
     from fastcompat.reward_scorer import RewardScorer
     from fastcompat.scorer import Scorer
+    from fastcompat.selection import select
     from fastcompat.store import Run, open_run
+    from fastcompat.training_file import write_selection
 
 
 def __getattr__(name: str) -> Any:
