@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from fastcompat.checkpoint import (
     ModelSettings,
-    first_sentence,
     load_config,
     read_tensors,
     refuse_unsupported,
@@ -28,7 +27,7 @@ from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest, pack_forest
 from fastcompat.interface import ATTENTION_NAME
 from fastcompat.packed_model import PackedModel, load_full, packed
-from fastcompat.probe import HIDDEN_TOLERANCE, PROBE_TOKENS
+from fastcompat.probe import HIDDEN_TOLERANCE, PROBE_TOKENS, first_pass
 from fastcompat.reward_heads import Head, ReadOutChoice, RewardHead, find_head
 from fastcompat.reward_tokenization import ReadOut
 
@@ -146,15 +145,8 @@ def describe(
 @torch.no_grad()
 def probe_reward_model(model: RewardModel) -> None:
     """Raise ModelError unless `model` gives packed what it gives alone, and what its own class gives."""
-    try:
+    with first_pass(model.name):
         _compare(model)
-    except ModelError:
-        raise
-    except Exception as error:  # an architecture that breaks on a packed row breaks as it likes
-        raise ModelError(
-            f"{model.name}: its first forward pass on packed sequences failed "
-            f"({type(error).__name__}: {first_sentence(error)}); it is not supported"
-        ) from error
 
 
 def _compare(model: RewardModel) -> None:

@@ -8,15 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.extras import Extras
-from fastcompat.response import SCORED_STATUSES, Status
+from fastcompat.response import ROW_SCHEMA, SCORED_STATUSES, Status
 
 _WHERE = [
-    ("row_key", pa.string()),
-    ("source", pa.string()),
-    ("row_index", pa.int64()),
-    ("response_index", pa.int32()),
-    ("prompt_id", pa.string()),
-    ("generator", pa.string()),
+    ROW_SCHEMA.field(name) for name in ("row_key", "source", "row_index", "response_index", "prompt_id", "generator")
 ]
 _WHY = [("status", pa.string()), ("detail", pa.string())]
 
@@ -41,7 +36,7 @@ FIGURES: Mapping[str, str] = {"base_model": "nll_sum", "reward_model": "reward"}
 # figure it is, without what only keeps the order. What another kind of scorer tells is null.
 SCORES_SCHEMA = pa.schema(
     [
-        *(field for field in _WHERE if field[0] != "response_index"),
+        *(field for field in _WHERE if field.name != "response_index"),
         ("base_model", pa.string()),
         ("reward_model", pa.string()),
         ("n_prompt_tokens", pa.int32()),
