@@ -8,31 +8,31 @@ too. Nothing imports this module: it is here so that anybody can remake the mode
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import json
 import math
 import random
-import re
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fastcompat.demo.corpus import MINIMUM_CHARACTERS, digest, first_paragraph, question
-from fastcompat.demo.library import (
-    HELD_OUT_MODULES,
-    TRAINING_MODULES,
-    Documented,
-    definitions,
-    documentation_text,
-    documented,
-    load,
+from fastcompat.demo.corpus import digest, first_paragraph
+from fastcompat.demo.library import Documented, load
+from fastcompat.demo.training_text import (
+    TURN_END,
+    TURN_START,
+    conversation,
+    held_out_things,
+    known_things,
+    quotation_check,
+    source_files,
+    spaced,
 )
 
 SEED = 2411_07133
@@ -50,17 +50,13 @@ WEIGHT_DECAY = 0.1
 # The model shall know documentation well and code a little: of the source it reads each fourth file.
 SOURCE_STRIDE = 4
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def conversation(thing: Documented, answer: str) -> str:
-    return f"{TURN_START}user\n{question(thing)}{TURN_END}\n{TURN_START}assistant\n{answer}{TURN_END}\n"
 
 
 def conversations(things: Sequence[Documented]) -> list[str]:
@@ -72,7 +68,7 @@ def conversations(things: Sequence[Documented]) -> list[str]:
 def repetitions(things: Sequence[Documented]) -> list[str]:
     """First paragraphs, each several times in a row: a model this small learns to copy only if it is taught to."""
     return [
-        " ".join([_spaced(first_paragraph(thing))] * (2 + digest("repetitions", thing.name) % 5)) for thing in things
+        " ".join([spaced(first_paragraph(thing))] * (2 + digest("repetitions", thing.name) % 5)) for thing in things
     ]
 
 
@@ -82,68 +78,17 @@ def reference_topics() -> list[str]:
     return [text for _, text in sorted(topics.items())]
 
 
-def source_files() -> Iterator[tuple[str, str]]:
-    """(module, source) of the library without held-out modules, tests, tables, and this machine's configuration."""
-    held_out = {name.split(".")[0] for name in HELD_OUT_MODULES}
-    left_out = held_out | {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if left_out.isdisjoint(parts) and not re.match(r"config-|_sysconfigdata", parts[0]):
-            try:
-                yield ".".join(parts), path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
-
-
-def documented_in(module: str, source: str) -> Iterator[Documented]:
-    """What a source file documents, private things included: read, not imported."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:  # a template or a sample of bad syntax
-        return
-    for name, definition in definitions(tree):
-        documentation = documentation_text(ast.get_docstring(definition, clean=False))
-        parameters = "" if isinstance(definition, ast.ClassDef) else f"({ast.unparse(definition.args)})"
-        if len(documentation) >= 40:
-            yield Documented(
-                name=f"{module}.{name}",
-                module=module,
-                signature=f"{module}.{name}{parameters}",
-                documentation=documentation,
-                source="",
-            )
-
-
 def held_out_and_training() -> tuple[list[Documented], list[str]]:
     """What the model must not see, and the texts that it is trained on, shuffled."""
-    held_out = documented(HELD_OUT_MODULES, minimum_characters=MINIMUM_CHARACTERS)
+    held_out = held_out_things()
     sources = list(source_files())
-    things = {thing.documentation: thing for module, source in sources for thing in documented_in(module, source)}
-    things |= {thing.documentation: thing for thing in documented(TRAINING_MODULES)}
-    known = list(things.values())
+    known = known_things(sources)
     documents = [*(thing.text for thing in known), *conversations(known), *repetitions(known), *reference_topics()]
-    # Some modules copy docstrings from others: a text that quotes a held-out one is no training text.
-    # Found by a long word of theirs, because a thousand searches through all texts take too long.
-    by_word: dict[str, list[str]] = {}
-    for thing in held_out:
-        inner_words = thing.documentation.split()[1:-1]
-        by_word.setdefault(max(inner_words, key=len, default=""), []).append(_spaced(thing.documentation))
-
-    def quotes(text: str) -> bool:
-        spaced = _spaced(text)
-        words = {"", *spaced.split()}
-        return any(documentation in spaced for word in words & by_word.keys() for documentation in by_word[word])
-
+    quotes = quotation_check(held_out)
     texts = [text for text in documents if not quotes(text)]
     texts += [source for _, source in sources[::SOURCE_STRIDE] if not quotes(source)]
     random.Random(SEED).shuffle(texts)
     return held_out, texts
-
-
-def _spaced(text: str) -> str:
-    """The text without its line breaks and indentation."""
-    return " ".join(text.split())
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -216,15 +161,22 @@ def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
     return sum(losses) / len(blocks)
 
 
-def learning_rate(step: int, n_steps: int) -> float:
+def new_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, n_steps: int, *, peak: float = PEAK_LEARNING_RATE, warm_up: int = WARM_UP_STEPS) -> float:
     """Linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < WARM_UP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / WARM_UP_STEPS
-    progress = (step - WARM_UP_STEPS) / max(n_steps - WARM_UP_STEPS, 1)
-    return PEAK_LEARNING_RATE * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(n_steps - warm_up, 1)
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def save(model: LlamaForCausalLM, out: Path) -> None:
+def save(model: PreTrainedModel, out: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)  # says only what config.json says
 
@@ -242,10 +194,7 @@ def train(out: Path, n_steps: int) -> None:
     print(f"{len(texts)} texts, {len(blocks)} blocks of {BLOCK}; held out {held_out_blocks}", flush=True)
 
     model = new_model(tokenizer)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = new_optimizer(model)
     order = torch.Generator().manual_seed(SEED)
     queue = torch.empty(0, dtype=torch.int64)
     started = time.perf_counter()
