@@ -171,33 +171,38 @@ def demo(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts; each is answered by every generator.")] = 500,
 ) -> None:
-    """Score the embedded corpus with the embedded model: offline, in about a minute."""
-    from fastcompat.demo import model_directory
+    """The whole job on the embedded corpus and models: offline, in about a minute."""
+    from fastcompat.demo import model_directory, reward_model_directory
     from fastcompat.demo.corpus import write_corpus
 
     directory = output or Path(tempfile.mkdtemp(prefix="fastcompat-demo-")) / "run"
     corpus = directory.parent / f"{directory.name}-corpus"
+    page = directory.parent / f"{directory.name}-report.html"
     if not (directory / "manifest.json").exists():
         write_corpus(corpus, n_prompts=prompts)
-    path = model_directory()
-    model = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    base, judge = (
+        os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        for path in (model_directory(), reward_model_directory())
+    )
+
+    def command(text: str) -> None:
+        say(f"\n[bold]$ fastcompat {escape(text)}[/]")
+
     say(
         "What Python's standard library says about itself, answered by several response generators;\n"
-        "which of them does the small base model find most compatible?\n"
+        "which of them would teach the small base model best?"
     )
-    say(f"[bold]$ fastcompat score {escape(str(corpus))} --base-model {escape(model)} -o {escape(str(directory))}[/]")
-    score(directory, [str(corpus)], [model])
-    say(f"\n[bold]$ fastcompat rank {escape(str(directory))}[/]")
+    command(f"score {corpus} --base-model {base} --reward-model {judge} --keep-tokens -o {directory}")
+    score(directory, [str(corpus)], [base], [judge], keep_tokens=True)
+    command(f"rank {directory}")
     rank(directory)
+    command(f"report {directory} -o {page}")
+    report(directory, page)
     say(
-        "\nLoss alone asks what is easy to predict, not what is right: repeated text is easy, and so is fluent text\n"
-        "about something else. It is half of the answer; quality is the other.\n"
-    )
-    say(
-        "On your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B -o RUN[/], "
-        "then [bold]fastcompat rank RUN[/].\n"
-        "One row and its scored tokens: "
-        f"[bold]fastcompat inspect {escape(str(corpus))} --base-model {escape(model)}[/]"
+        "\nOn your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B "
+        "--reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B -o RUN[/],\n"
+        "then [bold]fastcompat rank RUN[/], [bold]fastcompat report RUN[/], "
+        "[bold]fastcompat select RUN -o best.jsonl[/]."
     )
 
 

@@ -126,9 +126,10 @@ def reading(rows: Sequence[Row], by: str, ranges: Sequence[BetaRange], figure: F
 
 
 def _beta_range(own: BetaRange) -> str:
+    begin, end = (f"{float(f'{beta:.2g}'):,g}" for beta in own[:2])  # two digits, and no exponent below a million
     if math.isinf(own.beta_to):
-        return f"above {own.beta_from:.2g}"
-    return f"below {own.beta_to:.2g}" if own.beta_from == 0 else f"from {own.beta_from:.2g} to {own.beta_to:.2g}"
+        return f"above {begin}"
+    return f"below {end}" if own.beta_from == 0 else f"from {begin} to {end}"
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
