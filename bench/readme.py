@@ -91,6 +91,26 @@ def head() -> str:
     )
 
 
+def rewards() -> str:
+    """Reward models against transformers' own ways; one row for the fastest of each way."""
+    blocks = []
+    for path in sorted(RESULTS.glob("rewards-*.json")):
+        result = load(path.name)
+        ours = result["scorers"]["fastcompat"]
+        ways = {"pipeline in corpus order", "length-sorted pipeline", "length-sorted by hand", "one at a time"}
+        chosen = {result["best_of_kind"][way]: result["scorers"][result["best_of_kind"][way]] for way in sorted(ways)}
+        rows = [
+            f"| {name} | {entry['seconds']:.1f} s | {entry['seconds'] / ours['seconds']:.1f}x | "
+            f"{entry['largest_error']:.3f} |"
+            for name, entry in [*sorted(chosen.items(), key=lambda item: -item[1]["seconds"]), ("fastcompat", ours)]
+        ]
+        title = f"{result['shape']} shape, `{result['workload']}` ({result['n_tokens']:,} tokens"
+        title += f", {len(ours['all_seconds'])} rounds)"
+        head = f"| {title} | time | of fastcompat's | largest error |\n| --- | --- | --- | --- |"
+        blocks.append("\n".join([head, *rows]))
+    return "\n\n".join(blocks)
+
+
 def demo() -> str:
     """What `make demo` printed."""
     return "```\n" + (RESULTS / "demo.txt").read_text().rstrip() + "\n```"
@@ -99,7 +119,7 @@ def demo() -> str:
 def rendered() -> str:
     """README with its figures brought up to date."""
     text = (ROOT / "README.md").read_text()
-    for name, block in (("speed", speed()), ("head", head()), ("demo", demo())):
+    for name, block in (("speed", speed()), ("head", head()), ("rewards", rewards()), ("demo", demo())):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         assert pattern.search(text), f"README has no place for {name}"
         text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)  # type: ignore[misc]

@@ -26,6 +26,7 @@ from fastcompat.errors import UsageError
 from fastcompat.pairing import as_table, paired, rows_at
 from fastcompat.response import SCORED_STATUSES
 from fastcompat.response_metrics import car
+from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
 MIN_PROMPTS = 10
@@ -66,8 +67,8 @@ def rank(
 ) -> pa.Table:
     """One row per base model, reward model, beta and generator, the best of each first.
 
-    table: `Run.scores()`, or any frame that `pairing.paired` takes. Columns: base_model, reward_model, beta (null
-    without CAR), generator (or whatever `by` names), rank, n, n_left_out, mean_tokens, and of reward, loss and car each
+    table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes. Columns: base_model, reward_model, beta
+    (null without CAR), generator (or whatever `by` names), rank, n, n_left_out, mean_tokens, and of reward, loss and car each
     with `_low` and `_high`, p_best.
 
     `reward` and `loss` (nats) are means over the same `n` responses: those that carry every figure that the pair of
@@ -87,10 +88,11 @@ def rank(
     """
     betas = [float(value) for value in np.atleast_1d(beta)]
     _check_options(betas, average, leave_out, sort_by, reward_shift, draws)
-    scores = as_table(table)
+    # What nobody reads here, per-token lists above all, is neither read nor joined.
+    needed = list(dict.fromkeys((*_READ, by)))
+    scores = table.scores(needed) if isinstance(table, Run) else as_table(table)
     _check_groups(scores, by)
-    # What nobody reads here, per-token lists above all, is not joined.
-    rows = paired(scores.select([name for name in scores.column_names if name == by or name in _READ]))
+    rows = paired(scores.select([name for name in scores.column_names if name in needed]))
     parts = [
         _rank_pair(group, models, by, _Options(betas, average, reward_shift, leave_out, sort_by, draws, seed))
         for models, group in _by_models(rows)

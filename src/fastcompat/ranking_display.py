@@ -111,7 +111,7 @@ def reading(rows: Sequence[Row], by: str, ranges: Sequence[BetaRange], figure: F
     if len(ranked) < 2:
         return []
     first = [str(row[by]) for row in ranked if row["rank"] == 1]
-    decides: Figure = figure or next(name for name in _FIGURES if ranked[0][name] is not None)
+    decides = figure if figure is not None else next(name for name in _FIGURES if ranked[0][name] is not None)
     word = "lowest loss" if decides == "loss" else f"best {_NAMES[decides]}"
     if len(first) == 1:
         lines = [f"{first[0]} has the {word}, clearly before {ranked[1][by]}."]

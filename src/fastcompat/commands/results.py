@@ -47,13 +47,12 @@ def rank(
     from fastcompat.ranking_display import groups_of, reading, show_ranking, what_the_figures_are, write_table
 
     run = _opened(directory)
-    scores = run.scores()
     if against is not None:
-        _validate(scores, against, by, beta or [3.0], reward_shift, format)
+        _validate(run.scores(), against, by, beta or [3.0], reward_shift, format)
         return
     figure = None if sort is SortBy.auto else cast(Figure, sort.value)
     ranking = rank_scores(
-        scores,
+        run,
         by=by,
         beta=beta or [3.0],
         average=average.value,
