@@ -48,6 +48,8 @@ def rank(
 
     run = _opened(directory)
     if against is not None:
+        if (average, sort, leave_out) != (Average.response, SortBy.auto, LeaveOut.response):
+            raise UsageError("--against takes every metric as it is defined: leave --average, --sort, --leave-out away")
         _validate(run.scores(), against, by, beta or [3.0], reward_shift, format)
         return
     figure = None if sort is SortBy.auto else cast(Figure, sort.value)
@@ -89,12 +91,15 @@ def _validate(
     header, rows = formatted(table)
     if format is TableFormat.table:
         console.print(plain_table(header, rows))
-        for note in notes(table):
-            say(f"[dim]{escape(note)}[/]")
     elif format is TableFormat.md:
         print(markdown(header, rows))
     else:
         write_table(table, format)
+    for note in notes(table):
+        if format is TableFormat.table:
+            say(f"[dim]{escape(note)}[/]")
+        else:  # who reads the table alone gets it without a foreign line
+            errors.print(escape(note), highlight=False, soft_wrap=True)
 
 
 def select(
@@ -226,7 +231,10 @@ def _opened(directory: Path) -> Run:
 
 
 def _note_pending(run: Run) -> None:
-    finished = [store.finished() for store in run.current_scorers()]
-    pending = sum(run.n_rows - sum(unit.n_rows for unit in run.units if unit.name in names) for names in finished)
-    if pending:
-        errors.print(f"[yellow]note:[/] {pending:,} responses are not scored yet", highlight=False)
+    labels = run.labels()
+    for store in run.current_scorers():
+        finished = store.finished()
+        pending = sum(unit.n_rows for unit in run.units if unit.name not in finished)
+        if pending:
+            note = f"{pending:,} responses are not scored yet under {labels[store.name]}"
+            errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
