@@ -101,7 +101,7 @@ def test_one_pass_gives_the_figures_of_two(tmp_path, base, reward, corpus, apart
     assert progress.n_unshared_tokens > 1.9 * progress.n_tokens
 
 
-@pytest.mark.parametrize("family", ["Gemma-2", "GPT-2", "Qwen3-MoE", "Mistral"])
+@pytest.mark.parametrize("family", ["Gemma-2", "GPT-2", "GPT-NeoX", "Qwen3-MoE", "Mistral"])
 def test_other_bodies_are_shared_too(tmp_path, family, corpus):
     base = save_small_model(tmp_path / "base", family=family)
     losses, rewards = scorers(base, save_small_reward_model(tmp_path / "reward", body=base))

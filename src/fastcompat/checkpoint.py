@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +128,20 @@ def read_tensors(model: str, names: Iterable[str], revision: str | None = None) 
         with _opened(model, path) as file:
             found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
     return found
+
+
+def have_equal_tensors(model: str, other: str, names: Iterable[str], revisions: tuple[str | None, str | None]) -> bool:
+    """Whether two models store the same values under these names, bit for bit, in the same dtype."""
+    with ExitStack() as stack:
+        places: list[dict[str, Any]] = []
+        for source, revision in zip((model, other), revisions, strict=True):
+            files = [stack.enter_context(_opened(source, path)) for path in weight_files(source, revision)]
+            places.append({name: file for file in files for name in file.keys()})  # noqa: SIM118
+        for name in names:
+            one, two = (place[name].get_tensor(name) for place in places)
+            if one.dtype != two.dtype or not torch.equal(one, two):
+                return False
+    return True
 
 
 def _opened(model: str, path: Path) -> Any:

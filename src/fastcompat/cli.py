@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -31,9 +31,6 @@ from fastcompat.commands.results import rank, report, reproduce, select
 from fastcompat.commands.score import score
 from fastcompat.display import console, errors, say
 from fastcompat.errors import FastcompatError, Interrupted, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="fastcompat",
@@ -102,6 +99,8 @@ def status(directory: RunDirectory) -> None:
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
         say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
+        told = {key: scorer.record["settings"].get(key) for key in ("dtype", "template", "head", "output", "read_out")}
+        say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
         show_statuses(entry)
     if not run.scorers():
         say("no scorer yet")
@@ -196,6 +195,10 @@ def demo(
     score(directory, [str(corpus)], [base], [judge], keep_tokens=True)
     command(f"rank {directory}")
     rank(directory)
+    say(
+        "\nThe judge is as small as the base model and often wrong (its MODEL_CARD.md says how often): look where\n"
+        "other-function stands, whose answers are all about something else."
+    )
     command(f"report {directory} -o {page}")
     report(directory, page)
     say(

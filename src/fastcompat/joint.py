@@ -9,6 +9,7 @@ Dimension key: N responses, S scored tokens, K statistics. The base model's sequ
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from fastcompat.checkpoint import read_tensors, tensor_shapes
+from fastcompat.checkpoint import have_equal_tensors, tensor_shapes
 from fastcompat.forest import BoolArray, IntArray, PrefixForest
 from fastcompat.model import CausalLM
 from fastcompat.nll import Statistic
@@ -38,6 +39,9 @@ _BESIDE_THE_BODY = frozenset(
         *("_name_or_path", "pretraining_tp"),
     )
 )
+
+# Weights between embedding and head, all families' names for them; not their rotary frequencies and masks.
+_LAYER = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)")
 
 Computed: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64]]
 
@@ -142,21 +146,15 @@ def share_body(base: Scorer, reward: RewardScorer) -> bool:
         return False
     if not reward.head.has_own_class or _of_body(base.config) != _of_body(reward.config):
         return False
-    weights = {
-        scorer: {
-            name: shape
-            for name, shape in tensor_shapes(scorer.source, scorer.settings.revision).items()
-            if name not in reward.head.weights and not name.startswith("lm_head.")
-        }
-        for scorer in (base, reward)
-    }
-    if weights[base] != weights[reward]:
+    one, other = (tensor_shapes(scorer.source, scorer.settings.revision) for scorer in (base, reward))
+    shared = [name for name in one if name in other and name not in reward.head.weights]
+    # What only one has must be a head, or a buffer that old checkpoints carry.
+    apart = {name for name in one.keys() ^ other.keys() if _LAYER.search(name)}
+    if apart or not shared or any(one[name] != other[name] for name in shared):
         return False
-    for name in weights[base]:
-        (one,) = read_tensors(base.source, [name], base.settings.revision).values()
-        (other,) = read_tensors(reward.source, [name], reward.settings.revision).values()
-        if one.dtype != other.dtype or not torch.equal(one, other):
-            return False
+    revisions = (base.settings.revision, reward.settings.revision)
+    if not have_equal_tensors(base.source, reward.source, shared, revisions):
+        return False
     logging.getLogger("fastcompat").info("%s and %s have one body", base.name, reward.name)
     return True
 

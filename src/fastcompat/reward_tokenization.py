@@ -1,8 +1,8 @@
 """Response rows -> the tokens that a reward model reads, and where on them its head reads.
 
 A conversation is rendered whole, by the reward model's own chat template and without a generation prompt, and tokenised
-once, with one BOS or none, as `bos` says, and never two. An empty response has status `empty` and no reward, as it has
-no loss; a response of blanks is whatever the template makes of it. A conversation longer than the model's limit has
+once, with one BOS or none, as `bos` says, and never two. An empty response or one of blanks has status `empty` and no
+reward, as it has no loss. A conversation longer than the model's limit has
 status `too_long` and no reward: scored on its beginning, it would be compared with whole ones. `truncate` asks for that
 all the same.
 """
@@ -228,14 +228,23 @@ class _WholeConversations(ConversationTokenizer):
             try:
                 return self.template.scored_text(row.messages, frames=frames)
             except ConversationRefusedError:
-                pass  # where the response is cannot be told; the reward is read at the end all the same
-        return RenderedConversation(text=text, spans=((0, len(text)),))
+                pass  # where the response is cannot be told: at the end, so that a cut conversation has no reward
+        return RenderedConversation(text=text, spans=((max(len(text) - 1, 0), len(text)),))
 
     def _sequence(self, conversation: RenderedConversation, alignment: Alignment | AlignmentError) -> TokenSequence:
+        first, stop = 0, 0
+        if self.finds_responses:
+            if isinstance(alignment, AlignmentError):
+                return super()._sequence(conversation, alignment)
+            try:
+                first, stop = self._tokens_of(conversation.spans[-1], conversation.text, alignment)
+            except AlignmentError as error:
+                return super()._sequence(conversation, error)
+        # Where characters lie matters to nobody else, and slow tokenizers cannot always tell.
         if isinstance(alignment, AlignmentError):
-            return super()._sequence(conversation, alignment)
-        ids = np.array(alignment.ids, np.int32)
-        first, stop = self._tokens_of(conversation.spans[-1], conversation.text, alignment)
+            ids = np.array(self.tokenizer(conversation.text, add_special_tokens=False)["input_ids"], np.int32)
+        else:
+            ids = np.array(alignment.ids, np.int32)
         with_bos, _, _ = self._with_bos(ids, np.zeros(len(ids), np.bool_))
         n_added = len(with_bos) - len(ids)  # BOS in front, or fewer of them
         index = np.arange(len(with_bos)) - n_added

@@ -70,7 +70,9 @@ def prepare_run(
     run = open_run(directory)
     if not inputs:
         if extend or settings.overrides or settings.strict:
-            raise UsageError(f"{directory} is resumed as it was prepared: --extend, --map and --strict need INPUTs")
+            raise UsageError(
+                f"{directory} is resumed as it was prepared: --extend, --map, --reward-column and --strict need INPUTs"
+            )
         return run, None
     # What is added may have columns of its own; what is there stays as it was read.
     difference = compare_inputs(run.generations, inputs, overrides=None if extend else settings.overrides)
@@ -128,17 +130,19 @@ def open_scorer(run: Run, scorer: ModelScorer, *, token_budget: int | None) -> t
 
     Where packs end is part of a figure's last bits, so a resumed run keeps it.
     """
-    wanted = set(scorer.identity.get("extras", ()))
-    others = [store for store in run.scorers() if store.but_extras == {**scorer.identity, "extras": None}]
-    existing = min((store for store in others if wanted <= set(store.extras.columns)), key=_n_extras, default=None)
+    existing = find_scorer(run, scorer)
     if existing is not None:
         scorer.compute_extras(existing.extras)  # a run that tells more goes on to do so
     store = run.scorer(existing.name if existing else scorer.directory_name, scorer.identity, scorer.record)
     return store, token_budget or int(store.record["settings"]["token_budget"])
 
 
-def _n_extras(store: ScorerStore) -> int:
-    return len(store.extras.columns)
+def find_scorer(run: Run, scorer: ModelScorer) -> ScorerStore | None:
+    """The run's record of `scorer`, or of one that tells more beside the same figures; None where there is none."""
+    wanted = set(scorer.identity.get("extras", ()))
+    same = [store for store in run.scorers() if store.but_extras == {**scorer.identity, "extras": None}]
+    fitting = [store for store in same if wanted <= set(store.extras.columns)]
+    return min(fitting, key=lambda store: len(store.extras.columns), default=None)
 
 
 def score_corpus(
@@ -156,14 +160,18 @@ def score_corpus(
     kept.
     """
     scorers = served.scorers
+    own = run.units[worker.index :: worker.count]
+    progress.n_rows_total = sum(unit.n_rows for unit in own)
+    there = [find_scorer(run, scorer) for scorer in scorers]
+    if all(store is not None and {unit.name for unit in own} <= store.finished() for store in there):
+        progress.n_rows_skipped = progress.n_rows_total
+        return [store for store in there if store is not None]
     joint = None
     if served.base is not None and served.reward is not None:
         joint = JointScorer(served.base, served.reward)  # from here on the reward model has the base model's body
     opened = [open_scorer(run, scorer, token_budget=token_budget) for scorer in scorers]
     stores = [store for store, _ in opened]
     pending = [run.pending(store, worker=worker.index, n_workers=worker.count) for store in stores]
-    own = run.units[worker.index :: worker.count]
-    progress.n_rows_total = sum(unit.n_rows for unit in own)
     progress.n_rows_skipped = sum(unit.n_rows for unit in own if not any(unit in units for units in pending))
     # Units that lack both figures are computed once; what lacks one of them, by its own scorer.
     both = set(pending[0]).intersection(*pending) if joint is not None else set()

@@ -46,6 +46,20 @@ from fastcompat.schemas import FIGURES, SCORES_SCHEMA, as_scores, part_schema, w
 
 FORMAT = 2
 
+# Settings by which two scorers of one model are told apart, if they differ in them.
+_TELLING = (
+    "output",
+    "read_out",
+    "template",
+    "dtype",
+    "turns",
+    "score_eos",
+    "bos",
+    "max_length",
+    "truncate",
+    "revision",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Unit:
@@ -101,7 +115,7 @@ class ScorerStore:
     def commit(self, unit: Unit, scores: pa.Table) -> None:
         """Make a unit's scores durable, then drop what was kept of its beginning."""
         assert scores.num_rows == unit.n_rows
-        write_table(self.part(unit), scores)
+        write_table(self.part(unit), scores.replace_schema_metadata({"scorer": self.name}))
         self._beginning(unit).unlink(missing_ok=True)
 
     def keep_beginning(
@@ -140,7 +154,9 @@ class ScorerStore:
         expected = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         if not table.schema.equals(expected):
             raise RunError(f"{path} has other columns than a part of format {FORMAT}; delete it and score again")
-        return table
+        if (table.schema.metadata or {}).get(b"scorer") != self.name.encode():
+            raise RunError(f"{path} is another scorer's; delete it and score again")
+        return table.replace_schema_metadata(None)
 
     def _beginning(self, unit: Unit) -> Path:
         return self.directory / f"begun-{unit.name}.parquet"
@@ -232,10 +248,18 @@ class Run:
         return [store for store in stores if not is_replaced(store)]
 
     def labels(self) -> dict[str, str]:
-        """Scorer name -> what its rows say of it: the model, or the scorer where one model has several of a kind."""
-        models = {store.name: (store.kind, str(store.record["settings"]["model"])) for store in self.current_scorers()}
-        alike = Counter(models.values())
-        return {name: model[1] if alike[model] == 1 else name for name, model in models.items()}
+        """Scorer name -> what its rows say of it: the model, with the settings in which its scorers differ."""
+        groups: dict[tuple[str, str], list[ScorerStore]] = {}
+        for store in self.current_scorers():
+            groups.setdefault((store.kind, str(store.record["settings"]["model"])), []).append(store)
+        labels = {}
+        for (_, model), stores in groups.items():
+            settings = [store.record["settings"] for store in stores]
+            differing = [key for key in _TELLING if len({str(own.get(key)) for own in settings}) > 1]
+            for store, own in zip(stores, settings, strict=True):
+                labels[store.name] = " · ".join([model, *(f"{key} {own.get(key)}" for key in differing)])
+        counts = Counter(labels.values())
+        return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
     def pending(self, scorer: ScorerStore, *, worker: int = 0, n_workers: int = 1) -> list[Unit]:
         """Units that have no part yet, of those that fall to this worker."""

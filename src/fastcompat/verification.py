@@ -58,6 +58,9 @@ def find_damage(run: Run) -> list[str]:
     checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
     for scorer in run.scorers():
         damage.extend(_damaged_parts(run, scorer, checkable))
+    for directory in sorted({path.parent for path in run.directory.glob("scores/*/part-*.parquet")}):
+        if not (directory / "scorer.json").is_file():
+            damage.append(f"{directory} has parts but no scorer.json, so nobody knows whose; move it away, score again")
     return damage
 
 

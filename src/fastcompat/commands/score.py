@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,6 +20,7 @@ REWARDS = "Rewards"
 
 if TYPE_CHECKING:
     from fastcompat.corpus import PreparationProgress
+    from fastcompat.reward_scorer import RewardScorer
     from fastcompat.session import Pass, Worker
     from fastcompat.store import Run
 
@@ -112,12 +113,15 @@ def score(
     from fastcompat.display import LiveDisplay, show_corpus
     from fastcompat.extras import Extras
     from fastcompat.metrics import metric_names
-    from fastcompat.reward_scorer import RewardScorer
     from fastcompat.scorer import Scorer
     from fastcompat.session import CorpusSettings, passes_of, prepare_run
 
     if not base_model and not reward_model:
         raise UsageError("name at least one model: --base-model ID_OR_DIR for losses, --reward-model for rewards")
+    of_rewards = {"--reward-output": reward_output, "--reward-max-length": reward_max_length, "--truncate": truncate}
+    idle = [option for option, value in of_rewards.items() if value]
+    if idle and not reward_model:
+        raise UsageError(f"{', '.join(idle)} is about reward models: name one with --reward-model")
     transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
     overrides = [*(mapping or []), *([] if reward_column is None else [f"reward={reward_column}"])]
@@ -140,21 +144,18 @@ def score(
         )
         for model in base_model or []
     ]
-    rewards = [
-        RewardScorer(
-            model,
-            device=device,
-            dtype=dtype,
-            token_budget=token_budget,
-            bos=reward_bos.value,
-            max_length=reward_max_length,
-            truncate=truncate,
-            output=reward_output,
-            read_out=reward_read_out.value,
-            revision=revision,
-        )
-        for model in reward_model or []
-    ]
+    rewards = reward_scorers(
+        reward_model or [],
+        reward_output,
+        device=device,
+        dtype=dtype,
+        token_budget=token_budget,
+        bos=reward_bos.value,
+        max_length=reward_max_length,
+        truncate=truncate,
+        read_out=reward_read_out.value,
+        revision=revision,
+    )
     passes = passes_of(bases, rewards)
     with stopping() as stop:
         if extend or not (output / "manifest.json").exists():
@@ -174,6 +175,25 @@ def score(
             work_off(run, served, token_budget=token_budget, worker=share, stop=stop)
             served.unload()  # the next model needs the room
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
+
+
+def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -> list[RewardScorer]:
+    """A scorer for each reward model; `output` is for those that have it, and one of several must."""
+    from fastcompat.reward_scorer import RewardScorer
+
+    scorers: list[RewardScorer] = []
+    refusals: list[UsageError] = []
+    for model in models:
+        try:
+            scorers.append(RewardScorer(model, output=output, **settings))
+        except UsageError as error:
+            if output is None:
+                raise
+            refusals.append(error)
+            scorers.append(RewardScorer(model, **settings))  # raises where an output must be chosen
+    if models and len(refusals) == len(models):
+        raise refusals[0]
+    return scorers
 
 
 def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]) -> None:

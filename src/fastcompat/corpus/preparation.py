@@ -12,15 +12,17 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow.parquet as pq
 
 from fastcompat.corpus.formats import Overrides
+from fastcompat.corpus.mapping import parts_of
 from fastcompat.corpus.partition import Partition, writing
 from fastcompat.corpus.reading import SourceRows
+from fastcompat.corpus.rewards import NO_REWARDS
 from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
 from fastcompat.errors import CorpusError, SchemaError
@@ -89,6 +91,7 @@ def prepare(
         partition = Partition(temporary, n_buckets=n_buckets, stage_bytes=_STAGE_BYTES)
         files, generators, rewards = _read(sources, partition, overrides, strict, report)
         _check_scorable(files)
+        _check_rewards(overrides, rewards)
         labels = [source.label for source in sources]
         partition.finish()
         shards = _write_shards(partition, labels, first_shard, target_unit_chars, max_unit_rows, report)
@@ -188,6 +191,13 @@ def _check_schema(rows: SourceRows, others: list[Source], overrides: Overrides |
             return True
     more = f"\n({len(others)} more files have none either.)" if others else ""
     raise SchemaError(f"{rows.reader.error}{more}")
+
+
+def _check_rewards(overrides: Overrides | None, rewards: Mapping[str, int]) -> None:
+    """Raises CorpusError where the column that was asked for has not one number in the corpus."""
+    asked = parts_of(overrides).get("reward")
+    if asked is not None and asked != NO_REWARDS and not rewards:
+        raise CorpusError(f"--reward-column {asked}: no record has a number there; leave it out to see what is found")
 
 
 def _check_scorable(files: list[FileSummary]) -> None:

@@ -159,8 +159,8 @@ def compare_inputs(
     settings = ""
     used = {tuple(sorted(summary.overrides.items())) for summary in summaries}
     if overrides is not None and any(tuple(sorted(overrides.items())) != given for given in used):
-        before = "; ".join(" ".join(f"--map {a}={b}" for a, b in given) or "no --map" for given in sorted(used))
-        now = " ".join(f"--map {a}={b}" for a, b in sorted(overrides.items())) or "no --map"
+        before = "; ".join(_as_options(given) for given in sorted(used))
+        now = _as_options(tuple(sorted(overrides.items())))
         settings = f"columns: the corpus was read with {before}, now with {now}"
     removed = {label: file for label, file in known.items() if label not in sources}
     added = []
@@ -177,6 +177,13 @@ def compare_inputs(
         changed=tuple(label for label, source in sources.items() if label in known and _changed(known[label], source)),
         settings=settings,
     )
+
+
+def _as_options(overrides: Sequence[tuple[str, str]]) -> str:
+    options = (
+        f"--reward-column {column}" if part == "reward" else f"--map {part}={column}" for part, column in overrides
+    )
+    return " ".join(options) or "no --map"
 
 
 def _is_same(file: FileSummary, source: Source) -> bool:
