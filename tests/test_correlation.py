@@ -1,4 +1,4 @@
-"""Rank correlation, permutation p and bootstrap against independent loops."""
+"""Rank correlation, permutation p and intervals against independent loops, scipy and simulated data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from fastcompat.correlation import average_ranks, bootstrap_interval, permutation_p, spearman
+from fastcompat.correlation import average_ranks, permutation_p, rho_interval, spearman
+from fastcompat.errors import UsageError
 
 
 def loop_rank(values: list[float], k: int) -> float:
@@ -74,14 +76,67 @@ def test_p_is_uniform_without_a_relation():
     assert abs(p.mean() - 0.5) < 0.03
 
 
-@pytest.mark.parametrize("n", [4, 9])
-def test_bootstrap_against_a_loop_over_the_same_draws(n):
+def test_rho_and_p_are_scipys():
+    draw = np.random.default_rng(2)
+    for n in (5, 8, 19, 40):
+        x, y = draw.integers(0, n, (2, n)).astype(float)  # with ties
+        assert spearman(x, y)[0] == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+        np.testing.assert_array_equal(average_ranks(x), stats.rankdata(x))
+    x, y = draw.integers(0, 5, (2, 7)).astype(float)
+
+    def rho(permuted: np.ndarray) -> float:
+        return stats.spearmanr(x, permuted).statistic
+
+    exact = stats.permutation_test((y,), rho, permutation_type="pairings", n_resamples=np.inf)
+    assert permutation_p(x, y)[0] == pytest.approx(exact.pvalue, abs=1e-12)
+    # Many generators: both draw, and agree with the asymptotic t within their error.
+    x, y = draw.standard_normal((2, 40))
+    y += 0.3 * x
+    p = permutation_p(x, y, permutations=50_000)[0]
+    assert abs(p - stats.spearmanr(x, y).pvalue) < 0.01
+    drawn = stats.permutation_test((y,), lambda permuted, axis: _rhos(x, permuted), permutation_type="pairings",
+                                   vectorized=True, n_resamples=20_000, rng=np.random.default_rng(4))  # fmt: skip
+    assert abs(p - drawn.pvalue) < 4 * math.sqrt(p * (1 - p) * (1 / 50_000 + 1 / 20_000))
+
+
+def _rhos(x: np.ndarray, permuted: np.ndarray) -> np.ndarray:
+    """Along the last axis of [..., G]."""
+    ranks, own = stats.rankdata(permuted, axis=-1), stats.rankdata(x)
+    ranks, own = ranks - ranks.mean(-1, keepdims=True), own - own.mean()
+    return (ranks @ own) / np.sqrt((ranks**2).sum(-1) * (own @ own))
+
+
+@pytest.mark.parametrize("permutations", [0, -1])
+@pytest.mark.parametrize("n", [5, 12])
+def test_a_p_without_permutations_is_refused(n, permutations):
+    with pytest.raises(UsageError, match=f"permutations must be 1 or more, got {permutations}"):
+        permutation_p(np.arange(n), np.arange(n), permutations=permutations)
+
+
+def test_an_interval_by_hand_and_where_there_is_none():
+    # atanh(0.5) = ln 3 / 2; (1 + 0.25 / 2) / (12 - 3) = 1 / 8.
+    half = stats.norm.ppf(0.975) / math.sqrt(8)
+    low, high = rho_interval([0.5, -0.5, 1.0, -1.0, math.nan], 12)
+    assert (low[0], high[0]) == pytest.approx((math.tanh(math.log(3) / 2 - half), math.tanh(math.log(3) / 2 + half)))
+    assert (low[1], high[1]) == pytest.approx((-high[0], -low[0]))
+    assert np.isnan([low[2:], high[2:]]).all()
+    with pytest.raises(UsageError, match="at least 4 generators, got 3"):
+        rho_interval([0.5], 3)
+
+
+@pytest.mark.parametrize("n", [5, 7, 10, 19])
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.9])
+def test_an_interval_covers_what_it_says(n, correlation):
     draw = np.random.default_rng(n)
-    x, y = draw.integers(0, 6, (2, n)).astype(float)
-    counts = np.random.default_rng(5).multinomial(n, np.full(n, 1 / n), size=300)
-    resampled = [(np.repeat(x, row).tolist(), np.repeat(y, row).tolist()) for row in counts]
-    rhos = [rho for own in resampled if not math.isnan(rho := loop_rho(*own))]
-    low, high = bootstrap_interval([x, y, np.ones(n)], y, draws=300, seed=5)
-    np.testing.assert_allclose([low[0], high[0]], np.percentile(rhos, [2.5, 97.5]), atol=1e-12)
-    assert low[1] == pytest.approx(1) == high[1]
-    assert np.isnan([low[2], high[2]]).all()
+    rho = []
+    for _ in range(2000):
+        x, noise = draw.standard_normal((2, n))
+        rho.append(spearman(x, correlation * x + math.sqrt(1 - correlation**2) * noise)[0])
+    low, high = rho_interval(rho, n)
+    known = ~np.isnan(low)
+    assert known.mean() > 0.6
+    # Spearman's rho of a bivariate normal distribution.
+    true = 6 / math.pi * math.asin(correlation / 2)
+    covered = ((low <= true) & (true <= high))[known].mean()
+    assert covered > 0.935, covered
+    assert covered < 0.98 or n < 10, covered

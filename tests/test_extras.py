@@ -84,7 +84,6 @@ def test_every_column_is_what_plain_logits_give(model):
         assert row["unconditioned_n_tokens"] == row["n_tokens"] == len(alone)
         for name, wanted in [("nll", own["nll"]), ("entropy", own["entropy"]), ("varentropy", own["varentropy"])]:
             np.testing.assert_allclose(row[f"token_{name}"], wanted, rtol=1e-4, atol=1e-5)
-        assert row["token_rank"] == own["rank"].tolist()
         np.testing.assert_allclose(row["unconditioned_token_nll"], alone, rtol=1e-4, atol=1e-5)
         assert len(row["token_text"]) == row["n_tokens"]
         assert "".join(row["token_text"]) == given["response"] + "<|im_end|>"
@@ -113,8 +112,17 @@ def test_every_metric_can_be_computed_from_what_it_asks_for(model):
         assert np.isfinite(values).tolist() == [True, True, name == "response_length", True], name
     with pytest.raises(UsageError, match="--keep-tokens"):
         Extras.needed_by(["s_ifd", "loss"])
-    assert Extras.needed_by(["car", "loss"]).columns == ()
+    assert Extras.needed_by(["car", "loss", "excess_loss"]).columns == ()
+    assert Extras.needed_by(["rsr"], keep_tokens=True).columns == ("clipped_rank_sum", "token_nll", "token_text")
+    # No column that no metric asks for: the text goes with the tokens.
+    every = Extras.needed_by(METRICS, keep_tokens=True).columns
+    assert every == tuple(EXTRAS)
     assert Extras.needed_by(["ifd_ppl"]).columns == ("unconditioned_nll_sum", "unconditioned_n_tokens")
+
+
+def test_every_column_is_read_by_a_metric_but_the_text():
+    read = {column for metric in METRICS.values() for column in metric.needs}
+    assert set(COLUMNS) == read | {"token_text"}
 
 
 def test_columns_that_cannot_be(model):

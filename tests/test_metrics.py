@@ -14,7 +14,7 @@ from fastcompat.errors import UsageError
 # Tokens of a response; 0 is an empty one, 1 fewer than any share of it.
 LENGTHS = [7, 1, 0, 5, 23, 2, 11, 0, 40]
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
-COLUMNS = ["token_nll", "token_entropy", "token_varentropy", "token_rank", "unconditioned_token_nll"]
+COLUMNS = ["token_nll", "token_entropy", "token_varentropy", "unconditioned_token_nll"]
 NAN, INF = math.nan, math.inf
 
 
@@ -40,7 +40,9 @@ def flat(responses: list[dict[str, list[float]]], column: str) -> np.ndarray:
 def table_of(responses: list[dict[str, list[float]]]) -> pa.Table:
     """A table of scores with every column that a metric reads; figures of empty responses are null."""
     draw = np.random.default_rng(1)
-    columns: dict[str, list[object]] = {name: [response[name] for response in responses] for name in COLUMNS}
+    columns: dict[str, list[object]] = {
+        name: [response[name] for response in responses] for name in [*COLUMNS, "token_rank"]
+    }
     n = [len(response["token_nll"]) for response in responses]
     nll = [sum(response["token_nll"]) for response in responses]
     columns |= {
@@ -164,8 +166,6 @@ def test_values_by_hand():
     assert token_metrics.min_k_plus_plus([4, 1, 7], [2, 2, 1], [4, 4, 9], [0, 3], k=0.34).tolist() == [-2.0]
     # differences -1, 3, -2, 0: the upper half by size is 3 and -2 -> exp(0.5)
     assert token_metrics.s_ifd([1, 4, 1, 2], [2, 1, 3, 2], [0, 4])[0] == pytest.approx(math.exp(0.5))
-    # ranks 1, 100 (of 5001), 3 over 4 nats: 26
-    assert token_metrics.rsr([0, 5000, 2], [0.5, 3.0, 0.5], [0, 3]).tolist() == [26.0]
 
 
 def test_the_two_averages_of_the_loss():
@@ -259,14 +259,14 @@ def test_s_ifd_with_every_token_is_ifd_ppl():
 
 def test_a_broken_token_breaks_its_response_alone():
     columns = [flat(ragged(5), name) for name in COLUMNS]
-    nll, entropy, varentropy, rank, alone = columns
+    nll, entropy, varentropy, alone = columns
 
     def everything() -> np.ndarray:
         by_share = token_metrics.min_k(nll, OFFSETS), token_metrics.min_k_plus_plus(nll, entropy, varentropy, OFFSETS)
-        return np.array([*by_share, token_metrics.s_ifd(nll, alone, OFFSETS, 1), token_metrics.rsr(rank, nll, OFFSETS)])
+        return np.array([*by_share, token_metrics.s_ifd(nll, alone, OFFSETS, 1)])
 
     whole, broken_at = everything(), OFFSETS[3]
-    for column, breaks in zip(columns, ([0, 1, 2, 3], [1], [1], [3], [2]), strict=True):
+    for column, breaks in zip(columns, ([0, 1, 2], [1], [1], [2]), strict=True):
         for value in (NAN, INF):
             kept, column[broken_at] = column[broken_at], value
             expected = whole.copy()
@@ -291,14 +291,9 @@ def test_token_metrics_refuse_what_does_not_fit():
             token_metrics.min_k([1.0], [0, 1], k)
         with pytest.raises(UsageError, match="ratio must be"):
             token_metrics.s_ifd([1.0], [1.0], [0, 1], k)
-    with pytest.raises(UsageError, match="ranks count from 0"):
-        token_metrics.rsr([-1], [1.0], [0, 1])
-    with pytest.raises(UsageError, match="rank_clip"):
-        token_metrics.rsr([0], [1.0], [0, 1], rank_clip=0)
     for function in (token_metrics.min_k, lambda nll, ends: token_metrics.s_ifd(nll, nll, ends)):
         assert function([], [0]).shape == (0,)
         assert np.isnan(function([], [0, 0])).all()
-    assert token_metrics.clipped_rank_sums([], [0, 0]).tolist() == [0.0]
 
 
 def test_metric_names_are_resolved_or_refused():
@@ -384,6 +379,8 @@ def test_the_loss_of_a_reference_model_is_joined_by_response():
     assert metrics.with_reference(joined, "ref").equals(joined)
     with pytest.raises(UsageError, match="'gpt2'; the table's base models are m, ref"):
         metrics.with_reference(table, "gpt2")
+    with pytest.raises(UsageError, match="told apart by row_key, n_tokens"):
+        metrics.with_reference(table.drop_columns(["row_key", "n_tokens"]), "ref")
     with pytest.raises(UsageError, match="different tokenizers"):
         metrics.with_reference(table.set_column(3, "n_tokens", pa.array([1, 1, 1, 1, 2, 2, 2, 2, 2])), "ref")
 

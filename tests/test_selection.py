@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from fastcompat.errors import UsageError
+from fastcompat.metrics import METRICS
 from fastcompat.selection import METADATA_KEY, select
 from fastcompat.selection_settings import parse_by
 
@@ -256,6 +257,11 @@ def test_a_row_that_the_reward_model_has_not_reached_has_a_loss_but_no_car():
         ({"by": "ifd"}, "stands for ifd_loss and ifd_ppl"),
         ({"by": "ifd_ppl"}, r"fastcompat score \.\.\. --for ifd_ppl"),
         ({"by": {}}, "names no metric"),
+        ({"by": ""}, "names no metric"),
+        ({"by": None}, r"by must be a metric, or metrics with weights .*; got None"),
+        ({"by": ["reward", "loss"]}, r"by must be .*'car': 1, 'loss': 1.*; got \['reward', 'loss'\]"),
+        ({"by": {"reward": "a"}}, r"'reward': 'a' is no metric with a weight; write \{'car': 0.7"),
+        ({"by": {1: 1.0}}, "1: 1.0 is no metric with a weight"),
         ({"by": {"car": 0.0}}, "weight of car is 0"),
         ({"by": {"car": 1.0, "loss": -1.0}}, "weight of loss is -1"),
         ({"top": 0}, "top must be 1 or more, got 0"),
@@ -264,7 +270,7 @@ def test_a_row_that_the_reward_model_has_not_reached_has_a_loss_but_no_car():
         ({"threshold": math.nan}, "threshold must be a finite number"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens 9 is above max_tokens 3"),
         ({"threshold": 1e9}, "nothing is chosen of 300 rows: .* car below the threshold"),
-        ({"reward_shift": -1.5}, r"not positive, .*--reward-shift"),
+        ({"reward_shift": -1.5}, r"not positive.*--reward-shift"),
         ({"base_model": "m"}, "there are none"),
     ],
     ids=str,
@@ -289,5 +295,62 @@ def test_metrics_and_weights_are_read_from_text():
     assert parse_by("car") == "car"
     assert parse_by(" IFD-ppl") == "ifd_ppl"
     assert parse_by("car=0.7, IFD-ppl=.3") == {"car": 0.7, "ifd_ppl": 0.3}
-    with pytest.raises(UsageError, match="METRIC=WEIGHT"):
-        parse_by("car=0.7,loss")
+    for text in ("car=0.7,loss", "loss,car=1", "car=a"):
+        with pytest.raises(UsageError, match="METRIC=WEIGHT"):
+            parse_by(text)
+    with pytest.raises(UsageError, match="a mixture has weights; write car=1,ifd_ppl=1"):
+        parse_by("car, IFD-ppl,")
+
+
+# --- what its authors leave out
+
+
+def ifd_scores() -> pa.Table:
+    """Prompt p: IFD 0.5, 0.9, 1.1 and exactly 1; prompt q: one above 1."""
+    alone = [2.0, 1.0, 1.0, 1.0, 1.0]
+    loss = [1.0, 0.9, 1.1, 1.0, 3.0]
+    return pa.table(
+        {
+            "row_key": list("abcde"),
+            "prompt_id": ["p", "p", "p", "p", "q"],
+            "generator": ["g", "h", "g", "h", "g"],
+            "loss": loss,
+            "reward": [1.0, 2.0, 3.0, 4.0, 5.0],
+            "unconditioned_nll_sum": [10 * each for each in alone],
+            "unconditioned_n_tokens": [10] * 5,
+            "token_nll": [[each] for each in loss],
+            "unconditioned_token_nll": [[each] for each in alone],
+        }
+    )
+
+
+def test_what_must_not_be_too_high_is_ifd():
+    limits = {name: metric.valid_at_most for name, metric in METRICS.items() if metric.valid_at_most is not None}
+    assert limits == {"ifd_loss": 1.0, "ifd_ppl": 1.0, "s_ifd": 1.0}
+    assert all(METRICS[name].why_at_most and not METRICS[name].lower_is_better for name in limits)
+
+
+@pytest.mark.parametrize("name", ["ifd_loss", "ifd_ppl", "s_ifd"])
+def test_an_ifd_above_1_is_left_out_with_its_reason(name):
+    # s_ifd counts the upper half of the tokens by |difference|: those of a and e; the others are 1.
+    chosen = select(ifd_scores(), by=name, top=9, drop_duplicates=False)
+    record = json.loads(chosen.schema.metadata[METADATA_KEY])
+    above = {"ifd_loss": 2, "ifd_ppl": 2, "s_ifd": 1}[name]
+    assert record["left_out"] == {f"{name} above 1: the prompt makes the response harder": above}
+    assert chosen["row_key"].to_pylist() == (["a", "b", "d"] if above == 2 else ["a", "b", "c", "d"])
+    assert max(chosen[name].to_pylist()) == 1
+    assert record["with_value"] == {"g": 3, "h": 2}, "they have a value; it is not chosen"
+    best = select(ifd_scores(), by=name)
+    assert best["row_key"].to_pylist() == ["b" if name == "s_ifd" else "d"], "1 itself is in; q has nothing left"
+
+
+def test_an_ifd_above_1_is_in_no_mixture_and_no_percentile():
+    chosen = select(ifd_scores(), by={"ifd_ppl": 1, "reward": 3}, top=9, drop_duplicates=False)
+    assert json.loads(chosen.schema.metadata[METADATA_KEY])["left_out"] == {
+        "ifd_ppl above 1: the prompt makes the response harder": 2
+    }
+    # Among a, b and d both metrics rise: percentiles 1/6, 3/6, 5/6.
+    np.testing.assert_allclose(chosen["mixture"].to_numpy(), [1 / 6, 3 / 6, 5 / 6])
+    assert chosen["row_key"].to_pylist() == ["a", "b", "d"]
+    unlimited = select(ifd_scores(), by="reward")
+    assert unlimited["row_key"].to_pylist() == ["d", "e"], "metrics without a limit have none"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,7 +180,9 @@ def test_conversations_that_are_not_by_turns_are_counted():
 def test_only_rows_of_the_run_that_select_chose_are_written(tmp_path, run, scores):
     chosen = select(scores)
     alien = pa.table({"row_key": ["other#0"], "prompt_id": ["p"], "loss": [1.0], "reward": [1.0]})
+    numbered = chosen.set_column(chosen.column_names.index("row_key"), "row_key", pa.array(range(chosen.num_rows)))
     for rows, path, message in (
+        (numbered, "best.jsonl", "'0' is no row of it"),
         (chosen, "best.csv", "must end in .jsonl, .jsonl.gz or .parquet"),
         (scores, "best.jsonl", "not chosen by select"),
         (chosen.slice(0, 0), "best.jsonl", "nothing to write"),
@@ -192,6 +195,32 @@ def test_only_rows_of_the_run_that_select_chose_are_written(tmp_path, run, score
     some = chosen.filter(pa.array([k % 2 == 0 for k in range(chosen.num_rows)]))
     write_selection(run, some, tmp_path / "best.jsonl")
     assert len(read_back(tmp_path / "best.jsonl")) == some.num_rows
+
+
+def test_a_path_may_be_text(tmp_path, run, scores):
+    card = write_selection(run, select(scores), str(tmp_path / "best.parquet"))
+    assert card == tmp_path / "best.parquet.md"
+    assert pq.read_table(tmp_path / "best.parquet").num_rows == N_PROMPTS
+    with pytest.raises(UsageError, match=r"best\.csv: the name must end in"):
+        write_selection(run, select(scores), "best.csv")
+
+
+def test_the_card_names_the_reference_and_counts_what_ifd_leaves_out(tmp_path, run, scores):
+    other = scores.set_column(
+        scores.column_names.index("base_model"), "base_model", pa.array(["org/ref"] * len(scores))
+    )
+    chosen = select(pa.concat_tables([scores, other]), by="excess_loss", base_model="org/base")
+    text = write_selection(run, chosen, tmp_path / "excess.jsonl").read_text()
+    assert "- base model: `org/base`" in text
+    assert "- reference of `excess_loss`: `org/ref`" in text
+    assert "excess_loss" in read_back(tmp_path / "excess.jsonl")[0]
+    alone = pa.array([10.0] * len(scores))  # 1 nat a token: every loss above 1 is made harder by its prompt
+    table = scores.append_column("unconditioned_nll_sum", alone)
+    table = table.append_column("unconditioned_n_tokens", pa.array([10] * len(scores)))
+    text = write_selection(run, select(table, by="ifd_ppl"), tmp_path / "ifd.jsonl").read_text()
+    n = sum(loss is not None and loss > 1 for loss in scores["loss"].to_pylist())
+    assert f"| ifd_ppl above 1: the prompt makes the response harder | {n} |" in text
+    assert "reference of" not in text
 
 
 @pytest.mark.parametrize("name", ["best.jsonl", "best.parquet"])
@@ -211,7 +240,6 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path, run, scores, monkey
 
 @pytest.mark.parametrize("name", ["best.jsonl", "best.jsonl.gz", "best.parquet"])
 def test_datasets_reads_the_file(tmp_path, run, scores, name):
-    datasets = pytest.importorskip("datasets")
     chosen = select(scores)
     write_selection(run, chosen, tmp_path / name)
     kind = "parquet" if name.endswith("parquet") else "json"
@@ -222,20 +250,28 @@ def test_datasets_reads_the_file(tmp_path, run, scores, name):
     assert [row["messages"] for row in rows] == [texts[key] for key in chosen["row_key"].to_pylist()]
 
 
-def test_trl_prepares_the_file(tmp_path, run, scores):
-    datasets, data_utils = pytest.importorskip("datasets"), pytest.importorskip("trl.data_utils")
-    from transformers import AutoTokenizer
+def test_trl_trains_on_the_file_and_on_the_tokens_that_are_scored(tmp_path, run, scores):
+    """`SFTTrainer` as the card says: its tokens of each conversation are those that a base model's loss is of."""
+    import trl
 
     from fastcompat.demo import model_directory
+    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
 
     path = tmp_path / "best.jsonl"
-    write_selection(run, select(scores), path)
+    chosen = select(scores, budget=6)
+    write_selection(run, chosen, path)
     rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    tokenizer = AutoTokenizer.from_pretrained(model_directory())
-    for row in rows:
-        assert data_utils.is_conversational(row)
-        text = data_utils.maybe_apply_chat_template(row, tokenizer)["text"]
-        assert row["messages"][-1]["content"].strip() in text
+    options = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no", "max_length": None}
+    arguments = trl.SFTConfig(output_dir=str(tmp_path / "trained"), per_device_train_batch_size=2, **options)
+    trainer = trl.SFTTrainer(model=str(model_directory()), args=arguments, train_dataset=rows)
+    by_key = {row.row_key: row for unit in run.units for row in from_table(run.unit_rows(unit))}
+    tokenizer = ConversationTokenizer.from_pretrained(str(model_directory()), TokenizationSettings())
+    sequences = tokenizer([by_key[key] for key in chosen["row_key"].to_pylist()])
+    for row, own in zip(trainer.train_dataset, sequences, strict=True):
+        assert row["input_ids"][: len(own.input_ids)] == own.input_ids.tolist()
+        # The template's line break after the end of the turn: nothing is scored behind the marker.
+        assert tokenizer.tokenizer.decode(row["input_ids"][len(own.input_ids) :]) in ("", "\n")
+    assert np.isfinite(trainer.train().training_loss)
 
 
 def test_the_card_notes_what_a_reader_might_miss(tmp_path, run, scores):

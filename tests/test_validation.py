@@ -1,22 +1,20 @@
-"""Outcomes from files, generators matched by name, the paper's tables, and which metric predicts an outcome."""
+"""The paper's tables, and which metric predicts an outcome."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from test_correlation import loop_rho
 
 from fastcompat import paper
+from fastcompat.correlation import rho_interval
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS
-from fastcompat.training_outcomes import match_generators, outcomes
+from fastcompat.training_outcomes import outcomes
 from fastcompat.validation import (
     FIGURES_SCHEMA,
     VALIDATION_SCHEMA,
@@ -29,16 +27,18 @@ from fastcompat.validation import (
 
 # --- the paper's tables
 
+GENERATORS = outcomes("paper:Qwen2.5-3B")["generator"].to_pylist()
+
 
 def test_shipped_tables_are_whole():
-    assert (len(paper.base_models()), len(paper.generators())) == (5, 19)
-    assert paper.spearman().column_names == ["base_model", *paper.TABLE4_COLUMNS]
+    assert (len(paper.base_models()), len(GENERATORS)) == (5, 19)
+    assert paper.published_correlations().column_names == ["base_model", *paper.TABLE4_COLUMNS]
     for row in paper.average_performance().to_pylist():
         mean = (row["alpaca_eval2_lc"] + row["arena_hard_wr"]) / 2
         assert row["average_performance"] == pytest.approx(mean, abs=1e-9)
     for name in paper.base_models():
         own = outcomes(f"paper:{name}")
-        assert own["generator"].to_pylist() == paper.generators()
+        assert own["generator"].to_pylist() == GENERATORS
         assert len(set(own["outcome"].to_pylist())) == 19  # no ties: rho is a whole number of steps below
 
 
@@ -79,102 +79,6 @@ def test_base_models_are_found_by_any_spelling(asked, name):
 def test_another_base_model_is_told_the_five(asked):
     with pytest.raises(UsageError, match=r"Qwen2-1\.5B, Gemma-2-2B, Qwen2\.5-3B, Llama-3\.2-3B, Llama-3\.1-Minitron"):
         outcomes(f"paper:{asked}")
-
-
-# --- outcomes from files
-
-RECORDS = [{"generator": "a", "outcome": 1.5}, {"generator": "org/b", "outcome": 2}]
-
-
-def write(path: Path, records: list[dict]) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(records))
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    else:
-        with path.open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(records)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_outcomes_of_every_format(tmp_path, suffix):
-    records = [{"model": r["generator"], "note": "x", "ArenaHard": r["outcome"]} for r in RECORDS]
-    for number, rows in enumerate((RECORDS, records)):
-        found = outcomes(write(tmp_path / f"{number}.{suffix}", rows))
-        assert found.to_pylist() == RECORDS
-        assert found.schema.types == [pa.string(), pa.float64()]
-
-
-def test_outcomes_of_an_object_and_of_a_named_column(tmp_path):
-    (tmp_path / "o.json").write_text('{"a": 1.5, "org/b": 2}')
-    assert outcomes(tmp_path / "o.json").to_pylist() == RECORDS
-    path = write(tmp_path / "o.csv", [{"generator": "a", "x": 1, "y": 2}])
-    assert outcomes(path, column="y")["outcome"].to_pylist() == [2]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no rows"),
-        ("teacher,outcome\na,1\n", "no column generator.*its columns are teacher, outcome"),
-        ("generator,x,y\na,1,2\n", "several numeric columns, x, y"),
-        ("generator,x\na,high\n", "no numeric column"),
-        ("generator,x\na,1\nb,high\n", "x of b is 'high', not a finite number"),
-        ("generator,x\na,1\nb,\n", "x of b is '', not a finite number"),
-        ("generator,x\na,1\nb,inf\n", "x of b is 'inf'"),
-        ("generator,x\na,1\na,2\n", "a is there twice"),
-        ("generator,x\na,1\n,2\n", "row 2 names no generator"),
-        ("generator,x\na,1,5\n", "row 1 has more cells"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said(tmp_path, text, said):
-    (tmp_path / "o.csv").write_text(text)
-    with pytest.raises(UsageError, match=said):
-        outcomes(tmp_path / "o.csv")
-
-
-def test_files_that_are_none(tmp_path):
-    (tmp_path / "o.json").write_text("[1, 2]")
-    (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "o.txt").write_text("a 1")
-    for name, said in [("no.csv", "no such file"), ("o.json", "not a list of objects"), ("o.txt", r"\.csv, \.tsv")]:
-        with pytest.raises(UsageError, match=said):
-            outcomes(tmp_path / name)
-    with pytest.raises(UsageError, match="cannot be read"):
-        outcomes(tmp_path / "bad.json")
-    with pytest.raises(UsageError, match="no column z"):
-        outcomes(write(tmp_path / "o.csv", RECORDS), column="z")
-
-
-# --- names
-
-
-def test_generators_meet_under_names_that_mean_the_same():
-    ours = ["Qwen/Qwen2.5-72B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", "gemma_2 9b-IT", "a/x", "own"]
-    theirs = ["Qwen2.5-72B-Instruct", "Llama-3-8B-Instruct", "google/Gemma-2-9b-it", "b/x", "Qwen2-72B-Instruct"]
-    assert match_generators(ours, theirs) == dict(zip(ours[:3], theirs[:3], strict=True))
-
-
-def test_the_same_name_goes_before_a_similar_one():
-    assert match_generators(["x", "a/x"], ["a/x", "x"]) == {"x": "x", "a/x": "a/x"}
-    assert match_generators(["x", "a/x"], ["x"]) == {"x": "x"}
-    with pytest.raises(UsageError, match="x could be a/x or b/x"):
-        match_generators(["x"], ["a/x", "b/x"])
-    with pytest.raises(UsageError, match="x in the outcomes could be a/x or b/x"):
-        match_generators(["a/x", "b/x"], ["x"])
-
-
-def test_the_zoos_names_meet_the_papers():
-    families = {"Phi": "microsoft", "Gem": "google", "Lla": "meta-llama", "Qwe": "Qwen"}
-    hub = [f"{families[name[:3]]}/{'Meta-' if name.startswith('Llama') else ''}{name}" for name in paper.generators()]
-    assert match_generators([name.lower() for name in hub], paper.generators()) == dict(
-        zip([name.lower() for name in hub], paper.generators(), strict=True)
-    )
 
 
 # --- validation
@@ -343,8 +247,15 @@ def test_what_is_asked_for_wrongly_is_said():
     table = scores(REWARD, LOSS)
     with pytest.raises(UsageError, match=r"ifd_loss needs unconditioned_nll_sum.*--for ifd_loss"):
         validate(table, against(REWARD), metrics="car,ifd")
-    with pytest.raises(UsageError, match="beta must be"):
+    with pytest.raises(UsageError, match="beta must"):
         validate(table, against(REWARD), betas=[-1])
+    for betas in ("3", None, [], [3.0, "1"], {}):
+        with pytest.raises(UsageError, match="betas must be a number or a list of numbers"):
+            validate(table, against(REWARD), betas=betas)
+    assert validate(table, against(REWARD), betas=1) == validate(table, against(REWARD), betas=np.array([1.0]))
+    for permutations in (0, -1):
+        with pytest.raises(UsageError, match="permutations must be 1 or more"):
+            validate(table, against(REWARD), permutations=permutations)
     with pytest.raises(UsageError, match="no column 'by'"):
         validate(table, against(REWARD), by="by")
     with pytest.raises(UsageError, match="null in 30 rows"):
@@ -353,7 +264,7 @@ def test_what_is_asked_for_wrongly_is_said():
 
 
 def test_against_the_paper_the_published_figures_stand_beside():
-    names = paper.generators()
+    names = GENERATORS
     table = scores(list(range(1, 20)), [1.0] * 19)
     renamed = {f"g{k}": f"org/{name}" for k, name in enumerate(names)}
     armorm = "column ArmoRM-Llama3-8B-v0.1"
@@ -364,7 +275,7 @@ def test_against_the_paper_the_published_figures_stand_beside():
     }
     for name, column in columns.items():
         table = table.set_column(table.column_names.index(name), name, column)
-    result = validate(table, "paper:qwen2.5-3b", permutations=99, draws=50)
+    result = validate(table, "paper:qwen2.5-3b", permutations=99)
     rows = by_metric(result)
     ap = outcomes("paper:Qwen2.5-3B")["outcome"].to_pylist()
     assert rows["reward"]["rho"] == pytest.approx(loop_rho(list(range(19)), ap), abs=1e-12)
@@ -376,7 +287,7 @@ def test_against_the_paper_the_published_figures_stand_beside():
     }
     assert any("not known" in line for line in notes(result))
     # Another base model's outcomes: its perplexity is not the model's own.
-    other = by_metric(validate(table, "paper:Gemma-2-2B", permutations=99, draws=50))
+    other = by_metric(validate(table, "paper:Gemma-2-2B", permutations=99))
     assert [name for name, row in other.items() if row["table4"]] == ["reward"]
 
 
@@ -385,9 +296,24 @@ def test_the_printed_table_has_what_the_figures_have():
     header, rows = formatted(table)
     assert header == ["metric", "rho", "95% interval", "p", "generators", "note"]
     assert all(len(row) == len(header) for row in rows)
-    assert ["reward", "1.0000", "1.00 to 1.00", "0.017", "5", ""] in rows
+    assert ["reward", "1.0000", "", "0.017", "5", ""] in rows
+    assert ["loss", "0.9000", "-0.17 to 1.00", "0.083", "5", ""] in rows
+    assert any("none at 1 and -1" in line for line in notes(table))
     assert rows[-1][0] == "car, beta 3"
     assert [p_text(p) for p in (None, 0.5, 0.0123, 0.00001)] == ["", "0.5", "0.012", "1e-05"]
+
+
+def test_an_interval_is_that_of_its_own_generators():
+    outcome = against([1.0, 3.0, 2.0, 5.0, 4.0])
+    table = scores(REWARD, LOSS)
+    kept = [row for row in table.to_pylist() if row["reward"] is None or row["generator"] != "g4"]
+    rows = by_metric(validate(pa.Table.from_pylist(kept, table.schema), outcome))
+    for name, n in (("reward", 4), ("loss", 5)):
+        expected = rho_interval([rows[name]["rho"]], n)
+        assert (rows[name]["n"], abs(rows[name]["rho"]) < 1) == (n, True)
+        assert (rows[name]["rho_low"], rows[name]["rho_high"]) == (expected[0][0], expected[1][0])
+    perfect = by_metric(validate(table, against(REWARD)))["reward"]
+    assert (perfect["rho"], perfect["rho_low"], perfect["rho_high"]) == (1, None, None)
 
 
 def test_every_metric_has_its_place():

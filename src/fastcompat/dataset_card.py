@@ -89,6 +89,8 @@ def _settings(chosen: pa.Table, record: dict[str, Any]) -> str:
     for column, label in (("base_model", "base model"), ("reward_model", "reward model")):
         models = [f"`{name}`" for name in pc.unique(chosen[column].drop_null()).to_pylist()]
         lines.append(f"- {label}: {', '.join(models) or 'not named'}")
+    if record["reference"]:
+        lines.append(f"- reference of `excess_loss`: `{record['reference']}`")
     for name in ("top", "threshold", "budget", "min_tokens", "max_tokens", "drop_duplicates"):
         if settings[name] is not None:
             lines.append(f"- {name}: {settings[name]}")

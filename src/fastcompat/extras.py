@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS
-from fastcompat.token_metrics import RANK_CLIP
 
 if TYPE_CHECKING:
     from fastcompat.nll import Statistic  # loads torch
 
 TokenValues: TypeAlias = NDArray[np.float32]
+
+# Ranks beyond it say nothing more: the default of the authors of RSR (arXiv 2601.14249).
+RANK_CLIP = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,6 @@ EXTRAS: Mapping[str, Extra] = {
     "token_nll": Extra(type=_FLOATS, statistic="nll"),
     "token_entropy": Extra(type=_FLOATS, statistic="entropy"),
     "token_varentropy": Extra(type=_FLOATS, statistic="varentropy"),
-    "token_rank": Extra(type=pa.list_(pa.int32()), statistic="rank"),
     "unconditioned_token_nll": Extra(type=_FLOATS, statistic="nll", alone=True),
     "token_text": Extra(type=pa.list_(pa.string())),
 }

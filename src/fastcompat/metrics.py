@@ -65,7 +65,6 @@ COLUMNS: Mapping[str, Column] = {
     "token_nll": Column(meaning="NLL of each token, nats", option=_TOKENS),
     "token_entropy": Column(meaning="entropy of each prediction, nats", option=_TOKENS),
     "token_varentropy": Column(meaning="varentropy of each prediction, nats^2", option=_TOKENS),
-    "token_rank": Column(meaning="rank of each token, 0 for the likeliest", option=_TOKENS),
     "token_text": Column(meaning="text of each token", option="--keep-tokens"),
     "unconditioned_token_nll": Column(meaning="NLL of each token without the prompt, nats", option=_TOKENS),
     "reference_loss": Column(
@@ -82,7 +81,7 @@ class Metric:
     figures: the formula's arguments: a column, or one divided by another, "nll_sum / n_tokens". settings: its keyword
     arguments. of_means: a group's value is the formula of its mean figures (as CAR is defined), not the mean of what
     its rows give. per_token: the figures are list columns. lower_is_better: which way its source selects. unit: none
-    for a ratio.
+    for a ratio. valid_at_most: above it a response is never selected, however high the metric; why_at_most: the reason.
     """
 
     meaning: str
@@ -93,6 +92,8 @@ class Metric:
     settings: tuple[str, ...] = ()
     of_means: bool = False
     per_token: bool = False
+    valid_at_most: float | None = None
+    why_at_most: str = ""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -101,6 +102,11 @@ class Metric:
 
 
 _LOSS_ALONE = "unconditioned_nll_sum / unconditioned_n_tokens"
+# IFD selects the highest, but not above 1: the authors' code drops a ratio of losses above 1 (`data_by_IFD.py` of
+# tianyi-lab/Cherry_LLM, arXiv 2308.12032), and takes perplexities' below 1 (`select_data.py` of Superfiltering, arXiv
+# 2402.00530). S-IFD, which is the same over fewer tokens, keeps to it too; it is 1 where no token counts.
+_IFD_AT_MOST = 1.0
+_IFD_ABOVE = "the prompt makes the response harder"
 
 METRICS: Mapping[str, Metric] = {
     "car": Metric(
@@ -148,16 +154,22 @@ METRICS: Mapping[str, Metric] = {
         meaning="how little the prompt helps: loss with it / loss without it",
         figures=("loss", _LOSS_ALONE),
         formula=ifd_loss,
+        valid_at_most=_IFD_AT_MOST,
+        why_at_most=_IFD_ABOVE,
     ),
     "ifd_ppl": Metric(
         meaning="how little the prompt helps: perplexity with it / perplexity without it",
         figures=("loss", _LOSS_ALONE),
         formula=ifd_ppl,
+        valid_at_most=_IFD_AT_MOST,
+        why_at_most=_IFD_ABOVE,
     ),
     "s_ifd": Metric(
         meaning="ifd_ppl over the tokens that the prompt matters to",
         figures=("token_nll", "unconditioned_token_nll"),
         formula=token_metrics.s_ifd,
+        valid_at_most=_IFD_AT_MOST,
+        why_at_most=_IFD_ABOVE,
         settings=("ratio", "threshold"),
         per_token=True,
     ),
@@ -246,7 +258,9 @@ def missing(name: str, table: pa.Table) -> str | None:
     options = " ".join(dict.fromkeys(COLUMNS[column].option.format(name=name) for column in lacking))
     if "--keep-tokens" in options:
         options = f"--for {name} --keep-tokens"
-    last = ", then metrics.with_reference(table, REFERENCE)" if "reference_loss" in lacking else ""
+    last = ""
+    if "reference_loss" in lacking:
+        last = ", then `fastcompat select --base-model MODEL` (elsewhere metrics.with_reference(table, REFERENCE))"
     return f"{name} needs {', '.join(lacking)}: `fastcompat score ... {options}` adds it{last}"
 
 
@@ -292,9 +306,11 @@ def with_reference(table: pa.Table, base_model: str) -> pa.Table:
     """`table` with the column `reference_loss`: each response's loss under `base_model`, null where it has none.
 
     table: with `row_key`, `base_model`, `loss` and `n_tokens`. Null too where the two models scored different numbers
-    of tokens: then their losses are not of the same tokens. Raises UsageError where the table has no rows of that
-    model, or no other model has as many tokens as it has in any response.
+    of tokens: then their losses are not of the same tokens. Raises UsageError where the table lacks one of these
+    columns or has no rows of that model, or no other model has as many tokens as it has in any response.
     """
+    if absent := [name for name in ("row_key", "base_model", "loss", "n_tokens") if name not in table.column_names]:
+        raise UsageError(f"losses of two models are told apart by {', '.join(absent)}: the table has no such column")
     reference = table.filter(pc.equal(table["base_model"], base_model))
     if not reference.num_rows:
         others = ", ".join(str(name) for name in pc.unique(table["base_model"]).to_pylist() if name is not None)

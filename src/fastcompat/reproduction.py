@@ -111,10 +111,9 @@ def plan(
 def table4(
     scores: Any,
     *,
-    betas: Sequence[float] = (BETA,),
+    betas: float | Sequence[float] = (BETA,),
     reward_shift: float = 0.0,
     permutations: int = 99_999,
-    draws: int = 10_000,
     seed: int = 0,
 ) -> pa.Table:
     """Our Table 4 beside the published one: `TABLE4_SCHEMA`, rows of every base model of the paper that was scored.
@@ -138,7 +137,7 @@ def table4(
     figures = generator_metrics(table, metrics=metrics, betas=betas, reward_shift=reward_shift)
     parts = []
     for name in (known for known in paper.base_models() if known in ours):
-        own = validate(figures, outcomes(PAPER + name), permutations=permutations, draws=draws, seed=seed)
+        own = validate(figures, outcomes(PAPER + name), permutations=permutations, seed=seed)
         rows = [row for row in own.to_pylist() if row["table4"] is not None]
         rows += _absent(table, {row["table4"] for row in rows}, name)
         parts += [{"paper_base_model": name} | row for row in sorted(rows, key=_place)]
@@ -149,7 +148,7 @@ def table4(
 def table4_notes(table: pa.Table) -> list[str]:
     """What a reader of `table4`'s table must know: who is in it, what is missing, what the paper leaves open."""
     told = json.loads(table.schema.metadata[METADATA_KEY])
-    lines = [f"Spearman's rho over {len(told['matched'])} generators, with 95% bootstrap intervals over generators."]
+    lines = [f"Spearman's rho over {len(told['matched'])} generators, with 95% intervals for other generators."]
     lines += unmatched(told)
     for row in table.to_pylist():
         if row["note"] is not None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastcompat.errors import UsageError
-from fastcompat.metrics import ALIASES, METRICS, compute, missing
+from fastcompat.metrics import ALIASES, METRICS, compute, missing, with_reference
 from fastcompat.pairing import MISSING, as_table, paired
 from fastcompat.response import SCORED_STATUSES
 from fastcompat.selection_settings import MIXTURE, SelectionSettings
@@ -49,9 +49,11 @@ def select(
     """The rows of the best responses, in the order of `scores`, with the metrics' values and `rank` in the prompt.
 
     scores: a `Run`, or any frame that `pairing.as_table` takes: `Run.scores()`, or one with `prompt_id`, and `loss`
-        and `reward` or whatever the metrics need. All its columns are kept.
+        and `reward` or whatever the metrics need. All its columns are kept, those that `SCORES_SCHEMA` names in its
+        types, but `row_key` and `prompt_id` in their own.
     by: a metric (`metrics.METRICS`), or metrics with weights. A mixture is the weighted mean of percentiles: the share
-        of all scored responses that this one is better than, ties counted half; between 0 and 1, column `mixture`.
+        of the responses that have every metric that this one is better than, ties counted half; between 0 and 1, column
+        `mixture`. Of `excess_loss` the reference is the other base model, where there are two.
     beta, reward_shift: a response's CAR is (reward + reward_shift) / (1 + beta * loss).
     top: responses of one prompt at most; 1, but no limit where there is a threshold.
     threshold: only responses at least that good, in the metric's own unit: at most that, where lower is better.
@@ -61,13 +63,15 @@ def select(
         in a frame, where several of a prompt can be chosen; a run has the texts.
     base_model, reward_model: whose figures, where there are several.
 
-    A row is never chosen whose value is null, NaN or infinite, or whose status says that it could not be scored. Of
+    A row is never chosen whose value is null, NaN or infinite, or whose status says that it could not be scored, nor
+    one whose metric is above `Metric.valid_at_most`: an IFD above 1, where the prompt makes the response harder. Of
     equal values the one with the lower loss goes first, then the one whose `row_key` is first as text. `rank` counts
     from 1 among what the guards leave of a prompt. The schema's metadata (`METADATA_KEY`) has the settings, and counts
     every row that is left out under one reason.
 
     Raises UsageError: an unknown metric or one that the table cannot give, rewards for which CAR has no meaning (not
-    above 0 after the shift), several models and none named, or nothing left to choose.
+    above 0 after the shift), several models and none named, a column of one's own where one is written (`car`, `rank`),
+    or nothing left to choose.
     """
     settings = SelectionSettings(
         by=by,
@@ -91,11 +95,17 @@ def select(
     if "prompt_id" not in table.column_names and settings.per_prompt is not None:
         raise UsageError("the best of every prompt needs a column prompt_id; without one, choose with threshold")
     _check_metrics(settings.weights, table)
-    table = _one_pair(table, settings)
+    table = _without_former(table, settings)
+    types = {name: table.schema.field(name).type for name in ("row_key", "prompt_id") if name in table.column_names}
+    reference = _reference(table, settings)
+    table = _one_pair(with_reference(table, reference) if reference else table, settings)
     responses = None
     if settings.drop_duplicates and settings.per_prompt != 1:  # else the best of a prompt is its only one
         responses = _run_responses(scores, table) if isinstance(scores, Run) else _frame_responses(table)
-    return _select(table, settings, responses)
+    chosen, record = _select(table, settings, responses)
+    for name, type_ in types.items():
+        chosen = _with_column(chosen, name, chosen[name].cast(type_))
+    return chosen.replace_schema_metadata({METADATA_KEY: json.dumps(record | {"reference": reference})})
 
 
 def _check_metrics(names: Iterable[str], table: pa.Table) -> None:
@@ -107,6 +117,41 @@ def _check_metrics(names: Iterable[str], table: pa.Table) -> None:
             rows = paired(table)
             there = [known for known in METRICS if missing(known, rows) is None]
             raise UsageError(f"{name!r} is no metric; these scores have {', '.join(there)}")
+
+
+def _without_former(table: pa.Table, settings: SelectionSettings) -> pa.Table:
+    """`table` without what an earlier `select` wrote and this one writes. UsageError where it is somebody else's."""
+    written = dict.fromkeys((*settings.weights, settings.value_column, "rank"))
+    there = [
+        name
+        for name in written
+        if name in table.column_names and not (name in METRICS and METRICS[name].figures == (name,))
+    ]
+    if there and METADATA_KEY not in (table.schema.metadata or {}):
+        raise UsageError(f"select writes {' and '.join(there)}, and the scores have such columns: rename or drop them")
+    return table.drop_columns(there)
+
+
+def _reference(table: pa.Table, settings: SelectionSettings) -> str | None:
+    """The other base model of two, where `excess_loss` needs one."""
+    names = set(table.column_names)
+    if "excess_loss" not in settings.weights or "reference_loss" in names or "base_model" not in names:
+        return None
+    models: list[str] = pc.unique(table["base_model"].drop_null()).to_pylist()
+    others = [name for name in models if name != settings.base_model]
+    if len(models) < 2 or settings.base_model not in (None, *models):
+        return None  # what is lacking is said where it is read
+    if settings.base_model is None:
+        raise UsageError(
+            f"excess_loss: of the base models {', '.join(models)} name the one to teach with --base-model "
+            "(in Python base_model=); the other is the reference"
+        )
+    if len(others) > 1:
+        raise UsageError(
+            f"excess_loss: beside {settings.base_model} there are {', '.join(others)}, and one is the reference; "
+            "in Python pass metrics.with_reference(run.scores(), REFERENCE)"
+        )
+    return others[0]
 
 
 def _metric(name: str, table: pa.Table, settings: SelectionSettings, scored: NDArray[np.bool_]) -> FloatArray:
@@ -149,8 +194,10 @@ def _is_long(table: pa.Table, column: str) -> bool:
     return bool(pc.any(alone).as_py()) and table[column].null_count < table.num_rows
 
 
-def _select(table: pa.Table, settings: SelectionSettings, responses: pa.ChunkedArray | None) -> pa.Table:
-    """`select` on paired rows of one pair of models; `responses` [N] tells equal texts by equal values."""
+def _select(
+    table: pa.Table, settings: SelectionSettings, responses: pa.ChunkedArray | None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """`select` on paired rows of one pair of models, and its record; `responses` [N] tells equal texts apart."""
     reasons = _Reasons(table.num_rows)
     status = pc.fill_null(table["status"], "ok")
     # A figure that one model lacks does not matter where the metric does not need it.
@@ -162,10 +209,13 @@ def _select(table: pa.Table, settings: SelectionSettings, responses: pa.ChunkedA
     for name, value in values.items():
         reasons.leave_out(~np.isfinite(value), f"no {name}")
     with_value = reasons.left.copy()
+    for name, value in values.items():
+        if (limit := METRICS[name].valid_at_most) is not None:
+            reasons.leave_out(value > limit, f"{name} above {limit:g}: {METRICS[name].why_at_most}")
     sign = {name: -1 if METRICS[name].lower_is_better else 1 for name in values} | {MIXTURE: 1}
     better = {name: sign[name] * value for name, value in values.items()}  # higher is better
     if settings.is_mixture:
-        values[MIXTURE] = better[MIXTURE] = _mixture(better, settings.weights, with_value)
+        values[MIXTURE] = better[MIXTURE] = _mixture(better, settings.weights, reasons.left)
     value = better[settings.value_column]  # [N]
     _apply_length_guards(table, settings, reasons)
 
@@ -208,7 +258,7 @@ def _select(table: pa.Table, settings: SelectionSettings, responses: pa.ChunkedA
         "with_value": _counts(table["generator"].filter(pa.array(with_value))),
         "left_out": reasons.counts,
     }
-    return chosen.replace_schema_metadata({METADATA_KEY: json.dumps(record)})
+    return chosen, record
 
 
 class _Reasons:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from fastcompat.errors import UsageError
 
@@ -29,12 +31,12 @@ class SelectionSettings:
     reward_model: str | None = None
 
     def __post_init__(self) -> None:
-        weights = self.weights
-        if not weights:
+        if not isinstance(self.by, str | Mapping):
+            raise UsageError(f"by must be a metric, or metrics with weights {{'car': 1, 'loss': 1}}; got {self.by!r}")
+        if not self.by:
             raise UsageError("by names no metric; write car, or a mixture like car=0.7,ifd_ppl=0.3")
-        for name, weight in weights.items():
-            if not (weight > 0 and math.isfinite(weight)):
-                raise UsageError(f"by: the weight of {name} is {weight:g}; weights of a mixture are above 0")
+        if isinstance(self.by, Mapping):
+            object.__setattr__(self, "by", {name: _weight(name, weight) for name, weight in self.by.items()})
         if not (self.beta >= 0 and math.isfinite(self.beta)):
             raise UsageError(f"beta must be 0 or more, got {self.beta:g}")
         if not math.isfinite(self.reward_shift):
@@ -73,9 +75,21 @@ class SelectionSettings:
         return 1 if self.top is None and self.threshold is None else self.top
 
 
+def _weight(name: Any, weight: Any) -> float:
+    if not isinstance(name, str) or not isinstance(weight, Real):
+        raise UsageError(f"by: {name!r}: {weight!r} is no metric with a weight; write {{'car': 0.7, 'loss': 0.3}}")
+    number = float(weight)
+    if not (number > 0 and math.isfinite(number)):
+        raise UsageError(f"by: the weight of {name} is {number:g}; weights of a mixture are above 0")
+    return number
+
+
 def parse_by(text: str) -> str | dict[str, float]:
     """`--by`: "car", or weights "car=0.7,ifd_ppl=0.3". Raises UsageError for what is neither."""
     if "=" not in text:
+        if "," in text:
+            equal = ",".join(f"{_plain(name)}=1" for name in text.split(",") if name.strip())
+            raise UsageError(f"--by {text}: a mixture has weights; write {equal}")
         return _plain(text)
     weights: dict[str, float] = {}
     for part in text.split(","):

@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastcompat.errors import UsageError
-from fastcompat.response_metrics import FloatArray, rank_surprisal_ratio
+from fastcompat.response_metrics import FloatArray
 
 IntArray = NDArray[np.int64]
 
-# Ranks beyond it say nothing more: the default of the authors of RSR (arXiv 2601.14249).
-RANK_CLIP = 100
 # Tokens sorted at once: keys and values take about 128 MiB.
 TOKENS_PER_STEP = 1 << 22
 
@@ -81,29 +79,6 @@ def s_ifd(
     return np.where(np.diff(ends) > 0, value, np.nan)
 
 
-def rsr(token_rank: ArrayLike, token_nll: ArrayLike, offsets: ArrayLike, rank_clip: int = RANK_CLIP) -> FloatArray:
-    """Rank-surprisal ratio: sum_t min(1 + rank_t, rank_clip) / sum_t nll_t, in ranks per nat; lower is better.
-
-    token_rank: [S], the number of tokens that are likelier, so 0 for the likeliest. token_nll: [S], nats. See
-    `response_metrics.rank_surprisal_ratio`.
-    """
-    (nll,), ends = _ragged(offsets, token_nll)
-    return rank_surprisal_ratio(clipped_rank_sums(token_rank, offsets, rank_clip), _sums(nll, ends, empty=np.nan))
-
-
-def clipped_rank_sums(token_rank: ArrayLike, offsets: ArrayLike, rank_clip: int = RANK_CLIP) -> FloatArray:
-    """[N] sum_t min(1 + rank_t, rank_clip), 0 without tokens: the column `clipped_rank_sum`, with the default clip.
-
-    token_rank: [S], 0 for the likeliest token. UsageError for a negative rank, or a clip below 1.
-    """
-    if rank_clip < 1:
-        raise UsageError(f"rank_clip must be at least 1, got {rank_clip}")
-    (rank,), ends = _ragged(offsets, token_rank)
-    if (rank < 0).any():
-        raise UsageError(f"ranks count from 0, the likeliest token; got {np.nanmin(rank):g}")
-    return _sums(np.minimum(1 + rank, rank_clip), ends)
-
-
 def _ragged(offsets: ArrayLike, *values: ArrayLike) -> tuple[list[FloatArray], IntArray]:
     """Values as float64 [S], NaN where one is not finite, and offsets as int64 [N + 1], both checked."""
     ends = np.asarray(offsets)
@@ -119,9 +94,9 @@ def _ragged(offsets: ArrayLike, *values: ArrayLike) -> tuple[list[FloatArray], I
     return [np.where(np.isfinite(each), each, np.nan) for each in flat], ends
 
 
-def _sums(values: FloatArray, offsets: IntArray, empty: float = 0.0) -> FloatArray:
-    """[N] sums of each response's values."""
-    sums = np.full(len(offsets) - 1, empty)
+def _sums(values: FloatArray, offsets: IntArray) -> FloatArray:
+    """[N] sums of each response's values, 0 without any."""
+    sums = np.zeros(len(offsets) - 1)
     some = np.flatnonzero(np.diff(offsets))
     if len(some):
         sums[some] = np.add.reduceat(values, offsets[some])

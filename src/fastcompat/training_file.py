@@ -6,6 +6,7 @@ Dimension key: N chosen rows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 IndexArray = NDArray[np.int64]
 
 
-def write_selection(run: Run, chosen: pa.Table, path: Path) -> Path:
+def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) -> Path:
     """Write the conversations of `chosen` in its order, with a card beside them; the card's path.
 
     chosen: what `select` returned for this run, or some of its rows. path: ends in .jsonl, .jsonl.gz or .parquet; what
@@ -42,6 +43,7 @@ def write_selection(run: Run, chosen: pa.Table, path: Path) -> Path:
 
     Raises UsageError: another suffix, no rows, rows that are not the run's; RunError: a damaged shard, a full disk.
     """
+    path = Path(path)
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
     if suffix is None:
         raise UsageError(f"{path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
@@ -81,9 +83,10 @@ def _places(run: Run, chosen: pa.Table) -> list[IndexArray]:
     """For each unit, for each of its rows: its place in `chosen`, -1 where it is not chosen."""
     keys = [run.unit_rows(unit, ["row_key"])["row_key"] for unit in run.units]
     every_key = pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.string())
-    places = pc.fill_null(pc.index_in(every_key, chosen["row_key"]), -1).to_numpy().astype(np.int64)
+    own_keys = chosen["row_key"].cast(pa.string())
+    places = pc.fill_null(pc.index_in(every_key, own_keys), -1).to_numpy().astype(np.int64)
     if int((places >= 0).sum()) != chosen.num_rows:
-        alien = chosen.filter(pc.invert(pc.is_in(chosen["row_key"], every_key)))["row_key"]
+        alien = own_keys.filter(pc.invert(pc.is_in(own_keys, every_key)))
         why = f"{alien[0].as_py()!r} is no row of it" if len(alien) else "a row is chosen more than once"
         raise UsageError(f"the chosen rows are not those of {run.directory}: {why}; choose from this run's scores")
     return np.split(places, np.cumsum([len(key) for key in keys])[:-1])

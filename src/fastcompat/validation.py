@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastcompat import paper
-from fastcompat.correlation import MAX_EXACT, bootstrap_interval, permutation_p, spearman
+from fastcompat.correlation import MAX_EXACT, permutation_p, rho_interval, spearman
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS, compute_by_group, metric_names, missing
 from fastcompat.pairing import as_table, paired
@@ -63,7 +64,7 @@ def generator_metrics(
     scores: Any,
     *,
     metrics: str | Sequence[str] | None = None,
-    betas: Sequence[float] = (3.0,),
+    betas: float | Sequence[float] = (3.0,),
     reward_shift: float = 0.0,
     by: str = "generator",
 ) -> pa.Table:
@@ -76,8 +77,7 @@ def generator_metrics(
 
     Raises UsageError: no such column or metric, a null in `by`, a beta out of range.
     """
-    for each in betas:
-        car(1.0, 1.0, each)  # raises for what is no beta
+    betas = _checked_betas(betas)
     table = as_table(scores)
     if by not in table.column_names:
         raise UsageError(f"no column {by!r} to group by; there are {', '.join(table.column_names)}")
@@ -117,24 +117,24 @@ def validate(
     against: Any,
     *,
     metrics: str | Sequence[str] | None = None,
-    betas: Sequence[float] = (3.0,),
+    betas: float | Sequence[float] = (3.0,),
     reward_shift: float = 0.0,
     by: str = "generator",
     permutations: int = 99_999,
-    draws: int = 10_000,
     seed: int = 0,
 ) -> pa.Table:
     """Spearman's rho of every metric with the outcome: `VALIDATION_SCHEMA`, in the order of the paper's Table 4.
 
     scores: what `generator_metrics` takes, or what it gives. against: `outcomes`, what it takes, or a frame of such
-    columns. `p` is two-sided, by permutation (`correlation.permutation_p`); `rho_low` and `rho_high` the 95% percentile
-    interval of a bootstrap over generators (`correlation.bootstrap_interval`): wide, with the paper's 19 too. No p is
-    corrected for the number of metrics. `published` is the figure in Table 4, column `table4`, where outcomes are the
-    paper's. rho is null, with the reason in `note`, for a metric that fewer than four generators have, or that is
-    the same for all.
+    columns. `p` is two-sided, by permutation (`correlation.permutation_p`); `rho_low` and `rho_high` are the 95%
+    interval for other generators like these (`correlation.rho_interval`): wide, with the paper's 19 too, and null
+    where rho is 1 or -1. No p is corrected for the number of metrics. `published` is the figure in Table 4, column
+    `table4`, where outcomes are the paper's. rho is null, with the reason in `note`, for a metric that fewer than four
+    generators have, or that is the same for all.
 
     Generators are matched by name (`match_generators`); who has no partner counts nowhere and is listed by `notes`.
-    Raises UsageError: fewer than four generators on both sides, one outcome for all, an ambiguous name.
+    Raises UsageError: fewer than four generators on both sides, one outcome for all, an ambiguous name, a beta or a
+    number of permutations out of range.
     """
     if isinstance(against, str | os.PathLike):
         against = outcomes(against)
@@ -160,7 +160,7 @@ def validate(
     outcome = np.array([by_name[name] for name in matched.values()])
     if (outcome == outcome[0]).all():
         raise UsageError(f"every generator's outcome is {outcome[0]:g}: there is nothing to correlate with")
-    told |= {"permutations": permutations, "draws": draws, "seed": seed}
+    told |= {"permutations": permutations, "seed": seed}
     rows: dict[Series, dict[str, Any]] = {}
     alike: dict[bytes, dict[Series, NDArray[np.float64]]] = {}
     for series, values, note in _by_series(figures, list(matched)):
@@ -169,19 +169,20 @@ def validate(
         if known.sum() < MIN_GENERATORS:
             rows[series]["note"] = note or f"only {known.sum()} generators have it"
         else:
-            # Metrics that the same generators have share permutations and draws.
+            # Metrics that the same generators have share permutations.
             alike.setdefault(known.tobytes(), {})[series] = values
     for mask, group in alike.items():
         known = np.frombuffer(mask, bool)
         own, against_it = np.stack(list(group.values()))[:, known], outcome[known]
         rho = spearman(own, against_it)
         p = permutation_p(own, against_it, permutations=permutations, seed=seed)
-        low, high = bootstrap_interval(own, against_it, draws=draws, seed=seed)
+        low, high = rho_interval(rho, int(known.sum()))
         for series, *found in zip(group, rho, low, high, p, strict=True):
             if math.isnan(found[0]):
                 rows[series]["note"] = "the same for every generator"
             else:
-                rows[series] |= dict(zip(("rho", "rho_low", "rho_high", "p"), map(float, found), strict=True))
+                plain = (None if math.isnan(figure) else float(figure) for figure in found)
+                rows[series] |= dict(zip(("rho", "rho_low", "rho_high", "p"), plain, strict=True))
     schema = VALIDATION_SCHEMA.with_metadata({METADATA_KEY: json.dumps(told).encode()})
     return pa.Table.from_pylist(list(rows.values()), schema)
 
@@ -196,7 +197,7 @@ def notes(table: pa.Table) -> list[str]:
     )
     lines = [
         f"Spearman's rho over {n} generators with {against}; p two-sided by {kind}, for each metric alone.",
-        f"95% intervals from {told['draws']:,} bootstrap draws of generators: other generators, not other responses.",
+        "95% intervals (Bonett and Wright): other generators like these, not other responses; none at 1 and -1.",
         *unmatched(told),
     ]
     if any(table["lower_is_better"].to_pylist()):
@@ -242,6 +243,16 @@ def unmatched(told: Mapping[str, Any]) -> list[str]:
         if told[key]:
             lines.append(f"{where}, left out: {', '.join(told[key])}.")
     return lines
+
+
+def _checked_betas(betas: Any) -> list[float]:
+    """One beta or several, as a list. Raises UsageError for what is none."""
+    several: list[Any] = [betas] if isinstance(betas, Real) else list(betas) if isinstance(betas, Iterable) else []
+    if not several or not all(isinstance(each, Real) for each in several):
+        raise UsageError(f"betas must be a number or a list of numbers, got {betas!r}")
+    for each in several:
+        car(1.0, 1.0, each)  # raises for what is out of range
+    return [float(each) for each in several]
 
 
 def _row(series: Series, of: str | None, n: int, note: str | None) -> dict[str, Any]:

@@ -46,20 +46,14 @@ def average_performance() -> pa.Table:
 
 
 @cache
-def spearman() -> pa.Table:
+def published_correlations() -> pa.Table:
     """Table 4: `base_model` and Spearman's rho of each metric (`TABLE4_COLUMNS`) with AP; 5 rows."""
     return pa.csv.read_csv(_HERE / "spearman.csv")
 
 
 def base_models() -> list[str]:
     """The paper's five, as its tables call them."""
-    names: list[str] = spearman()["base_model"].to_pylist()
-    return names
-
-
-def generators() -> list[str]:
-    """The nineteen of Table 6, as it calls them."""
-    names: list[str] = pc.unique(average_performance()["generator"]).to_pylist()
+    names: list[str] = published_correlations()["base_model"].to_pylist()
     return names
 
 
@@ -87,7 +81,8 @@ def base_model_named(name: str) -> str:
 
 def published(base_model: str) -> dict[str, float]:
     """Table 4's rho of every column for one of `base_models()`."""
-    (row,) = spearman().filter(pc.equal(spearman()["base_model"], base_model)).to_pylist()
+    table = published_correlations()
+    (row,) = table.filter(pc.equal(table["base_model"], base_model)).to_pylist()
     return {column: row[column] for column in TABLE4_COLUMNS}
 
 
