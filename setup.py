@@ -36,7 +36,12 @@ setup(
     packages=[*find_packages("src"), "fastcompat.kernels"],
     package_dir={"": "src", "fastcompat.kernels": "kernels"},
     package_data={
-        "fastcompat": ["py.typed", "demo/base-model/*", "demo/reward-model/*", "paper/*.csv", "paper/README.md"]
+        "fastcompat": [
+            "py.typed",
+            *("demo/base-model/*", "demo/reward-model/*"),
+            *("paper/*.csv", "paper/README.md"),
+            *("report/*.jinja", "report/*.css", "report/*.js"),
+        ]
     },
     ext_modules=native,
     cmdclass=commands,

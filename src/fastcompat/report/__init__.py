@@ -1,0 +1,63 @@
+"""`fastcompat report`: a run as one self-contained page of HTML. No torch, no network, no raw rows in the page.
+
+    write_report(open_run("RUN"), "report.html", beta=3.0)
+
+`reading.py` reads a run and remembers where every row lies; `data.py` reduces the rows to what is drawn: rankings,
+histograms, correlations; `examples.py` reads the few responses that are shown; `headline.py` says in two lines what
+came out; `charts.py` draws; `page.py` puts it together with `page.html.jinja`, `page.css` and `page.js`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastcompat.report.data import Options, report_data
+from fastcompat.report.page import render
+from fastcompat.store import Run
+
+
+def write_report(
+    run: Run,
+    path: str | os.PathLike[str],
+    *,
+    by: str = "generator",
+    betas: Sequence[float] = (0.0, 1.0, 3.0, 10.0),
+    beta: float = 3.0,
+    average: Literal["response", "token"] = "response",
+    reward_shift: float = 0.0,
+    leave_out: Literal["response", "prompt"] = "response",
+    draws: int = 1000,
+    seed: int = 0,
+    examples: int = 5,
+) -> Path:
+    """Write the page of a run, finished or not, to `path`, and return the path. Under 2 MB, whatever the run's size.
+
+    by, average, reward_shift, leave_out, draws, seed: as of `ranking.rank`. beta: the weight of the loss in CAR that
+    the page is about; betas: those that the rankings are compared under, `beta` joins them. examples: responses shown
+    of the highest and of the lowest of each figure; 0 for none, so that the page has no text of the corpus.
+
+    The same run and options give the same bytes. Where a mean reward is not positive the page says so and ranks by
+    loss. Raises UsageError for a run without scores and options out of range, RunError where the run is damaged,
+    OSError where `path` cannot be written.
+    """
+    options = Options(
+        by=by,
+        betas=tuple(betas),
+        beta=beta,
+        average=average,
+        reward_shift=reward_shift,
+        leave_out=leave_out,
+        draws=draws,
+        seed=seed,
+        examples=examples,
+    )
+    page = render(report_data(run, options), options)
+    target = Path(path)
+    target.write_text(page, encoding="utf-8", newline="\n")
+    return target
+
+
+__all__ = ["Options", "report_data", "write_report"]

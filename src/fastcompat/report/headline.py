@@ -1,0 +1,129 @@
+"""What came out, in two lines: who is first and how sure that is, and what it depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastcompat.ranking import MIN_PROMPTS, BetaRange
+from fastcompat.report.data import Options, Section
+
+_WORDS = {"car": "CAR", "loss": "loss", "reward": "reward"}
+# Longer names are cut where people read them.
+NAME_LENGTH = 80
+
+
+class Name(str):
+    """A generator's name within a sentence: pages set it apart."""
+
+    __slots__ = ()
+
+
+class Headline(NamedTuple):
+    """Two lines, each in fragments: joined, they are plain text."""
+
+    result: Sequence[str]
+    dependence: Sequence[str]
+
+    @property
+    def text(self) -> str:
+        return "\n".join("".join(line) for line in self)
+
+
+def headline(section: Section, options: Options) -> Headline:
+    """The reading of one pair of models, for a page or a terminal."""
+    rows = [row for row in section.ranking(float(options.beta)) if row[section.sort_by] is not None]
+    if not rows:
+        return Headline(["No response has a figure to rank by."], ["What was left out, and why, is told below."])
+    return Headline(_result(rows, section, options), _dependence(rows, section))
+
+
+def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Options) -> list[str]:
+    first, *others = rows
+    word = _WORDS[section.sort_by]
+    value = f"{word} {first[section.sort_by]:.4g}"
+    low, high = first[f"{section.sort_by}_low"], first[f"{section.sort_by}_high"]
+    if low is not None:
+        value += f", 95% interval {low:.4g} to {high:.4g}"
+    at = f" at β = {options.beta:g}" if section.sort_by == "car" else ""
+    name = Name(named(first["generator"]))
+    if not others:
+        return [name, f" is the only one: {value}{at}. There is nothing to rank it against."]
+    # Without an interval, nobody was compared.
+    compared = [row for row in others if row[f"{section.sort_by}_low"] is not None]
+    if low is None or not compared:
+        return [name, f" comes first{at} ({value}), of too few prompts (below {MIN_PROMPTS}) to say how sure that is."]
+    alike = [row for row in compared if row["rank"] == 1]
+    share = "all" if first["p_best"] == 1 else f"{percent(first['p_best'])} of"
+    best = f"best in {share} {options.draws:,} bootstrap draws of the prompts"
+    if not alike:
+        return [name, f" comes first{at} ({value}; {best}); for every other there is one that is clearly better."]
+    shown: list[str] = []
+    for row in alike[:3]:
+        shown += [Name(named(row["generator"])), ", "]
+    shown = shown[:-1]
+    if len(alike) > 3:
+        shown.append(f" and {len(alike) - 3} more")
+    elif len(alike) > 1:
+        shown[-2] = " and "
+    return [name, f" leads{at} ({value}; {best}), but is not clearly better than ", *shown, "."]
+
+
+def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str]:
+    if section.refused:
+        return ["There is no CAR here, because a mean reward is not positive; generators are ranked by loss."]
+    if section.sort_by == "loss":
+        return [
+            "Loss alone asks what is easy to predict, not what is right. It is half of the answer; a reward model "
+            "(--reward-model) gives the other half."
+        ]
+    if section.sort_by == "reward":
+        return [
+            "Rewards alone say which responses are good, not which the base model can learn from: a base model "
+            "(--base-model) gives that half."
+        ]
+    if len(rows) == 1:
+        return ["With a second generator, this line would say for which β the winner changes."]
+    ranges = section.ranges
+    if len(ranges) < 2:
+        return [
+            "It has the best CAR for every β from 0 (reward alone) upwards: the weight of the loss does not matter."
+        ]
+    parts: list[str] = ["The winner depends on β, the weight of the loss: "]
+    for own in ranges:
+        parts += [Name(named(own.generator)), f" {_span(own)}, "]
+    parts[-1] = parts[-1].removesuffix(", ") + "."
+    return parts
+
+
+def _span(own: BetaRange) -> str:
+    begin, end = (f"{float(f'{beta:.2g}'):,g}" for beta in own[:2])  # two digits, and no exponent below a million
+    if own.beta_from == 0:
+        return f"below {end}"
+    return f"above {begin}" if math.isinf(own.beta_to) else f"from {begin} to {end}"
+
+
+def percent(share: float | None) -> str:
+    """97%; a share that is not quite all or nothing is not rounded to it."""
+    if share is None:
+        return "–"
+    if 0 < share < 0.01:
+        return "<1%"
+    if 0.99 < share < 1:
+        return ">99%"
+    return f"{share:.0%}"
+
+
+def named(name: str | None, length: int = NAME_LENGTH) -> str:
+    """A group's name for people: cut where it is very long, and never empty."""
+    text = "(no name)" if name is None or not name.strip() else " ".join(visible(name).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Control characters as their pictures: they have no place in HTML, and would not be seen."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}

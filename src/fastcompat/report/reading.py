@@ -1,0 +1,149 @@
+"""A run's scores for a report: without what is kept of single tokens, and with where each row lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastcompat.response import ROW_SCHEMA, SCORED_STATUSES
+from fastcompat.schemas import SCORES_SCHEMA, as_scores, with_reward
+from fastcompat.store import Run, Unit
+
+# The index in `Run.units` of the unit that a row lies in.
+UNIT = "_unit"
+# Units that are read at once.
+READERS = 4
+# Reasons of one scorer that are told, files that are listed.
+SHOWN_REASONS = 8
+SHOWN_FILES = 40
+
+
+def scores_with_units(run: Run) -> pa.Table:
+    """`run.scores()` without list columns, in the order of the units, and with the column `UNIT`, int32."""
+    labels = run.labels()
+    tables = [SCORES_SCHEMA.empty_table().append_column(UNIT, pa.array([], pa.int32()))]
+    for store in run.current_scorers():
+        columns = [field.name for field in store.schema if not pa.types.is_list(field.type)]
+        finished = store.finished()
+        done = [(index, unit) for index, unit in enumerate(run.units) if unit.name in finished]
+        parts = _read(partial(store.read, columns=columns), done)
+        if parts:
+            tables.append(as_scores(pa.concat_tables(parts), store.kind, labels[store.name]))
+    if run.reward_columns:
+        columns = [name for name in ROW_SCHEMA.names if name != "messages"]
+        parts = _read(partial(run.unit_rows, columns=columns), list(enumerate(run.units)))
+        rows = pa.concat_tables(parts)
+        tables += [as_scores(with_reward(rows, name), "reward_model", f"column {name}") for name in run.reward_columns]
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _read(read_one: Callable[[Unit], pa.Table], units: Sequence[tuple[int, Unit]]) -> list[pa.Table]:
+    """Every unit's rows with its index, several at a time."""
+
+    def with_index(numbered: tuple[int, Unit]) -> pa.Table:
+        index, unit = numbered
+        rows = read_one(unit)
+        return rows.append_column(UNIT, pa.array(np.full(rows.num_rows, index), pa.int32()))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(with_index, units))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerAccount:
+    """What one scorer has done, and what it could not.
+
+    statuses: every status that occurs; by_group: name -> rows by status, groups with something left out only;
+    reasons: (status, detail, rows), the most frequent first.
+    """
+
+    label: str
+    kind: str
+    n_scored: int
+    n_rows: int
+    n_pending: int
+    statuses: Mapping[str, int]
+    by_group: Mapping[str | None, Mapping[str, int]]
+    reasons: Sequence[tuple[str, str, int]]
+
+
+def account_of_scorers(run: Run, scores: pa.Table, by: str) -> list[ScorerAccount]:
+    """An account of every scorer of `scores`, in the order in which they come."""
+    accounts = []
+    for kind in ("base_model", "reward_model"):
+        for label in pc.unique(scores[kind].drop_null()).to_pylist():
+            rows = scores.select([by, "status", "detail"]).filter(pc.equal(scores[kind], label))
+            counts = rows.group_by([by, "status"], use_threads=False).aggregate([([], "count_all")]).to_pylist()
+            statuses: dict[str, int] = {}
+            by_group: dict[str | None, dict[str, int]] = {}
+            for count in counts:
+                statuses[count["status"]] = statuses.get(count["status"], 0) + count["count_all"]
+                by_group.setdefault(count[by], {})[count["status"]] = count["count_all"]
+            bad = rows.filter(pc.not_equal(rows["status"], "ok"))
+            accounts.append(
+                ScorerAccount(
+                    label=label,
+                    kind=kind.replace("_", " "),
+                    n_scored=sum(statuses.get(status, 0) for status in SCORED_STATUSES),
+                    n_rows=rows.num_rows,
+                    n_pending=run.n_rows - rows.num_rows,
+                    statuses=statuses,
+                    by_group={name: own for name, own in by_group.items() if set(own) != {"ok"}},
+                    reasons=_reasons(bad),
+                )
+            )
+    return accounts
+
+
+def _reasons(bad: pa.Table) -> list[tuple[str, str, int]]:
+    counts = bad.group_by(["status", "detail"], use_threads=False).aggregate([([], "count_all")])
+    order = [("count_all", "descending"), ("status", "ascending"), ("detail", "ascending")]
+    shown = counts.sort_by(order).slice(0, SHOWN_REASONS).to_pylist()
+    return [(row["status"], row["detail"] or "", row["count_all"]) for row in shown]
+
+
+def corpus_of(run: Run) -> dict[str, Any]:
+    """What the run's corpus is made of: its files with their hashes, and what was noticed when they were read."""
+    files = [file for generation in run.generations for file in generation.files]
+    return {
+        "n_rows": run.n_rows,
+        "n_files": len(files),
+        "n_units": len(run.units),
+        "fingerprints": [generation.fingerprint for generation in run.generations],
+        "files": [
+            {
+                "label": file.label,
+                "bytes": file.size,
+                "sha256": file.sha256,
+                "n_rows": file.n_rows,
+                "mapping": file.mapping,
+                "problem": file.problem,
+            }
+            for file in files[:SHOWN_FILES]
+        ],
+        "problems": [f"{file.label}: {file.problem}" for file in files if file.problem][:SHOWN_REASONS],
+        "overrides": sorted({f"{a}={b}" for generation in run.generations for a, b in generation.overrides.items()}),
+        "reward_columns": run.reward_columns,
+    }
+
+
+def settings_of_scorers(run: Run) -> list[dict[str, Any]]:
+    """The record of every scorer that the page shows: name, what it is, settings, identity, when it was first used."""
+    labels = run.labels()
+    return [
+        {
+            "label": labels[store.name],
+            "kind": store.kind.replace("_", " "),
+            "created": store.record["created"],
+            "settings": dict(store.record["settings"]),
+            "identity": dict(store.record["identity"]),
+        }
+        for store in run.current_scorers()
+    ]
