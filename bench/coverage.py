@@ -1,9 +1,10 @@
-"""What the ranking's 95% intervals cover, and how often it tells two equal generators apart: simulated corpora.
+"""What the ranking's 95% intervals cover, how wide they get, and what it tells apart: simulated corpora.
 
     python bench/coverage.py [--simulations 1000] [--seed 0]
 
 Every corpus is drawn from a known distribution, ranked by `fastcompat.ranking.rank` as a user would, and its intervals
-are compared with the true means. Its two generators are equal, so a best one is a false one. Plain samples, one value a
+are compared with the true means. Its two generators are equal, so a best one is a false one. Then one is made better,
+by three standard errors of the difference of their CARs: how often it is found is the power. Plain samples, one value a
 prompt, compare the methods that could have been chosen. Writes bench/results/coverage.json; a figure's `error` is its
 Monte-Carlo standard error. One thread is enough.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastcompat.bootstrap import interval, skewness_corrected, student_t_quantile
+from fastcompat.bootstrap import FALSE_DIFFERENCES, interval, skewness_corrected, student_t_quantile
 from fastcompat.ranking import rank
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +37,8 @@ NORMAL = NormalDist()
 FIGURES = ("reward", "loss", "car")
 # For `p_best` alone: the intervals need none.
 DRAWS = 400
+# By how many standard errors of the difference the better generator is better.
+EFFECT = 3.0
 
 FloatArray = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], FloatArray]
@@ -134,8 +137,8 @@ SCENARIOS = {
 }
 
 
-def corpus(scenario: Scenario, n_prompts: int, generator: np.random.Generator) -> pa.Table:
-    """One simulated corpus as a table of scores."""
+def corpus(scenario: Scenario, n_prompts: int, generator: np.random.Generator, raised: float = 0.0) -> pa.Table:
+    """One simulated corpus as a table of scores. raised: by how much the rewards of the second generator are."""
     prompt_reward = scenario.reward_part(generator, n_prompts)
     prompt_loss = generator.lognormal(0, scenario.loss_sigma, size=n_prompts)
     prompts, groups = [], []
@@ -150,7 +153,10 @@ def corpus(scenario: Scenario, n_prompts: int, generator: np.random.Generator) -
         {
             "generator": pa.DictionaryArray.from_arrays(group, list(GENERATORS)),
             "prompt_id": pa.array(prompt),
-            "reward": scenario.mean_reward + prompt_reward[prompt] + scenario.reward_part(generator, len(prompt)),
+            "reward": scenario.mean_reward
+            + prompt_reward[prompt]
+            + scenario.reward_part(generator, len(prompt))
+            + raised * group,
             "loss": loss,
             "n_tokens": pa.array(np.ceil(generator.lognormal(5, 0.6, size=len(prompt))).astype(np.int32)),
         }
@@ -163,11 +169,16 @@ def share(hits: FloatArray) -> dict[str, float]:
 
 
 def simulate(name: str, n_prompts: int, n_simulations: int, seed: int) -> dict[str, Any]:
-    """Rank simulated corpora of one scenario and size; what was covered, and how often a best one was named."""
+    """Rank simulated corpora of one scenario and size: what was covered, how often a best one was named, and found.
+
+    width_tail: 99th percentiles of an interval's longer side over its shorter one, which is Student's.
+    """
     scenario = SCENARIOS[name]
     generator = np.random.default_rng([seed, list(SCENARIOS).index(name), n_prompts])
     covered = {figure: np.zeros(n_simulations) for figure in FIGURES}
     widths = {figure: np.zeros(n_simulations) for figure in FIGURES}
+    stretched = {figure: np.zeros((n_simulations, len(GENERATORS))) for figure in FIGURES}
+    apart = np.zeros(n_simulations)
     false_best, sure = np.zeros(n_simulations), np.zeros(n_simulations)
     for k in range(n_simulations):
         table = corpus(scenario, n_prompts, generator)
@@ -176,14 +187,30 @@ def simulate(name: str, n_prompts: int, n_simulations: int, seed: int) -> dict[s
             inside = [row[f"{figure}_low"] <= scenario.truth[figure] <= row[f"{figure}_high"] for row in rows]
             covered[figure][k] = np.mean(inside)
             widths[figure][k] = np.mean([row[f"{figure}_high"] - row[f"{figure}_low"] for row in rows])
+            sides = np.array(
+                [[row[figure] - row[f"{figure}_low"], row[f"{figure}_high"] - row[figure]] for row in rows]
+            )
+            stretched[figure][k] = sides.max(axis=1) / sides.min(axis=1)
+        apart[k] = (rows[0]["car"] - rows[1]["car"]) * (1 if rows[0]["generator"] == "b" else -1)
         false_best[k] = len({row["rank"] for row in rows}) > 1
         sure[k] = max(row["p_best"] for row in rows) > 0.975
+    raised = EFFECT * apart.std(ddof=1) * (1 + BETA * scenario.truth["loss"])
+    found = np.zeros(n_simulations // 2)
+    for k in range(len(found)):
+        table = corpus(scenario, n_prompts, generator, raised)
+        ranks = {
+            row["generator"]: row["rank"]
+            for row in rank(table, beta=BETA, average=scenario.average, draws=1).to_pylist()
+        }
+        found[k] = ranks == {"b": 1, "a": 2}
     return {
         "scenario": name,
         "prompts": n_prompts,
         "coverage": {figure: share(covered[figure]) for figure in FIGURES},
         "median_width": {figure: round(float(np.median(widths[figure])), 5) for figure in FIGURES},
+        "width_tail": {figure: round(float(np.quantile(stretched[figure], 0.99)), 3) for figure in FIGURES},
         "false_best": share(false_best),
+        "power": share(found),
         "p_best_above_0.975": share(sure),
     }
 
@@ -252,7 +279,8 @@ def main() -> None:
             results.append(result)
             shares = "  ".join(f"{figure} {result['coverage'][figure]['share']:.1%}" for figure in FIGURES)
             false = result["false_best"]["share"]
-            print(f"{name:16} {n_prompts:5} prompts  {shares}  false best {false:.1%}", flush=True)
+            power = result["power"]["share"]
+            print(f"{name:16} {n_prompts:5} prompts  {shares}  false best {false:.1%}  power {power:.1%}", flush=True)
     by_method = [methods(name, n, options.simulations, options.seed) for name in DISTRIBUTIONS for n in (30, 100)]
     for result in by_method:
         shares = "  ".join(f"{method} {hits['share']:.1%}" for method, hits in result["coverage"].items())
@@ -264,6 +292,12 @@ def main() -> None:
         "mean_coverage": round(float(np.mean(coverage)), 4),
         "highest_false_best": max(result["false_best"]["share"] for result in results),
         "mean_false_best": round(float(np.mean([result["false_best"]["share"] for result in results])), 4),
+        "highest_width_tail": max(tail for result in results for tail in result["width_tail"].values()),
+        "median_width_tail": round(float(np.median([list(result["width_tail"].values()) for result in results])), 3),
+        "lowest_power": min(result["power"]["share"] for result in results),
+        "mean_power": round(float(np.mean([result["power"]["share"] for result in results])), 4),
+        # Of a normal difference whose standard error is known, at the level of the ranking.
+        "power_if_normal": round(1 - NORMAL.cdf(NORMAL.inv_cdf(1 - FALSE_DIFFERENCES / 2) - EFFECT), 4),
     }
     report = {
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__},
@@ -272,6 +306,7 @@ def main() -> None:
         "level": 0.95,
         "beta": BETA,
         "draws": DRAWS,
+        "effect": EFFECT,
         "seconds": round(time.perf_counter() - begin),
         "summary": summary,
         "scenarios": {name: {"about": s.about, "truth": s.truth} for name, s in SCENARIOS.items()},

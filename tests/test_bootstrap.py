@@ -10,6 +10,7 @@ import pytest
 from fastcompat import bootstrap
 from fastcompat.bootstrap import (
     BYTES_OF_WEIGHT,
+    LONGEST_SIDE,
     ClusteredMeans,
     interval,
     poisson_weights,
@@ -65,11 +66,17 @@ def test_estimates_and_moments_against_loops(small_blocks):
         deviation, acceleration = moments.of(d)
         np.testing.assert_allclose(deviation, np.sqrt((both**2).sum(0)), rtol=1e-10)
         np.testing.assert_allclose(acceleration, (both**3).sum(0) / (6 * (both**2).sum(0) ** 1.5), rtol=1e-9)
-    for g, h in ((0, 1), (2, 0)):
-        difference = 0.5 * (influence[0, :, g] - influence[0, :, h]) - 3 * (influence[1, :, g] - influence[1, :, h])
-        squares = (difference**2).sum()
-        expected = (np.sqrt(squares), (difference**3).sum() / (6 * squares**1.5))
-        assert moments.of_difference(np.array([0.5, -3.0]), g, h) == pytest.approx(expected, rel=1e-8)
+    of_pair = np.array([[0.0, 3.0, 1.0], [3.0, 0.0, 0.5], [1.0, 0.5, 0.0]])
+    for d in (np.array([0.5, -3.0])[:, None, None], np.stack([np.ones((3, 3)), -of_pair])):
+        deviation, acceleration = moments.of_differences(d)
+        assert (deviation.diagonal() == 0).all()
+        for g, h in ((0, 1), (1, 0), (2, 0), (1, 2)):
+            first, second = np.broadcast_to(d, (2, 3, 3))[:, g, h]
+            difference = first * (influence[0, :, g] - influence[0, :, h])
+            difference += second * (influence[1, :, g] - influence[1, :, h])
+            squares = (difference**2).sum()
+            assert deviation[g, h] == pytest.approx(np.sqrt(squares), rel=1e-9)
+            assert acceleration[g, h] == pytest.approx((difference**3).sum() / (6 * squares**1.5), rel=1e-8)
 
 
 def test_one_response_a_prompt_gives_the_textbook_interval():
@@ -88,6 +95,24 @@ def test_skewness_widens_the_side_of_the_tail():
     left = interval(np.zeros(1), np.ones(1), np.full(1, -0.05), np.full(1, 29.0))
     assert right[1] > still[1] == -still[0] == -right[0]
     assert (left[0], left[1]) == (-right[1], -right[0])
+
+
+def test_bounds_do_not_leap_when_a_value_moves_a_little():
+    """Hall's correction turns to the cube root of a negative number where one value makes all of the skewness."""
+    values = 1 + 0.15 * np.random.default_rng(0).normal(size=30)
+    highs = []
+    for outlier in np.arange(1.0, 10.0, 0.02):
+        values[-1] = outlier
+        means = ClusteredMeans(np.arange(30), np.zeros(30, np.int64), 1, [(values, np.ones(30))])
+        deviation, acceleration = means.moments().of(np.ones((1, 1)))
+        low, high = interval(means.estimates[0], deviation, acceleration, means.freedom[0])
+        margin = T_TABLE[29] * deviation[0]
+        for side in (means.estimates[0] - low, high - means.estimates[0]):
+            assert margin * 0.999 < side[0] < LONGEST_SIDE * margin * 1.001
+        highs.append(high[0])
+    # The mean moves by 0.02 / 30 at each step, and a deviation by hardly more.
+    assert np.diff(highs).min() > 0
+    assert np.diff(highs).max() < 0.02
 
 
 def test_the_correction_inverts_halls_polynomial():
@@ -164,7 +189,7 @@ def test_replicates_vary_as_much_as_the_variance_says():
     (found,) = means.replicates(draws=4000, seed=0)
     np.testing.assert_allclose(found.std(axis=0), moments.of(np.ones((1, 3)))[0], rtol=0.06)
     difference = (found[:, 0] - found[:, 1]).std()
-    assert difference == pytest.approx(moments.of_difference(np.ones(1), 0, 1)[0], rel=0.06)
+    assert difference == pytest.approx(moments.of_differences(np.ones((1, 1, 1)))[0][0, 1], rel=0.06)
 
 
 def test_a_draw_that_leaves_nothing_is_nan():

@@ -365,8 +365,9 @@ def test_rank_by_columns_that_are_groups_only(tmp_path, model):
     succeed("score", corpus, "--base-model", model, "-o", tmp_path / "run")
     by_source = json.loads(succeed("rank", tmp_path / "run", "--by", "source", "--format", "json"))
     assert len(by_source) == 2
-    for column in ("base_model", "loss", "row_key", "nothing"):
+    for column in ("base_model", "loss", "row_key"):
         assert "not a column of groups" in fail(UsageError, "rank", tmp_path / "run", "--by", column)
+    assert "no column nothing" in fail(UsageError, "rank", tmp_path / "run", "--by", "nothing")
 
 
 def test_inspect_marks_the_scored_tokens(tmp_path, model):

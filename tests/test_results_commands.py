@@ -74,7 +74,9 @@ def test_the_ranking_is_by_car_and_says_how_sure_it_is(run):
     assert [line[0] for line in lines] == ["1", "2", "3", "4"]
     assert "CAR" in output
     assert "beta 3" in output
-    assert "strong has the best CAR, clearly before apt." in output
+    assert "strong has the best CAR; for every other generator there is one that is clearly better." in output
+    assert "rank: 1 + how many generators are clearly better" in output
+    assert "poor has figures for 39 of the 40 prompts: compare with --leave-out prompt." in output
     assert "strong has the best CAR whatever beta is." in output
     assert "left out" in output
 
@@ -82,7 +84,8 @@ def test_the_ranking_is_by_car_and_says_how_sure_it_is(run):
 def test_every_format_has_the_figures_of_rank(run):
     wanted = fc.rank(fc.open_run(run).scores(), beta=[0.0, 3.0]).to_pylist()
     options = ("rank", run, "--beta", 0, "--beta", 3, "--format")
-    assert json.loads(succeed(*options, "json")) == json.loads(json.dumps(wanted))
+    for row, expected in zip(json.loads(succeed(*options, "json")), wanted, strict=True):
+        assert row == {k: pytest.approx(x, rel=1e-9) if isinstance(x, float) else x for k, x in expected.items()}
     rows = list(csv.DictReader(io.StringIO(succeed(*options, "csv"))))
     assert [float(row["car"]) for row in rows] == pytest.approx([row["car"] for row in wanted])
     table = [line for line in succeed(*options, "md").splitlines() if line.startswith("| ")]
@@ -101,7 +104,10 @@ def test_rewards_that_are_not_positive_are_refused_with_the_way_out(tmp_path, ru
     other = tmp_path / "run"
     succeed("score", run.parent / "zoo.parquet", "--base-model", model, "-o", other, "--reward-column", "Skywork")
     assert "--reward-shift" in fail(UsageError, "rank", other)
-    assert "CAR" in succeed("rank", other, "--reward-shift", 10)
+    assert "CAR = (reward + 10) / (1 + 3 loss)" in succeed("rank", other, "--reward-shift", 10)
+    by_loss = succeed("rank", other, "--sort", "loss")
+    assert "has the lowest loss" in by_loss or "clearly better" in by_loss
+    assert "CAR" not in by_loss
     assert "--reward-shift" in fail(UsageError, "select", other, "-o", tmp_path / "x.jsonl")
 
 
@@ -119,7 +125,7 @@ def test_metrics_against_outcomes(tmp_path, run):
     (reward,) = (line.split() for line in output.splitlines() if line.split()[:1] == ["reward"])
     assert "1.0000" in reward
     assert "Without scores, left out: other." in output
-    rows = json.loads(succeed("rank", run, "--against", path, "--format", "json"))
+    rows = json.loads(invoke("rank", run, "--against", path, "--format", "json").stdout)  # notes are on stderr
     assert {row["metric"]: row["rho"] for row in rows}["reward"] == 1.0
     assert "| metric |" in succeed("rank", run, "--against", path, "--format", "md")
     assert "Qwen2.5-3B" in fail(UsageError, "rank", run, "--against", "paper:GPT-5")

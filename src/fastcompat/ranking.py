@@ -5,8 +5,8 @@ Dimension key: N responses, G generators, B bootstrap draws.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,25 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.bootstrap import (
-    BoolArray,
-    ClusteredMeans,
-    Estimate,
-    FloatArray,
-    IntArray,
-    Moments,
-)
+from fastcompat.bootstrap import BoolArray, ClusteredMeans, Estimate, FloatArray, IntArray
 from fastcompat.errors import UsageError
 from fastcompat.pairing import as_table, paired, rows_at
+from fastcompat.ranking_estimates import RankingSettings, all_betas, estimates_of, values_of
 from fastcompat.response import SCORED_STATUSES
-from fastcompat.response_metrics import car
+from fastcompat.response_metrics import not_positive
 from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
 MIN_PROMPTS = 10
 # Every pair of generators is compared.
 MAX_GROUPS = 1000
-_NO_GROUPS = ("base_model", "reward_model", "row_key", "prompt_id", "detail")
 _READ = ("row_key", "prompt_id", "base_model", "reward_model", "n_tokens", "nll_sum", "loss", "reward", "status")
 
 Figure = Literal["car", "loss", "reward"]
@@ -42,15 +35,22 @@ _SCHEMA = pa.schema(
         ("base_model", pa.string()),
         ("reward_model", pa.string()),
         ("beta", pa.float64()),
+        ("reward_shift", pa.float64()),
         ("generator", pa.string()),
         ("rank", pa.int32()),
         ("n", pa.int64()),
+        ("n_prompts", pa.int64()),
+        ("n_prompts_total", pa.int64()),
         ("n_left_out", pa.int64()),
         ("mean_tokens", pa.float64()),
         *((name + end, pa.float64()) for name in ("reward", "loss", "car") for end in ("", "_low", "_high")),
         ("p_best", pa.float64()),
     ]
 )
+# Columns that say nothing of whose a response is: scorers, keys, reasons, counts, and the ranking's own names.
+_NO_GROUPS = {"row_key", "prompt_id", "status", "detail", "row_index", "response_index"}
+_NO_GROUPS |= {"n_prompt_tokens", "n_tokens", "n_bytes", "greedy_matches", "unconditioned_n_tokens"}
+_NO_GROUPS |= {name for name in _SCHEMA.names if name != "generator"}
 
 
 def rank(
@@ -67,38 +67,58 @@ def rank(
 ) -> pa.Table:
     """One row per base model, reward model, beta and generator, the best of each first.
 
-    table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes. Columns: base_model, reward_model, beta
-    (null without CAR), generator (or whatever `by` names), rank, n, n_left_out, mean_tokens, and of reward, loss and car each
-    with `_low` and `_high`, p_best.
+    table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes; rows without a `prompt_id` are prompts
+    of their own. Columns: base_model, reward_model, beta and reward_shift (null without CAR), generator (or whatever
+    `by` names), rank, n, n_prompts, n_prompts_total, n_left_out, mean_tokens, and of reward, loss and car each with
+    `_low` and `_high`, p_best.
 
-    `reward` and `loss` (nats) are means over the same `n` responses: those that carry every figure that the pair of
-    models has. `n_left_out` counts the others; with `leave_out="prompt"` all responses to their prompts are left out
-    with them. `loss` is averaged over responses, or over tokens with `average="token"`; rewards always over responses.
-    `car` is `(reward + reward_shift) / (1 + beta * loss)`.
+    `reward` and `loss` (nats) are means over the same `n` responses to `n_prompts` prompts: those that carry every
+    figure that the pair of models has. `n_prompts_total` are the prompts that any generator has such a response to:
+    where one has fewer, it was asked other questions. With `leave_out="prompt"` only prompts count that every generator
+    answered and all of whose responses carry the figures (a generator that has no such response at all is not asked
+    for). `n_left_out` counts the responses that do not count. `loss` is averaged over responses, or over tokens with
+    `average="token"`; rewards always over responses. `car` is `(reward + reward_shift) / (1 + beta * loss)`.
 
     Sorted and ranked by `sort_by`: CAR where there are both figures, else the one that there is. `_low` and `_high` are
     95% intervals for new prompts, from the clustered variance by prompt with a correction for skewness
-    (`bootstrap.interval`; bench/coverage.py measures what they cover). `rank` is shared by neighbours whose difference,
-    paired by prompt, the same interval does not tell from zero, at 96% for all pairs together (Bonferroni). `p_best` is
-    the share of `draws` bootstrap draws of prompts in which the generator is the best, equals sharing a draw. Fewer
-    than `MIN_PROMPTS` prompts give no interval and no `p_best`, and separate nobody.
+    (`bootstrap.interval`; bench/coverage.py measures what they cover). `rank` is 1 + the number of generators that are
+    clearly better: those whose difference from this one, paired by prompt, has such an interval above zero, at 96% for
+    all pairs together (Bonferroni). So a generator that few data say little of may have a better rank than one above
+    it. `p_best` is the share of `draws` bootstrap draws of prompts in which the generator is the best, equals sharing a
+    draw. Fewer than `MIN_PROMPTS` prompts give no interval and no `p_best`, and are compared with nobody.
 
-    Raises UsageError for a column whose values cannot be ranked, options out of range, and a mean reward that is not
-    positive where CAR decides; sorted by another figure, its `car` is null.
+    The order of the rows changes nothing but the rounding of sums. Raises UsageError for a column whose values cannot
+    be ranked, options out of range, a negative loss, no prompt left by `leave_out="prompt"`, and a mean reward that is
+    not positive where CAR decides; sorted by another figure, its `car` is null.
     """
-    betas = [float(value) for value in np.atleast_1d(beta)]
-    _check_options(betas, average, leave_out, sort_by, reward_shift, draws)
+    options = RankingSettings(
+        betas=all_betas(beta),
+        average=average,
+        reward_shift=reward_shift,
+        leave_out=leave_out,
+        sort_by=sort_by,
+        draws=draws,
+        seed=seed,
+    )
     # What nobody reads here, per-token lists above all, is neither read nor joined.
     needed = list(dict.fromkeys((*_READ, by)))
     scores = table.scores(needed) if isinstance(table, Run) else as_table(table)
     _check_groups(scores, by)
+    if "prompt_id" not in scores.column_names and scores.num_rows > 1:
+        logging.getLogger("fastcompat").warning(
+            "no column prompt_id: every row counts as a prompt of its own, so intervals are too narrow where prompts "
+            "repeat, and generators are not compared prompt by prompt; add prompt_id"
+        )
     rows = paired(scores.select([name for name in scores.column_names if name in needed]))
-    parts = [
-        _rank_pair(group, models, by, _Options(betas, average, reward_shift, leave_out, sort_by, draws, seed))
-        for models, group in _by_models(rows)
-    ]
+    parts = [_rank_pair(group, models, by, options) for models, group in _by_models(rows)]
     names = [by if name == "generator" else name for name in _SCHEMA.names]
     return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
+
+
+def group_column(ranking: pa.Table) -> str:
+    """The name of the column that `by` named."""
+    name: str = ranking.column_names[_SCHEMA.get_field_index("generator")]
+    return name
 
 
 class BetaRange(NamedTuple):
@@ -110,32 +130,26 @@ class BetaRange(NamedTuple):
 
 
 def sensitivity(
-    ranking: pa.Table, *, by: str = "generator", reward_shift: float = 0.0
+    ranking: pa.Table, *, by: str | None = None, reward_shift: float | None = None
 ) -> dict[tuple[str | None, str | None], list[BetaRange]]:
     """(base model, reward model) -> the winner under every beta of [0, inf), where it changes exactly.
 
-    ranking: what `rank` returned, for any beta, with the `reward_shift` of that call. Point figures only: the intervals
-    of neighbours may overlap on both sides of a change. Pairs without reward or without loss are not there.
+    ranking: what `rank` returned, for any beta. by, reward_shift: None: as in that call; another shift asks what it
+    would change. Point figures only: the intervals of neighbours may overlap on both sides of a change. Pairs of models
+    without CAR, be it for want of a figure or because a shifted mean reward is not positive, are not there.
     """
-    winners = {}
-    for models in dict.fromkeys(
-        zip(ranking["base_model"].to_pylist(), ranking["reward_model"].to_pylist(), strict=True)
-    ):
-        rows = {
-            row[by]: (row["reward"] + reward_shift, row["loss"])
-            for row in ranking.to_pylist()
-            if (row["base_model"], row["reward_model"]) == models and None not in (row["reward"], row["loss"])
-        }
-        if rows:
-            winners[models] = _winners(rows, reward_shift)
-    return winners
+    by = group_column(ranking) if by is None else by
+    figures: dict[tuple[str | None, str | None], dict[str | None, tuple[float, float]]] = {}
+    for row in ranking.to_pylist():
+        if None not in (row["beta"], row["reward"], row["loss"]):
+            shift = row["reward_shift"] if reward_shift is None else reward_shift
+            own = figures.setdefault((row["base_model"], row["reward_model"]), {})
+            own[row[by]] = (row["reward"] + shift, row["loss"])
+    return {models: _winners(own) for models, own in figures.items() if min(own.values())[0] > 0}
 
 
-def _winners(figures: dict[str | None, tuple[float, float]], reward_shift: float) -> list[BetaRange]:
+def _winners(figures: dict[str | None, tuple[float, float]]) -> list[BetaRange]:
     """1 / CAR = 1 / r + beta * L / r is a line in beta: the lower envelope of the generators' lines, from the left."""
-    worst = min(figures, key=lambda name: figures[name][0])
-    if figures[worst][0] <= 0:
-        raise UsageError(_not_positive(worst, figures[worst][0] - reward_shift, reward_shift))
     lines = {name: (1 / reward, loss / reward) for name, (reward, loss) in figures.items()}
     winner = min(lines, key=lambda name: lines[name])
     ranges: list[BetaRange] = []
@@ -156,36 +170,13 @@ def _winners(figures: dict[str | None, tuple[float, float]], reward_shift: float
         begin, winner = end, successor
 
 
-class _Options(NamedTuple):
-    betas: list[float]
-    average: str
-    reward_shift: float
-    leave_out: str
-    sort_by: str | None
-    draws: int
-    seed: int
-
-
-def _check_options(
-    betas: list[float], average: str, leave_out: str, sort_by: str | None, reward_shift: float, draws: int
-) -> None:
-    if not betas or not all(0 <= value < float("inf") for value in betas):
-        raise UsageError(f"beta must be one or more numbers of at least 0, got {betas}")
-    if not np.isfinite(reward_shift):
-        raise UsageError(f"reward_shift must be a number, got {reward_shift}")
-    if average not in ("response", "token"):
-        raise UsageError(f"average must be 'response' or 'token', got {average!r}")
-    if leave_out not in ("response", "prompt"):
-        raise UsageError(f"leave_out must be 'response' or 'prompt', got {leave_out!r}")
-    if sort_by not in (None, "car", "loss", "reward"):
-        raise UsageError(f"sort_by must be 'car', 'loss' or 'reward', got {sort_by!r}")
-    if draws < 1:
-        raise UsageError(f"draws must be at least 1, got {draws}")
-
-
 def _check_groups(scores: pa.Table, by: str) -> None:
-    groups = [f.name for f in scores.schema if f.name == "generator" or pa.types.is_string(f.type)]
-    groups = [name for name in groups if name not in _NO_GROUPS]
+    groups = [
+        field.name
+        for field in scores.schema
+        if field.name not in _NO_GROUPS
+        and (field.name == "generator" or pa.types.is_string(field.type) or pa.types.is_integer(field.type))
+    ]
     if by not in groups:
         raise UsageError(f"--by {by}: not a column of groups; there are {', '.join(groups) or 'none'}")
     if scores.num_rows and scores[by].null_count == scores.num_rows:
@@ -209,35 +200,35 @@ def _by_models(rows: pa.Table) -> list[tuple[tuple[str | None, str | None], pa.T
     return parts
 
 
-def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: _Options) -> pa.Table:
+def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: RankingSettings) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
-    groups = rows[by].combine_chunks().dictionary_encode("encode")
-    names, group = groups.dictionary.to_pylist(), groups.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    names, group = _coded(rows[by].cast(pa.string()))
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
     sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
     if sort_by not in [*figures, *(["car"] if len(figures) == 2 else [])]:
         raise UsageError(
             f"cannot rank by {sort_by}: base model {models[0]} and reward model {models[1]} give only the {figures[0]}"
         )
-    prompts = pc.coalesce(rows["prompt_id"], rows["row_key"]).combine_chunks().dictionary_encode()
-    prompt = prompts.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    carries = _carries(rows, figures, prompt if options.leave_out == "prompt" else None)
+    prompt = _prompts(rows)
+    carries = _carries(rows, figures)
+    if options.leave_out == "prompt":
+        carries = _whole_prompts(prompt, group, carries, names)
     used = rows.select(["n_tokens", "nll_sum", "loss", "reward"]).filter(pa.array(carries))
     n = np.bincount(group[carries], minlength=len(names))
-    ones = np.ones(used.num_rows)
-    values = [
-        _token_sums(used) if figure == "loss" and options.average == "token" else (used[figure].to_numpy(), ones)
-        for figure in figures
-    ]
+    values, units = values_of(used, figures, options.average)
     means = ClusteredMeans(prompt[carries], group[carries], len(names), values)
     known = means.n_prompts >= MIN_PROMPTS
-    estimates = _estimates(means, figures, names, sort_by, options)
+    estimates = estimates_of(means, units, options)
+    if sort_by == "car":
+        _check_rewards(estimates["reward"], names, options.reward_shift)
     of_responses = {
         "generator": np.array(names, dtype=object),
         "n": n,
+        "n_prompts": means.n_prompts,
         "n_left_out": np.bincount(group, minlength=len(names)) - n,
         "mean_tokens": _mean_tokens(used["n_tokens"], group[carries], len(names)),
     }
+    n_prompts_total = len(np.unique(prompt[carries]))
     parts = []
     for beta in options.betas if len(figures) == 2 else [None]:
         by_name: dict[str, str | float] = {name: name for name in figures} | ({} if beta is None else {"car": beta})
@@ -245,10 +236,16 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
         order, ranks = ranked.ranks(known)
         by_generator: dict[str, NDArray[Any]] = of_responses | {"p_best": ranked.p_best(known)}
         for name, key in by_name.items():
-            low, high = estimates[key].interval(known)
-            by_generator |= {name: estimates[key].value, f"{name}_low": low, f"{name}_high": high}
+            columns_of = (name, f"{name}_low", f"{name}_high")
+            by_generator |= dict(zip(columns_of, estimates[key].figures(known), strict=True))
         columns: dict[str, Any] = {name: values[order] for name, values in by_generator.items()} | {"rank": ranks}
-        constants = {"base_model": models[0], "reward_model": models[1], "beta": beta}
+        constants = {
+            "base_model": models[0],
+            "reward_model": models[1],
+            "beta": beta,
+            "reward_shift": None if beta is None else options.reward_shift,
+            "n_prompts_total": n_prompts_total,
+        }
         for field in _SCHEMA:
             columns.setdefault(field.name, [constants.get(field.name)] * len(names))
         arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in _SCHEMA]
@@ -256,22 +253,58 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
     return pa.concat_tables(parts)
 
 
-def _carries(rows: pa.Table, figures: list[str], prompt: IntArray | None) -> BoolArray:
-    """[N] which responses carry every figure; given their prompts, which of them belong to a prompt that is whole."""
+def _coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
+    """The different values, sorted, null last; and [N] which of them each is: whatever the order of the rows."""
+    encoded = column.combine_chunks().dictionary_encode("encode")
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    codes = np.argsort(order)[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+    return encoded.dictionary.take(pa.array(order)).to_pylist(), codes
+
+
+def _prompts(rows: pa.Table) -> IntArray:
+    """[N] codes of prompts; a row without prompt_id is one of its own."""
+    prompts, codes = _coded(rows["prompt_id"])
+    if not rows["prompt_id"].null_count:
+        return codes
+    _, own = _coded(rows["row_key"])
+    return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
+
+
+def _carries(rows: pa.Table, figures: list[str]) -> BoolArray:
+    """[N] which responses carry every figure."""
     scored = pc.is_in(rows["status"], pa.array([str(s) for s in SCORED_STATUSES])).to_numpy(zero_copy_only=False)
     carries: BoolArray = scored.copy()
     for name in figures:
         carries &= rows[name].is_valid().to_numpy()
-    if prompt is not None and len(prompt):
-        carries &= np.bincount(prompt, ~carries)[prompt] == 0
     return carries
 
 
-def _token_sums(used: pa.Table) -> tuple[FloatArray, FloatArray]:
-    """(NLL sums, tokens) [N]: their summed ratio is the loss averaged over tokens."""
-    if used["n_tokens"].null_count or used["nll_sum"].null_count:
-        raise UsageError("average='token' needs the columns n_tokens and nll_sum in every scored row")
-    return used["nll_sum"].to_numpy(), used["n_tokens"].to_numpy().astype(np.float64)
+def _whole_prompts(prompt: IntArray, group: IntArray, carries: BoolArray, names: list[str | None]) -> BoolArray:
+    """[N] which responses are to prompts that every generator answered, each time with all figures.
+
+    A generator without any figure is not asked for.
+    """
+    n_groups, n_codes = len(names), int(prompt.max(initial=-1)) + 1
+    answers = np.bincount(group[carries], minlength=n_groups) > 0
+    cells = np.unique(prompt[carries] * n_groups + group[carries])
+    whole = np.bincount(cells // n_groups, minlength=n_codes) == answers.sum()
+    whole &= np.bincount(prompt[answers[group] & ~carries], minlength=n_codes) == 0
+    kept: BoolArray = carries & whole[prompt]
+    if carries.any() and not kept.any():
+        counts = np.where(answers, np.bincount(cells % n_groups, minlength=n_groups), n_codes + 1)
+        raise UsageError(
+            "leave_out='prompt' leaves nothing: no prompt has all figures of every generator. "
+            f"{names[int(counts.argmin())]} answered the fewest, {counts.min():,}: leave it out of the table, or "
+            "choose leave_out='response' (--leave-out response)"
+        )
+    return kept
+
+
+def _check_rewards(reward: Estimate, names: list[str | None], shift: float) -> None:
+    means = reward.value * reward.unit
+    if (means + shift <= 0).any():
+        lowest = int(np.nanargmin(means))
+        raise UsageError(not_positive(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
 
 
 def _mean_tokens(n_tokens: pa.ChunkedArray, group: IntArray, n_groups: int) -> FloatArray:
@@ -280,74 +313,3 @@ def _mean_tokens(n_tokens: pa.ChunkedArray, group: IntArray, n_groups: int) -> F
     counts = np.bincount(group[there], minlength=n_groups)
     with np.errstate(invalid="ignore"):
         return np.bincount(group[there], n_tokens.drop_null().to_numpy(), n_groups) / counts
-
-
-def _estimates(
-    means: ClusteredMeans, figures: list[str], names: list[str | None], sort_by: str, options: _Options
-) -> dict[str | float, Estimate]:
-    """The estimates of each figure under its name, and of CAR under its beta where there are both figures."""
-    moments = means.moments()
-    replicates = means.replicates(options.draws, options.seed)
-    estimates: dict[str | float, Estimate] = {}
-    for k, name in enumerate(figures):
-        sign = -1 if name == "loss" else 1
-        unit = np.eye(len(figures))[k]
-        deviation, acceleration = moments.of(np.repeat(unit[:, None], means.n_groups, axis=1))
-        estimates[name] = Estimate(
-            value=means.estimates[k],
-            deviation=deviation,
-            acceleration=acceleration,
-            freedom=means.freedom[k],
-            replicates=replicates[k],
-            sign=sign,
-            apart=partial(_apart, sign * means.estimates[k], moments, sign * unit),
-        )
-    if len(figures) < 2:
-        return estimates
-    shift, (reward, loss) = options.reward_shift, means.estimates
-    refused = reward + shift <= 0
-    if refused.any() and sort_by == "car":
-        lowest = int(np.nanargmin(reward))
-        raise UsageError(_not_positive(names[lowest], float(reward[lowest]), shift))
-    reward = np.where(refused, np.nan, reward)
-    for beta in options.betas:
-        value = car(reward, loss, beta, reward_shift=shift)
-        slopes = np.stack([1 / (1 + beta * loss), -beta * value / (1 + beta * loss)])
-        deviation, acceleration = moments.of(np.nan_to_num(slopes))
-        estimates[beta] = Estimate(
-            value=value,
-            deviation=deviation,
-            acceleration=acceleration,
-            freedom=np.minimum(*means.freedom),
-            replicates=(replicates[0] + shift) / (1 + beta * replicates[1]),
-            sign=1,
-            apart=partial(_car_apart, reward + shift, loss, beta, moments),
-        )
-    return estimates
-
-
-def _apart(
-    figure: FloatArray, moments: Moments, derivatives: FloatArray, better: int, worse: int
-) -> tuple[float, float, float]:
-    return float(figure[better] - figure[worse]), *moments.of_difference(derivatives, better, worse)
-
-
-def _car_apart(
-    reward: FloatArray, loss: FloatArray, beta: float, moments: Moments, better: int, worse: int
-) -> tuple[float, float, float]:
-    """Two CARs are equal where `r - c * (1 + beta * L)` is, with c the CAR of both together.
-
-    That is linear in the means and treats both alike. The difference of the CARs themselves is not: their slope is
-    lower where the loss is higher, so that one huge loss would look surer than it is.
-    """
-    pooled = (reward[better] + reward[worse]) / (2 + beta * (loss[better] + loss[worse]))
-    return _apart(reward - pooled * (1 + beta * loss), moments, np.array([1.0, -pooled * beta]), better, worse)
-
-
-def _not_positive(generator: str | None, reward: float, shift: float) -> str:
-    shifted = f" with the shift {shift:g}" if shift else ""
-    return (
-        f"the mean reward of {generator} is {reward + shift:.4g}{shifted}, not positive: "
-        "CAR = r / (1 + beta * L) would then rise with the loss; shift every reward by more than "
-        f"{-reward:.4g} (--reward-shift, reward_shift=), or rank by loss or reward"
-    )

@@ -71,24 +71,40 @@ def car(reward: ArrayLike, loss: ArrayLike, beta: float = 3.0, *, reward_shift: 
     So UsageError where reward + reward_shift <= 0 (and the loss is known), as for a negative loss, and for a beta that
     is negative or no number. Xu et al. 2024, "Stronger Models are NOT Stronger Teachers" (arXiv 2411.07133).
     """
-    if not (np.isfinite(beta) and beta >= 0):
-        raise UsageError(f"beta must be a number and not negative, got {beta:g}")
-    if not np.isfinite(reward_shift):
-        raise UsageError(f"reward_shift must be a number, got {reward_shift:g}")
+    if finite(beta, "beta") < 0:
+        raise UsageError(f"beta must not be negative, got {beta:g}")
+    finite(reward_shift, "reward_shift")
     rewards, losses = _figures(reward, loss)
     known = ~np.isnan(rewards) & ~np.isnan(losses)
-    if (losses[known] < -ROUNDING).any():
-        raise UsageError(f"loss {losses[known].min():g} is negative; CAR takes mean NLL in nats, not log-likelihoods")
+    check_losses(losses[known])
     refused = known & (rewards + reward_shift <= 0)
     if refused.any():
-        lowest = rewards[refused].min()
-        shifted = f" (with reward_shift {reward_shift:g})" if reward_shift else ""
-        raise UsageError(
-            f"reward {lowest:g}{shifted} is not positive, {refused.sum():,} of {known.sum():,}: "
-            "CAR = r / (1 + beta * L) would then rise with the loss; "
-            f"shift every reward by more than {-lowest:g} (--reward-shift, reward_shift=)"
-        )
+        among = f" ({refused.sum():,} of {known.sum():,})" if known.sum() > 1 else ""
+        raise UsageError(not_positive("reward", rewards[refused].min(), reward_shift, among))
     return _plain((rewards + reward_shift) / (1 + beta * np.maximum(losses, 0)))
+
+
+def not_positive(whose: str, reward: float, reward_shift: float, among: str = "") -> str:
+    """Why there is no CAR of a reward (given without its shift), and which shift would mend it."""
+    figure = f"{reward:g} (with reward_shift {reward_shift:g}) is {reward + reward_shift:g}," if reward_shift else ""
+    return (
+        f"{whose} {figure or f'{reward:g} is'} not positive{among}: CAR = r / (1 + beta * L) would then rise with the "
+        f"loss; shift every reward by more than {-reward:g} (--reward-shift, reward_shift=), or go by loss or reward"
+    )
+
+
+def check_losses(losses: FloatArray) -> None:
+    """UsageError for a negative loss, [N] in nats per token; what float32 logits round to below 0 is none."""
+    if (losses < -ROUNDING).any():
+        raise UsageError(f"loss {losses.min():g} is negative; a loss is a mean NLL in nats, not a log-likelihood")
+
+
+def finite(value: object, name: str) -> float:
+    """A finite number. UsageError for anything else."""
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind not in "iuf" or not np.isfinite(array):
+        raise UsageError(f"{name} must be a number, got {value!r}")
+    return float(array)
 
 
 def ifd_loss(loss: ArrayLike, unconditioned_loss: ArrayLike) -> FloatArray:
