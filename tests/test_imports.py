@@ -18,7 +18,7 @@ LIGHT += [".commands.machine", ".commands.options", ".benchmark", ".benchmark.wo
 LIGHT += [".response_metrics", ".token_metrics", ".extras", ".schemas", ".durable", ".reward_tokenization"]
 LIGHT += [".bootstrap", ".pairing", ".selection", ".training_file"]
 LIGHT += [".correlation", ".validation", ".reproduction", ".training_outcomes", ".paper", ".ranking_display"]
-LIGHT += [".commands.results", ".commands.score", ".report"]
+LIGHT += [".ranking_estimates", ".commands.results", ".commands.score", ".report"]
 
 
 def run_python(code: str) -> str:

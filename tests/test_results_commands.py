@@ -111,6 +111,19 @@ def test_rewards_that_are_not_positive_are_refused_with_the_way_out(tmp_path, ru
     assert "--reward-shift" in fail(UsageError, "select", other, "-o", tmp_path / "x.jsonl")
 
 
+def test_one_of_several_reward_models_can_be_chosen(tmp_path, run, model):
+    both = tmp_path / "run"
+    succeed("score", run.parent / "zoo.parquet", "--base-model", model, "-o", both)
+    assert "column Skywork" in succeed("rank", both, "--sort", "loss")  # each reward model has its table
+    fail(UsageError, "rank", both)
+    chosen = json.loads(succeed("rank", both, "--reward-model", "column ArmoRM", "--format", "json"))
+    wanted = json.loads(succeed("rank", run, "--format", "json"))
+    assert [row["generator"] for row in chosen] == [row["generator"] for row in wanted]
+    assert [row["car"] for row in chosen] == pytest.approx([row["car"] for row in wanted])
+    message = fail(UsageError, "rank", both, "--reward-model", "ArmoRM")
+    assert "--reward-model ArmoRM: the run has column ArmoRM, column Skywork" in message
+
+
 def test_prompts_can_be_left_out_whole(run):
     alone = {row["generator"]: row for row in json.loads(succeed("rank", run, "--format", "json"))}
     whole = json.loads(succeed("rank", run, "--leave-out", "prompt", "--format", "json"))

@@ -131,10 +131,9 @@ def ifd_ppl(loss: ArrayLike, unconditioned_loss: ArrayLike) -> FloatArray:
 def rank_surprisal_ratio(clipped_rank_sum: ArrayLike, nll_sum: ArrayLike) -> FloatArray:
     """Sum of clipped ranks / sum of NLL over a response's tokens, in ranks per nat; lower is better.
 
-    clipped_rank_sum: sum over tokens of min(rank, 100), where the likeliest token has rank 1 (`token_metrics.rsr` takes
-    tokens). Of many responses: the ratio of the two means over responses, each of them a mean over tokens. Infinite
-    where every token is certain. Yang et al. 2026, "Which Reasoning Trajectories Teach Students to Reason Better?"
-    (arXiv 2601.14249).
+    clipped_rank_sum: sum over tokens of min(rank, 100), where the likeliest token has rank 1. Of many responses: the
+    ratio of the two means over responses, each of them a mean over tokens. Infinite where every token is certain. Yang
+    et al. 2026, "Which Reasoning Trajectories Teach Students to Reason Better?" (arXiv 2601.14249).
     """
     ranks, nll = _figures(clipped_rank_sum, nll_sum)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -22,6 +22,8 @@ def rank(
     directory: RunDirectory,
     by: By = "generator",
     beta: Beta = None,
+    base_model: Annotated[str | None, typer.Option(help="Only its figures, as the ranking names it.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Only its figures, as the ranking names it.")] = None,
     average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
     sort: Annotated[SortBy, typer.Option(help="What decides; auto: CAR, without rewards the loss.")] = SortBy.auto,
     leave_out: Annotated[
@@ -44,17 +46,27 @@ def rank(
     """
     from fastcompat.ranking import Figure, sensitivity
     from fastcompat.ranking import rank as rank_scores
-    from fastcompat.ranking_display import groups_of, reading, show_ranking, what_the_figures_are, write_table
+    from fastcompat.ranking_display import readings, show_ranking, what_the_figures_are, write_table
 
     run = _opened(directory)
     if against is not None:
         if (average, sort, leave_out) != (Average.response, SortBy.auto, LeaveOut.response):
             raise UsageError("--against takes every metric as it is defined: leave --average, --sort, --leave-out away")
-        _validate(run.scores(), against, by, beta or [3.0], reward_shift, format)
+        _validate(
+            _only(run.scores(), base_model=base_model, reward_model=reward_model),
+            against,
+            by,
+            beta or [3.0],
+            reward_shift,
+            format,
+        )
         return
+    scores: Run | pa.Table = run
+    if base_model is not None or reward_model is not None:
+        scores = _only(run.scores(), base_model=base_model, reward_model=reward_model)
     figure = None if sort is SortBy.auto else cast(Figure, sort.value)
     ranking = rank_scores(
-        run,
+        scores,
         by=by,
         beta=beta or [3.0],
         average=average.value,
@@ -67,16 +79,10 @@ def rank(
         write_table(ranking, format)
     else:
         show_ranking(ranking, by, what_the_figures_are(ranking, average.value, draws))
-        winners = sensitivity(ranking, by=by, reward_shift=reward_shift)
-        told: set[str] = set()
-        for title, rows in groups_of(ranking):
-            lines = reading(rows, by, winners.get((rows[0]["base_model"], rows[0]["reward_model"]), []), figure)
-            if lines:
-                say(f"\n[bold]{escape(title)}[/]: {escape(lines[0])}")
+        for title, lines in readings(ranking, sensitivity(ranking), figure):
+            say(f"\n[bold]{escape(title)}[/]: {escape(lines[0])}")
             for line in lines[1:]:
-                if (text := f"{rows[0]['base_model']}{rows[0]['reward_model']}{line}") not in told:
-                    told.add(text)
-                    say(escape(line))
+                say(escape(line))
     _note_pending(run)
 
 
@@ -215,6 +221,21 @@ def reproduce(
     console.print(plain_table(header, rows))
     for note in table4_notes(table):
         say(f"[dim]{escape(note)}[/]")
+
+
+def _only(scores: pa.Table, **models: str | None) -> pa.Table:
+    """Without the figures of other models of these kinds. UsageError for a model that there is not."""
+    import pyarrow.compute as pc
+
+    for kind, model in models.items():
+        if model is None:
+            continue
+        there = scores[kind].unique().drop_null().to_pylist()
+        if model not in there:
+            option = f"--{kind.replace('_', '-')}"
+            raise UsageError(f"{option} {model}: the run has {', '.join(there) or 'none'}")
+        scores = scores.filter(pc.fill_null(pc.equal(scores[kind], model), True))
+    return scores
 
 
 def _opened(directory: Path) -> Run:
