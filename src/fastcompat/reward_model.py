@@ -139,9 +139,7 @@ def describe(
     """The head of a model before it is loaded, as `find_head`. Raises ModelError for what cannot be a reward model."""
     head = find_head(model, config, tensor_shapes(model, revision), output=output, read_out=read_out)
     refuse_unsupported(model, config, task="SEQUENCE_CLASSIFICATION")
-    broken = [n for n, x in read_tensors(model, head.weights, revision).items() if not bool(x.isfinite().all())]
-    if broken:
-        raise ModelError(f"{model}: the weights of its head hold NaN or infinity ({broken[0]}); no reward would be one")
+    head.build(read_tensors(model, head.weights, revision), config, model)  # refuses NaN, before anything is computed
     return head
 
 
