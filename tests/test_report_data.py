@@ -156,7 +156,7 @@ def test_headlines(tmp_path):
     first, second = of(alike)
     assert "leads at β = 3" in first
     assert first.endswith("but is not clearly better than y and z.")
-    assert second.startswith("It has the best CAR for every β")
+    assert second.startswith("Its CAR is the highest for every β")
 
 
 def test_iso_lines_have_the_car_that_they_say(run):

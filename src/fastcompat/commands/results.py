@@ -168,13 +168,17 @@ def report(
     by: By = "generator",
     beta: Beta = None,
     average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
+    leave_out: Annotated[LeaveOut, typer.Option(help="As of rank.")] = LeaveOut.response,
     reward_shift: RewardShift = 0.0,
     draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+    examples: Annotated[int, typer.Option(min=0, help="Responses shown of each end; 0: no text of the corpus.")] = 5,
 ) -> None:
     """Write one self-contained HTML page: the ranking, what it rests on, and examples."""
     from fastcompat.report import write_report
 
     run = _opened(directory)
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no directory {output.parent}; make it first")
     betas = beta or [3.0]
     path = write_report(
         run,
@@ -184,7 +188,9 @@ def report(
         betas=tuple(dict.fromkeys([*betas, 0.0, 1.0, 3.0, 10.0])),
         average=average.value,
         reward_shift=reward_shift,
+        leave_out=leave_out.value,
         draws=draws,
+        examples=examples,
     )
     say(f"[bold]{escape(str(path))}[/] ({path.stat().st_size / 1e6:.1f} MB)")
     _note_pending(run)

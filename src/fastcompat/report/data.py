@@ -22,6 +22,7 @@ from fastcompat.pairing import paired
 from fastcompat.ranking import BetaRange, rank, sensitivity
 from fastcompat.report.examples import Examples, find_examples
 from fastcompat.report.reading import (
+    UNIT,
     ScorerAccount,
     account_of_scorers,
     corpus_of,
@@ -228,6 +229,7 @@ def _ranked(rows: pa.Table, options: Options) -> tuple[pa.Table, str]:
         draws=options.draws,
         seed=options.seed,
     )
+    rows = rows.drop_columns(UNIT)  # nobody ranks by that
     try:
         return rank(rows, **settings), ""
     except UsageError as error:

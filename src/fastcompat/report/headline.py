@@ -52,6 +52,8 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
         return [name, f" is the only one: {value}{at}. There is nothing to rank it against."]
     # Without an interval, nobody was compared.
     compared = [row for row in others if row[f"{section.sort_by}_low"] is not None]
+    if section.refused:
+        value = f"by loss alone, since a mean reward is not positive: {value}"
     if low is None or not compared:
         return [name, f" comes first{at} ({value}), of too few prompts (below {MIN_PROMPTS}) to say how sure that is."]
     alike = [row for row in compared if row["rank"] == 1]
@@ -87,9 +89,7 @@ def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str
         return ["With a second generator, this line would say for which β the winner changes."]
     ranges = section.ranges
     if len(ranges) < 2:
-        return [
-            "It has the best CAR for every β from 0 (reward alone) upwards: the weight of the loss does not matter."
-        ]
+        return ["Its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."]
     parts: list[str] = ["The winner depends on β, the weight of the loss: "]
     for own in ranges:
         parts += [Name(named(own.generator)), f" {_span(own)}, "]
@@ -117,6 +117,7 @@ def percent(share: float | None) -> str:
 
 def named(name: str | None, length: int = NAME_LENGTH) -> str:
     """A group's name for people: cut where it is very long, and never empty."""
+    name = None if name is None else str(name)  # groups may be numbers
     text = "(no name)" if name is None or not name.strip() else " ".join(visible(name).split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
