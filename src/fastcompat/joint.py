@@ -9,7 +9,6 @@ Dimension key: N responses, S scored tokens, K statistics. The base model's sequ
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from fastcompat.checkpoint import have_equal_tensors, tensor_shapes
 from fastcompat.forest import BoolArray, IntArray, PrefixForest
 from fastcompat.model import CausalLM
 from fastcompat.nll import Statistic
+from fastcompat.packed_model import LAYER_WEIGHT
 from fastcompat.response import Response, Status
 from fastcompat.response_scores import ResponseScores
 from fastcompat.reward_model import RewardModel, packed_reads
@@ -39,9 +39,6 @@ _BESIDE_THE_BODY = frozenset(
         *("_name_or_path", "pretraining_tp"),
     )
 )
-
-# Weights between embedding and head, all families' names for them; not their rotary frequencies and masks.
-_LAYER = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)")
 
 Computed: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64]]
 
@@ -149,7 +146,7 @@ def share_body(base: Scorer, reward: RewardScorer) -> bool:
     one, other = (tensor_shapes(scorer.source, scorer.settings.revision) for scorer in (base, reward))
     shared = [name for name in one if name in other and name not in reward.head.weights]
     # What only one has must be a head, or a buffer that old checkpoints carry.
-    apart = {name for name in one.keys() ^ other.keys() if _LAYER.search(name)}
+    apart = {name for name in one.keys() ^ other.keys() if LAYER_WEIGHT.search(name)}
     if apart or not shared or any(one[name] != other[name] for name in shared):
         return False
     revisions = (base.settings.revision, reward.settings.revision)

@@ -160,7 +160,7 @@ def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Co
                 f"({names[0]} ...); is it {what}, and whole?"
             )
     unexpected = {str(name) for name in report.get("unexpected_keys") or ()} - set(own)
-    layers = sorted(name for name in unexpected if _LAYER.search(name))
+    layers = sorted(name for name in unexpected if LAYER_WEIGHT.search(name) or "lm_head" in name)
     if layers:
         raise ModelError(
             f"{model}: the checkpoint has {len(layers)} weights of layers that its configuration leaves out "
@@ -168,8 +168,8 @@ def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Co
         )
 
 
-# Weights of decoder layers or of the head; old checkpoints carry buffers (rotary frequencies, causal masks) besides.
-_LAYER = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)|lm_head")
+# Weights of decoder layers; old checkpoints carry buffers (rotary frequencies, causal masks) besides.
+LAYER_WEIGHT = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|attention\.bias)$)")
 
 
 def _own_attention(n_calls: int, n_layers: int | None) -> str:

@@ -46,6 +46,7 @@ class ResponseScores(OneFigure):
         self.schema = part_schema("base_model", extras)
         self.extras = extras
         self.alone = alone
+        self._every = [*sequences, *alone] if alone else sequences  # asked for once a sequence
         self.sums: dict[str, NDArray[np.float64]] = {}  # [N] NaN until scored
         self.lists: dict[str, list[NDArray[Any] | None]] = {}
         for name in extras.columns:
@@ -65,7 +66,7 @@ class ResponseScores(OneFigure):
     @property
     def sequences(self) -> Sequence[TokenSequence]:
         """[N], or [2 N] with the responses without their prompts."""
-        return [*self._sequences, *self.alone] if self.alone else self._sequences
+        return self._every
 
     def scorable(self) -> list[int]:
         found = [n for n, status in enumerate(self.status) if status in SCORED_STATUSES and self._sequences[n].n_tokens]
@@ -73,7 +74,7 @@ class ResponseScores(OneFigure):
 
     def to_pack(self, n: int, rope_boundary: int | None) -> tuple[IntArray, BoolArray]:
         """What follows the last scored token predicts nothing that counts."""
-        sequence = self._of(n)
+        sequence: TokenSequence = self._every[n]
         length = int(np.flatnonzero(sequence.scored)[-1]) + 1
         if rope_boundary is not None and len(sequence.input_ids) > rope_boundary:
             length = len(sequence.input_ids)  # there the whole length decides which rotary frequencies count
@@ -150,10 +151,6 @@ class ResponseScores(OneFigure):
             sums[:] = np.where(np.isnan(kept), sums, kept)
         for name, lists in self.lists.items():
             lists[:] = [None if row is None else np.array(row, np.float32) for row in table[name].to_pylist()]
-
-    def _of(self, n: int) -> TokenSequence:
-        sequence: TokenSequence = self._sequences[n] if n < self.n_rows else self.alone[n - self.n_rows]
-        return sequence
 
 
 def score_sequences(model: CausalLM, sequences: Sequence[TokenSequence], *, token_budget: int) -> ResponseScores:
