@@ -25,6 +25,8 @@ from fastcompat.commands.options import (
     MaxLength,
     RunDirectory,
     Template,
+    TokenIds,
+    Tokenizer,
     Turns,
 )
 from fastcompat.commands.results import rank, report, reproduce, select
@@ -99,7 +101,10 @@ def status(directory: RunDirectory) -> None:
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
         say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
-        told = {key: scorer.record["settings"].get(key) for key in ("dtype", "template", "head", "output", "read_out")}
+        told = {
+            key: scorer.record["settings"].get(key)
+            for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
+        }
         say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
         show_statuses(entry)
     if not run.scorers():
@@ -134,6 +139,7 @@ def inspect(
     score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
     bos: Annotated[Bos, typer.Option(help="auto, one or none.")] = Bos.auto,
     max_length: MaxLength = None,
+    token_ids: Tokenizer = TokenIds.file,
     ids: Annotated[bool, typer.Option("--ids", help="Also list the token ids.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
@@ -153,7 +159,12 @@ def inspect(
     tokenizer = ConversationTokenizer.from_pretrained(
         base_model,
         TokenizationSettings(
-            template=template, turns=turns.value, score_eos=score_eos, bos=bos.value, max_length=max_length
+            template=template,
+            turns=turns.value,
+            score_eos=score_eos,
+            bos=bos.value,
+            max_length=max_length,
+            token_ids=token_ids.value,
         ),
         revision=revision,
         context_length=context_length,

@@ -78,6 +78,7 @@ def _header(row: Response, sequence: TokenSequence, tokenizer: ConversationToken
         ("row", row.row_key),
         ("generator", row.generator),
         ("template", tokenizer.description),
+        ("token ids", tokenizer.token_ids),
         ("length limit", limit),
         ("tokens", counts),
         ("status", status),

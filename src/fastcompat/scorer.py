@@ -34,6 +34,7 @@ class Scorer(ModelScorer):
     template: "auto" (the tokenizer's own chat template, else plain), "chatml", "alpaca", "plain" or a Jinja file.
     turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
     max_length: tokens, the model's context if not given; longer sequences are cut and say so.
+    token_ids: "file", those of the model's tokenizer.json, or "class", those of transformers' class for it.
     extras: columns to compute beside the loss, those of `extras.EXTRAS`: "entropy_sum", "token_nll" ...
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
@@ -56,6 +57,7 @@ class Scorer(ModelScorer):
         bos: str = "auto",
         max_length: int | None = None,
         revision: str | None = None,
+        token_ids: str = "file",
         extras: Sequence[str] = (),
     ) -> None:
         super().__init__(
@@ -80,6 +82,7 @@ class Scorer(ModelScorer):
             score_eos=score_eos,
             bos=bos,  # type: ignore[arg-type]
             max_length=max_length,
+            token_ids=token_ids,  # type: ignore[arg-type]
         )
         self.tokenizer = ConversationTokenizer.from_pretrained(
             self.source, tokenization, revision=revision, context_length=context_length
@@ -121,6 +124,7 @@ class Scorer(ModelScorer):
             "source": self.source,
             "revision": self.settings.revision,
             "template": self.tokenizer.description,
+            "token_ids": self.tokenizer.token_ids,
             "turns": tokenization.turns,
             "score_eos": tokenization.score_eos,
             "bos": tokenization.bos,

@@ -20,6 +20,11 @@ class Bos(StrEnum):
     none = "none"
 
 
+class TokenIds(StrEnum):
+    file = "file"
+    class_ = "class"
+
+
 class ReadOutRule(StrEnum):
     auto = "auto"
     last = "last"
@@ -63,6 +68,12 @@ Map = Annotated[
     typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),
 ]
 Template = Annotated[str, typer.Option(help="auto, chatml, alpaca, plain or a Jinja FILE.")]
+Tokenizer = Annotated[
+    TokenIds,
+    typer.Option(
+        "--tokenizer", help="Whose token ids: tokenizer.json's (file), or those of transformers' class for it."
+    ),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

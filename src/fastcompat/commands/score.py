@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fastcompat.commands.options import Bos, Device, Dtype, Map, MaxLength, ReadOutRule, Template, TokenBudget, Turns
+from fastcompat.commands.options import (
+    Bos,
+    Device,
+    Dtype,
+    Map,
+    MaxLength,
+    ReadOutRule,
+    Template,
+    TokenBudget,
+    TokenIds,
+    Tokenizer,
+    Turns,
+)
 from fastcompat.display import errors, say
 from fastcompat.errors import Interrupted, UsageError
 
@@ -43,6 +55,7 @@ def score(
     score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
     bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
     max_length: MaxLength = None,
+    token_ids: Tokenizer = TokenIds.file,
     device: Device = "auto",
     dtype: Dtype = "auto",
     token_budget: TokenBudget = None,
@@ -140,6 +153,7 @@ def score(
             bos=bos.value,
             max_length=max_length,
             revision=revision,
+            token_ids=token_ids.value,
             extras=extras.columns,
         )
         for model in base_model or []
@@ -155,6 +169,7 @@ def score(
         truncate=truncate,
         read_out=reward_read_out.value,
         revision=revision,
+        token_ids=token_ids.value,
     )
     passes = passes_of(bases, rewards)
     with stopping() as stop:
@@ -201,6 +216,7 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, show_statuses
     from fastcompat.engine import Progress
     from fastcompat.session import score_corpus
+    from fastcompat.tokenizer_loading import THE_FILES
     from fastcompat.verification import scorer_progress
 
     say("")
@@ -209,6 +225,8 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
             f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
             f"template: {escape(scorer.tokenizer.description)}"
         )
+        if scorer.tokenizer.token_ids != THE_FILES:
+            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
     if len(served.scorers) > 1:
         say("one body with two heads: one pass serves both")
     display = LiveDisplay(served.name)
