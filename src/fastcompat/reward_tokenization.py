@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from fastcompat.alignment import Alignment, AlignmentError
 from fastcompat.errors import ModelError
-from fastcompat.response import Message, Response, Status
+from fastcompat.message import Message
+from fastcompat.response import Response, Status
 from fastcompat.templates import ConversationRefusedError, Frames, RenderedConversation
-from fastcompat.tokenization import Bos, ConversationTokenizer, TokenizationSettings, TokenSequence, check_messages
+from fastcompat.tokenization import Bos, Carried, ConversationTokenizer, TokenizationSettings, TokenSequence
 
 Rule = Literal["last", "non-pad", "before-pad"]
 
@@ -94,6 +95,8 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         name: str = "the tokenizer",
     ) -> None:
@@ -105,7 +108,9 @@ class RewardTokenizer:
         self.read_out = read_out
         self.truncate = truncate
         self._conversations = _WholeConversations(
-            tokenizer, TokenizationSettings(bos=bos, max_length=max_length), context_length=context_length
+            tokenizer,
+            TokenizationSettings(bos=bos, max_length=max_length, reasoning=reasoning, tools=tools),
+            context_length=context_length,
         )
         self._conversations.finds_responses = truncate
         self._gate: npt.NDArray[np.int32] | None = None
@@ -122,6 +127,8 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         revision: str | None = None,
     ) -> Self:
@@ -133,6 +140,8 @@ class RewardTokenizer:
             bos=bos,
             max_length=max_length,
             truncate=truncate,
+            reasoning=reasoning,
+            tools=tools,
             context_length=context_length,
             name=model,
         )
@@ -156,6 +165,15 @@ class RewardTokenizer:
     @property
     def bos(self) -> Bos:
         return self._conversations.settings.bos
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._conversations.tokenizer
+
+    @property
+    def settings(self) -> TokenizationSettings:
+        return self._conversations.settings
 
     @property
     def max_length(self) -> int | None:
@@ -216,17 +234,11 @@ class _WholeConversations(ConversationTokenizer):
         return self._adds_bos and not isinstance(alignment, AlignmentError) and alignment.ids[0] == self._bos_id
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
-        if row.status is not Status.OK:
-            raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        try:
-            text = self.template.render(row.messages)
-        except Exception as error:  # a template raises anything
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {sentence}") from error
+        messages, tools = self._conversation(row)
+        text = self.template.whole_text(messages, tools=tools)
         if self.finds_responses:
             try:
-                return self.template.scored_text(row.messages, frames=frames)
+                return self.template.scored_text(messages, tools=tools, frames=frames)
             except ConversationRefusedError:
                 pass  # where the response is cannot be told: at the end, so that a cut conversation has no reward
         return RenderedConversation(text=text, spans=((max(len(text) - 1, 0), len(text)),))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -19,8 +19,10 @@ import numpy.typing as npt
 
 from fastcompat.alignment import PROBE, Alignment, AlignmentError, FastAligner, aligner, covering
 from fastcompat.errors import ModelError, UsageError
-from fastcompat.response import Message, Response, Status
+from fastcompat.message import Message, is_masked, says_something, without_reasoning
+from fastcompat.response import Response, Status
 from fastcompat.templates import (
+    GIVEN_VARIABLES,
     ChatTemplate,
     ConversationRefusedError,
     Frames,
@@ -31,6 +33,8 @@ from fastcompat.templates import (
 )
 
 Bos = Literal["auto", "one", "none"]
+Carried = Literal["keep", "drop"]
+Masks = Literal["honour", "ignore"]
 
 # Part of every fingerprint: raise it when the same settings come to give other ids or another scored part.
 _FORMAT = 1
@@ -80,6 +84,11 @@ class TokenizationSettings:
         token is scored (empty prompt, plain template) gets a BOS, or an EOS where there is no BOS token, because
         something has to predict it.
     max_length: most tokens of a sequence; None, or more than the model's context: the model's context.
+    template_options: variables for the template, beside the special tokens: {"enable_thinking": False}.
+    reasoning: "keep" renders and scores what an assistant thought; "drop" leaves it out, also a <think> block at the
+        beginning of its text.
+    tools: "keep" gives a template the tools that a row names; "drop" does not.
+    turn_masks: "honour" does not score turns that the corpus leaves out of the loss (weight 0, train false ...).
     """
 
     template: str = "auto"
@@ -87,15 +96,27 @@ class TokenizationSettings:
     score_eos: bool = True
     bos: Bos = "auto"
     max_length: int | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: Carried = "keep"
+    tools: Carried = "keep"
+    turn_masks: Masks = "honour"
 
     def __post_init__(self) -> None:
         if not self.template:
             raise UsageError(
                 "The template has an empty name: give auto, chatml, alpaca, plain or the path of a Jinja file."
             )
-        for name, value, choices in (("turns", self.turns, get_args(Turns)), ("bos", self.bos, get_args(Bos))):
+        for name, value, choices in (
+            ("turns", self.turns, get_args(Turns)),
+            ("bos", self.bos, get_args(Bos)),
+            ("reasoning", self.reasoning, get_args(Carried)),
+            ("tools", self.tools, get_args(Carried)),
+            ("turn_masks", self.turn_masks, get_args(Masks)),
+        ):
             if value not in choices:
                 raise UsageError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+        if given := sorted(GIVEN_VARIABLES.intersection(self.template_options)):
+            raise UsageError(f"template_options: {', '.join(given)} is given to the template by fastcompat itself.")
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length={self.max_length} leaves no token: give 1 or more.")
 
@@ -121,7 +142,7 @@ class ConversationTokenizer:
         self.template = ChatTemplate(
             source,
             description=description,
-            variables=tokenizer.special_tokens_map,
+            variables={**tokenizer.special_tokens_map, **settings.template_options},
             special_tokens=[
                 *tokenizer.all_special_tokens,
                 *(token.content for token in added.values() if token.content.strip()),
@@ -221,6 +242,11 @@ class ConversationTokenizer:
         """
         settings = self.settings
         choices = [_FORMAT, settings.turns, settings.score_eos, settings.bos, self.max_length, self._adds_bos]
+        # What is as it always was leaves the fingerprint as it always was.
+        usual = TokenizationSettings()
+        later = ("template_options", "reasoning", "tools", "turn_masks")
+        named = [(name, getattr(settings, name)) for name in later if getattr(settings, name) != getattr(usual, name)]
+        choices += [[name, dict(value) if isinstance(value, Mapping) else value] for name, value in named]
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         digest = hashlib.sha256(json.dumps([choices, special, self.template.source]).encode())
         for part in self._tokenizer_content():
@@ -241,12 +267,26 @@ class ConversationTokenizer:
         yield repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items())).encode()
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
+        messages, tools = self._conversation(row)
+        masked = set() if self.settings.turn_masks == "ignore" else {n for n, m in enumerate(messages) if is_masked(m)}
+        return self.template.scored_text(
+            messages,
+            tools=tools,
+            turns=self.settings.turns,
+            masked=masked,
+            score_eos=self.settings.score_eos,
+            frames=frames,
+        )
+
+    def _conversation(self, row: Response) -> tuple[tuple[Message, ...], str]:
+        """What the template gets of a row: its messages, and its tools. ConversationRefusedError where that is none."""
         if row.status is not Status.OK:
             raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        return self.template.scored_text(
-            row.messages, turns=self.settings.turns, score_eos=self.settings.score_eos, frames=frames
-        )
+        messages = row.messages
+        if self.settings.reasoning == "drop":
+            messages = tuple(map(without_reasoning, messages))
+        check_messages(messages)
+        return messages, row.tools if self.settings.tools == "keep" else ""
 
     def _is_overlong(self, text: str) -> bool:
         return self.max_length is not None and len(text) > _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN_TOKENS)
@@ -374,7 +414,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise ConversationRefusedError(
             Status.INVALID, f"the last message is of role {messages[-1].role!r}, not assistant"
         )
-    if not messages[-1].content:
+    if not messages[-1].content and not says_something(messages[-1]):
         raise ConversationRefusedError(Status.EMPTY, "the response has no characters")
 
 

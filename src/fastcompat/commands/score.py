@@ -12,7 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fastcompat.commands.options import Bos, Device, Dtype, Map, MaxLength, ReadOutRule, Template, TokenBudget, Turns
+from fastcompat.commands.options import (
+    Bos,
+    Carried,
+    Device,
+    Dtype,
+    Map,
+    Masks,
+    MaxLength,
+    ReadOutRule,
+    Reasoning,
+    Template,
+    TemplateOption,
+    TokenBudget,
+    Tools,
+    TurnMasks,
+    Turns,
+    parse_template_options,
+)
 from fastcompat.display import errors, say
 from fastcompat.errors import Interrupted, UsageError
 
@@ -43,6 +60,10 @@ def score(
     score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
     bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
     max_length: MaxLength = None,
+    template_option: TemplateOption = None,
+    reasoning: Reasoning = Carried.keep,
+    tools: Tools = Carried.keep,
+    turn_masks: TurnMasks = Masks.honour,
     device: Device = "auto",
     dtype: Dtype = "auto",
     token_budget: TokenBudget = None,
@@ -83,6 +104,9 @@ def score(
         ),
     ] = ReadOutRule.auto,
     reward_bos: Annotated[Bos, typer.Option(rich_help_panel=REWARDS, help="As --bos, of reward models.")] = Bos.auto,
+    reward_reasoning: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --reasoning, of reward models.")
+    ] = Carried.keep,
     reward_max_length: Annotated[
         int | None,
         typer.Option(
@@ -139,6 +163,10 @@ def score(
             score_eos=score_eos,
             bos=bos.value,
             max_length=max_length,
+            template_options=parse_template_options(template_option or []),
+            reasoning=reasoning.value,
+            tools=tools.value,
+            turn_masks=turn_masks.value,
             revision=revision,
             extras=extras.columns,
         )
@@ -153,6 +181,8 @@ def score(
         bos=reward_bos.value,
         max_length=reward_max_length,
         truncate=truncate,
+        reasoning=reward_reasoning.value,
+        tools=tools.value,
         read_out=reward_read_out.value,
         revision=revision,
     )
