@@ -41,7 +41,7 @@ from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
 
 
 def chat(response: Response) -> list[dict[str, str]]:
-    return [message._asdict() for message in response.messages]
+    return [message.fields for message in response.messages]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -70,7 +70,7 @@ def scores(run) -> pa.Table:
 
 def messages_of(run: Run) -> dict[str, list[dict]]:
     return {
-        row.row_key: [message._asdict() for message in row.messages]
+        row.row_key: [message.fields for message in row.messages]
         for unit in run.units
         for row in from_table(run.unit_rows(unit))
     }

@@ -110,9 +110,10 @@ def inspect(
             reasoning=reasoning.value,
             tools=tools.value,
         )
+    found: Iterable[tuple[Response, AnySequence]]
     if row or (generator is None and status is None):
         chosen = _numbered(responses, row or [*range(rows)], inputs)
-        found = zip(chosen, tokenizer(chosen), strict=True)
+        found = zip(chosen, _sequences(tokenizer, chosen), strict=True)
     else:
         found = islice(_fitting(responses, tokenizer, generator, status, inputs), rows)
     for number, (response, sequence) in enumerate(found):
