@@ -26,6 +26,7 @@ class _Piece:
     index: int | None
     what: str  # in words
     hint: str = ""
+    call: int = 0  # which of the turn's calls
 
     def __str__(self) -> str:
         return self.what + (f": {self.hint}" if self.hint else "")
@@ -77,9 +78,9 @@ def _pieces(messages: Sequence[Message], tools: str) -> Iterator[_Piece]:
         whose = f"turn {index} ({message.role})"
         if message.content.strip():
             yield _Piece("content", index, f"the text of {whose}")
-        others = message.others
-        if others.get("tool_calls"):
-            yield _Piece("calls", index, f"the tool calls of {whose}")
+        calls = message.others.get("tool_calls") or ()
+        for number in range(len(calls) if isinstance(calls, list) else 0):
+            yield _Piece("calls", index, f"tool call {number} of {whose}", call=number)
     if messages and messages[-1].role == "assistant":
         last = messages[-1]
         if reasoning_of(last.others) is not None or inline_reasoning(last.content)[0].strip():
@@ -105,7 +106,9 @@ def _marked(messages: list[Message], tools: str, piece: _Piece, mark: str) -> tu
         # What has been marked in it already stays.
         content = f"{content}{mark}" if _MARK in content else mark
     elif piece.kind == "calls":
-        others["tool_calls"] = [_named(call, mark) for call in others["tool_calls"]]
+        calls = list(others["tool_calls"])
+        calls[piece.call] = _named(calls[piece.call], mark)
+        others["tool_calls"] = calls
     else:
         others |= {key: mark for key in REASONING_KEYS if key in others}
         inline, _ = inline_reasoning(content)

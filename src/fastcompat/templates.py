@@ -14,6 +14,7 @@ with calls or reasoning may end in another way than one with a text alone: then 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -256,10 +257,22 @@ class ChatTemplate:
             elif has_generation_prompt or (inserted is not None and not inserted.strip()):
                 start = len(prefix)
         if start is None:
+            start = self._parting(text, messages[:index], tools, prefix)
+        if start is None:
             raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
         if not text[start:end_of_content] or content == end_of_content:
             return None
         return _Turn(start, end_of_content if content is None else content, end_of_content, end)
+
+    def _parting(self, text: str, prompt: Sequence[Message], tools: str, prefix: str | None) -> int | None:
+        """Where `text` leaves a generation prefix that says more than a header: an empty <think> block, to a turn that
+        thinks. None where it does so within the prompt."""
+        try:
+            closed = self.render(prompt, tools=tools)
+        except Exception:
+            return None
+        common = os.path.commonprefix([prefix or "", text])
+        return len(common) if common.startswith(closed) and len(common) > len(closed) else None
 
     def _own_end(
         self, text: str, messages: Sequence[Message], tools: str, index: int, score_eos: bool

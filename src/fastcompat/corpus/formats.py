@@ -140,13 +140,15 @@ def rows_from_records(
     overrides: Overrides | None = None,
     source: str = "rows",
     generator: str = "unknown",
+    columnar: bool = False,
 ) -> list[Response]:
     """The responses of in-memory records, in input order; a record with several responses gives several rows.
 
-    `generator` names those that name none themselves. Raises SchemaError where not one record has a known shape.
+    `generator` names those that name none themselves. columnar: they are a table's rows, and have all its columns.
+    Raises SchemaError where not one record has a known shape.
     """
     sample, every = take_sample(records)
-    reader = RecordReader(sample, overrides=overrides, label=source)
+    reader = RecordReader(sample, overrides=overrides, label=source, more_columns=not columnar)
     rows = [
         reading.response(generator=generator, source=source, row_index=row_index, response_index=response_index)
         for row_index, record in enumerate(every)

@@ -145,13 +145,15 @@ class Sample:
         return tuple(sorted(left, key=order))
 
     def can_be(self, path: str, reads: Callable[[Any], object]) -> bool:
-        """Whether every value of the column is one that `reads` takes: those that it does not raise UnfitError."""
-        try:
-            for value in self.values(path):
+        """Whether `reads` takes a value of the column, and raises no UnfitError, or there is none so far."""
+        values = [value for value in self.values(path) if value not in (None, "", [])]
+        for value in values:
+            try:
                 reads(value)
-        except UnfitError:
-            return False
-        return True
+            except UnfitError:
+                continue
+            return True
+        return not values
 
     def masks(self, path: str) -> tuple[str, ...]:
         """The keys by which turns in the column are left out of the loss."""
