@@ -14,7 +14,6 @@ with calls or reasoning may end in another way than one with a text alone: then 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -271,8 +270,10 @@ class ChatTemplate:
             closed = self.render(prompt, tools=tools)
         except Exception:
             return None
-        common = os.path.commonprefix([prefix or "", text])
-        return len(common) if common.startswith(closed) and len(common) > len(closed) else None
+        if prefix is None or not (prefix.startswith(closed) and text.startswith(closed)):
+            return None
+        parting = next((n for n, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), 0)
+        return parting if parting > len(closed) else None
 
     def _own_end(
         self, text: str, messages: Sequence[Message], tools: str, index: int, score_eos: bool
