@@ -284,3 +284,21 @@ def test_a_surrogate_beside_a_text_is_told() -> None:
     row = ask({"role": "assistant", "content": "b"}, tools=[{"name": "\ud800"}])
     assert (row.status, "unpaired surrogate" in row.detail) == (Status.INVALID, True)
     json.dumps([message.extra for message in row.messages] + [row.tools], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["all in one", "each for itself"])
+def test_turns_that_are_json_text(each: bool) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [WEATHER]}]
+    value = [json.dumps(turn) for turn in turns] if each else json.dumps(turns)
+    (row,) = rows_from_records([{"messages": value}], columnar=True)
+    assert [message.fields for message in row.messages] == turns  # with the null that the text itself has
+    assert detect([{"messages": value}]).shape == "messages"
+
+
+def test_a_tool_may_answer_nothing() -> None:
+    row = ask(
+        {"role": "assistant", "content": None, "tool_calls": [WEATHER]},
+        {"role": "tool", "content": None},
+        {"role": "assistant", "content": "b"},
+    )
+    assert row.messages[2].fields == {"role": "tool", "content": None}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fastcompat.corpus.records import NumberList
+from fastcompat.corpus.records import FromJson, NumberList, from_json
 from fastcompat.corpus.values import UnfitError, kind_of, text_of
 from fastcompat.message import REASONING_KEYS, SAID_KEYS, Message, dumped
 
@@ -48,9 +48,9 @@ def message_of(
             text = ""
             if "tool_calls" in own:
                 own["content"] = None  # templates tell it from an empty text
-    if role == "tool" and not isinstance(text, str) and text is not None and not _has_text(text):
+    if role == "tool" and not isinstance(text, str) and not _has_text(text):
         own["content"] = plain(text, null_is_absent)
-        text = json.dumps(own["content"], ensure_ascii=False)
+        text = "" if text is None else json.dumps(own["content"], ensure_ascii=False)
     return Message(role, text if type(text) is str else text_of(text, place), dumped(own))
 
 
@@ -109,6 +109,7 @@ def plain(value: Any, null_is_absent: bool = False) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
+        null_is_absent = null_is_absent and not isinstance(value, FromJson)
         return {
             str(key): plain(item, null_is_absent)
             for key, item in value.items()
@@ -126,7 +127,7 @@ def _put_calls_right(own: dict[str, Any]) -> None:
     calls = own.get("tool_calls")
     if isinstance(calls, str):
         with suppress(ValueError, RecursionError):
-            own["tool_calls"] = calls = json.loads(calls)
+            own["tool_calls"] = calls = from_json(calls)
     if not calls:
         own.pop("tool_calls", None)
     if own.get("function_call") and not calls:
@@ -140,7 +141,7 @@ def _calls_in(value: Any) -> list[dict[str, Any]]:
     """The calls that a value, or its JSON, is; none where it is something else."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = from_json(value)
         except (ValueError, RecursionError):
             return []
     calls = value if isinstance(value, list) else [value]
@@ -173,6 +174,6 @@ def _has_text(value: Any) -> bool:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except (ValueError, RecursionError):
         raise UnfitError(f"{place} is a text that is no JSON") from None

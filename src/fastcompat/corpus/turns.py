@@ -7,14 +7,14 @@ What a turn holds beside its text is carried as it is (`beside` reads it).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastcompat.corpus.beside import CALL_ROLES, message_of
+from fastcompat.corpus.records import from_json
 from fastcompat.corpus.values import UnfitError, kind_of, storable, text_of
 from fastcompat.message import SAID_KEYS, Message, says_something
 from fastcompat.response import Response, Status
@@ -143,17 +143,15 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
 
 def unrolled(value: object) -> list[dict[str, Any]] | None:
     """The turns of conversations with another layout, None for all else: texts by turns (LIMA), `{"input", "output"}`
-    exchanges (Capybara), and turns as JSON text."""
+    exchanges (Capybara), and turns as JSON text, all in one or each for itself."""
     if isinstance(value, str):
-        if not value.startswith("[{"):
-            return None
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-        return parsed if looks_like_turns(parsed) else None
+        return _parsed_turns([value], lambda parsed: parsed[0]) if value.lstrip().startswith("[") else None
     if not isinstance(value, list) or not value:
         return None
+    if isinstance(value[0], str) and value[0].lstrip().startswith("{") and all(isinstance(text, str) for text in value):
+        turns = _parsed_turns(value, lambda parsed: parsed)
+        if turns is not None:
+            return turns
     if len(value) > 1 and all(isinstance(text, str) for text in value):
         return [{"role": ("user", _ASSISTANT)[index % 2], "content": text} for index, text in enumerate(value)]
     if all(isinstance(turn, dict) and "input" in turn and "output" in turn for turn in value):
@@ -162,6 +160,14 @@ def unrolled(value: object) -> list[dict[str, Any]] | None:
         sides = (("user", "input"), (_ASSISTANT, "output"))
         return [{"role": role, "content": turn[key]} for turn in value for role, key in sides]
     return None
+
+
+def _parsed_turns(texts: list[str], turns_in: Callable[[list[Any]], Any]) -> list[dict[str, Any]] | None:
+    try:
+        turns = turns_in([from_json(text) for text in texts])
+    except (ValueError, RecursionError):
+        return None
+    return turns if looks_like_turns(turns) else None
 
 
 def filled_key(item: dict[str, Any], keys: Sequence[str]) -> str | None:
