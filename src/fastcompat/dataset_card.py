@@ -51,8 +51,8 @@ def dataset_card(run: Run, chosen: pa.Table, record: dict[str, Any], file_name: 
             for generation in run.generations
         ),
         "## Training on it",
-        "Each row is a conversation: `messages`, a list of `role`, `content` and whatever else the corpus says of a turn "
-        "(calls, reasoning, a weight), and `tools` where the corpus names some.",
+        "Each row is a conversation: `messages`, a list of `role`, `content` and whatever else the corpus says of a "
+        "turn (calls, reasoning, a weight), and `tools` where the corpus names some.",
         _trainers(file_name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
