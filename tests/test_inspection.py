@@ -13,7 +13,8 @@ from tokenizer_makers import BACKENDS, CHATML, LLAMA3, make_tokenizer
 from fastcompat.inspection import render_inspection, token_pieces, visible
 from fastcompat.response import Message, Response, Status
 from fastcompat.reward_tokenization import ReadOut, RewardTokenizer
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+from fastcompat.tokenization import ConversationTokenizer
+from fastcompat.tokenization_settings import TokenizationSettings
 
 TEXT = "Two  words\n\tand 東京 👩‍👧 [bold]done"
 
@@ -58,10 +59,11 @@ def test_colour_tells_scored_tokens_from_the_others() -> None:
 
 
 def test_header_and_counts() -> None:
-    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in shown("One").splitlines()[:6])
+    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in shown("One").splitlines()[:7])
     assert lines["row"] == "file.jsonl#7"
     assert lines["generator"] == "some model"
     assert lines["template"] == "the tokenizer's own chat template"
+    assert lines["token ids"] == "the given tokenizer's"
     assert lines["length limit"] == "500 tokens"
     assert re.fullmatch(r"\d+ before the response, \d+ scored, 1 others", lines["tokens"])
     assert lines["status"] == "ok"

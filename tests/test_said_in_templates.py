@@ -13,6 +13,7 @@ import pytest
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.corpus import rows_from_records
 from fastcompat.message import Message
 from fastcompat.response import Response, Status
@@ -217,8 +218,6 @@ def test_a_call_goes_in_the_form_that_the_template_shows(arguments: object, cont
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "alpaca"])
 def test_the_built_in_templates_show_all_of_it(name: str) -> None:
-    from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
-
     template = template_of(BUILT_IN_TEMPLATES[name])
     for case, (turns, tools) in CASES.items():
         row = row_of(turns, tools)

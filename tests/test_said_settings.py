@@ -14,7 +14,8 @@ from fastcompat.message import Message, dumped
 from fastcompat.response import Response, Status
 from fastcompat.reward_tokenization import ReadOut, RewardTokenizer
 from fastcompat.scorer import _bytes_of
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+from fastcompat.tokenization import ConversationTokenizer
+from fastcompat.tokenization_settings import TokenizationSettings
 
 # ChatML with the reasoning, the calls and the tools, and a switch.
 SAYS_ALL = (

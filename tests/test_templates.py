@@ -20,10 +20,12 @@ from tokenizer_makers import (
 )
 from transformers import ByT5Tokenizer
 
+from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.errors import TemplateError
 from fastcompat.response import Status
-from fastcompat.templates import _SENTINEL, BUILT_IN_TEMPLATES, PINNED_DATE
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+from fastcompat.templates import _SENTINEL, PINNED_DATE
+from fastcompat.tokenization import ConversationTokenizer
+from fastcompat.tokenization_settings import TokenizationSettings
 
 
 @pytest.mark.parametrize(

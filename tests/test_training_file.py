@@ -255,7 +255,8 @@ def test_trl_trains_on_the_file_and_on_the_tokens_that_are_scored(tmp_path, run,
     import trl
 
     from fastcompat.demo import model_directory
-    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+    from fastcompat.tokenization import ConversationTokenizer
+    from fastcompat.tokenization_settings import TokenizationSettings
 
     path = tmp_path / "best.jsonl"
     chosen = select(scores, budget=6)

@@ -1,8 +1,12 @@
-"""The templates that come along: for tokenizers that have none of their own, and for who wants another layout."""
+"""Templates by name: those that come along, for tokenizers that have none of their own and for who wants another
+layout, and those in files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
+from fastcompat.errors import TemplateError
 
 # What an assistant thought stands before its text in the tags of DeepSeek-R1 and Qwen3; its calls stand after it, and
 # the tools before everything, in those of Hermes, which Qwen took over.
@@ -80,3 +84,26 @@ _ALPACA = (
 )
 
 BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+
+
+def template_source(name: str, own_template: str | None) -> tuple[str, str]:
+    """Jinja text and description of `name`: auto, a built-in template, or the path of a Jinja file.
+
+    `own_template` is the tokenizer's chat template, if it has one. Raises `TemplateError` for an unreadable file.
+    """
+    if name == "auto":
+        if own_template is not None:
+            return own_template, "the tokenizer's own chat template"
+        return BUILT_IN_TEMPLATES["plain"], "plain (the tokenizer has no chat template)"
+    if name in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[name], f"{name} (built in)"
+    try:
+        return Path(name).read_text(encoding="utf-8"), f"the Jinja file {name}"
+    except FileNotFoundError:
+        choices = ", ".join(["auto", *BUILT_IN_TEMPLATES])
+        raise TemplateError(f"No template {name!r}: give one of {choices}, or the path of a Jinja file.") from None
+    except OSError as error:
+        raise TemplateError(f"The template file {name!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise TemplateError(f"The template file {name!r} is not UTF-8 text (line {line}).") from error

@@ -93,7 +93,10 @@ def status(directory: RunDirectory) -> None:
         state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
         say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
-        told = {key: scorer.record["settings"].get(key) for key in ("dtype", "template", "head", "output", "read_out")}
+        told = {
+            key: scorer.record["settings"].get(key)
+            for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
+        }
         say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
         show_statuses(entry)
     if not run.scorers():

@@ -123,6 +123,7 @@ def _header(row: Response, sequence: AnySequence, tokenizer: AnyTokenizer) -> Ta
         ("row", row.row_key),
         ("generator", row.generator),
         ("template", tokenizer.description),
+        ("token ids", tokenizer.token_ids),
         ("length limit", limit),
         ("beside texts", _beside(row)),
         ("tokens", _counts(sequence)),

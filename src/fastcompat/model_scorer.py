@@ -38,7 +38,7 @@ class ModelScorer:
 
     kind: str  # in the identity, and the column of a table that says which model it is
     what: str  # what it computes, for people
-    tokenizer: Any  # has a `description`
+    tokenizer: Any  # has a `description`, and says whose `token_ids` it gives
 
     def __init__(
         self,

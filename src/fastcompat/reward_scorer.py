@@ -31,6 +31,7 @@ class RewardScorer(ModelScorer):
     reasoning, tools: "keep" has the model read what an assistant thought, and the tools that it could call;
     "drop" leaves it out.
     output: the name or number of the label that is the reward, where there are several.
+    token_ids: as `Scorer`.
     read_out: "auto" (where the model's own class reads), "last" token, or rightmost "non-pad" token.
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError,
@@ -55,6 +56,7 @@ class RewardScorer(ModelScorer):
         output: str | int | None = None,
         read_out: str = "auto",
         revision: str | None = None,
+        token_ids: str = "file",
     ) -> None:
         super().__init__(
             model,
@@ -83,6 +85,7 @@ class RewardScorer(ModelScorer):
             tools=tools,  # type: ignore[arg-type]
             context_length=context_length,
             revision=revision,
+            token_ids=token_ids,  # type: ignore[arg-type]  # checked there
         )
         self._choices: dict[str, Any] = {"output": output, "read_out": read_out}
 
@@ -115,6 +118,7 @@ class RewardScorer(ModelScorer):
             "read_out": self.head.read_out.rule,
             "pad_token_id": self.head.read_out.pad_id,
             "template": self.tokenizer.description,
+            "token_ids": self.tokenizer.token_ids,
             "bos": self.tokenizer.bos,
             "max_length": self.tokenizer.max_length,
             "truncate": self.tokenizer.truncate,

@@ -21,15 +21,13 @@ import numpy.typing as npt
 
 from fastcompat.alignment import Alignment, AlignmentError
 from fastcompat.errors import ModelError
-from fastcompat.message import Message
 from fastcompat.response import Response, Status
 from fastcompat.templates import ConversationRefusedError, Frames, RenderedConversation
-from fastcompat.tokenization import Bos, Carried, ConversationTokenizer, TokenizationSettings, TokenSequence
+from fastcompat.tokenization import EXAMPLE, ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import Bos, Carried, TokenizationSettings
+from fastcompat.tokenizer_loading import TokenIds, load_tokenizer
 
 Rule = Literal["last", "non-pad", "before-pad"]
-
-# A conversation that every template renders, to see what it does.
-_EXAMPLE = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +98,12 @@ class RewardTokenizer:
         context_length: int | None = None,
         name: str = "the tokenizer",
     ) -> None:
+        conversations = _WholeConversations(
+            tokenizer,
+            TokenizationSettings(bos=bos, max_length=max_length, reasoning=reasoning, tools=tools),
+            context_length=context_length,
+        )
+        tokenizer = conversations.tokenizer
         if not tokenizer.chat_template:
             raise ModelError(
                 f"{name}: its tokenizer has no chat template, and a reward depends on it; put the one that the model "
@@ -107,11 +111,7 @@ class RewardTokenizer:
             )
         self.read_out = read_out
         self.truncate = truncate
-        self._conversations = _WholeConversations(
-            tokenizer,
-            TokenizationSettings(bos=bos, max_length=max_length, reasoning=reasoning, tools=tools),
-            context_length=context_length,
-        )
+        self._conversations = conversations
         self._conversations.finds_responses = truncate
         self._gate: npt.NDArray[np.int32] | None = None
         if read_out.gate is not None:
@@ -131,11 +131,15 @@ class RewardTokenizer:
         tools: Carried = "keep",
         context_length: int | None = None,
         revision: str | None = None,
+        token_ids: TokenIds = "file",
     ) -> Self:
-        """The tokenizer of a model id or directory. Raises `ModelError` if there is none that can be loaded."""
-        loaded = ConversationTokenizer.from_pretrained(model, TokenizationSettings(template="plain"), revision=revision)
+        """The tokenizer of a model id or directory. Raises `ModelError` if there is none that can be loaded.
+
+        token_ids: "file" or "class", as in `TokenizationSettings`.
+        """
+        settings = TokenizationSettings(bos=bos, max_length=max_length, token_ids=token_ids)
         return cls(
-            loaded.tokenizer,
+            load_tokenizer(model, settings.token_ids, revision=revision),
             read_out,
             bos=bos,
             max_length=max_length,
@@ -148,7 +152,7 @@ class RewardTokenizer:
 
     def _try_example(self, name: str) -> None:
         """Refuse a template that does not write what the gate is read at; tell of one that doubles BOS."""
-        (example,) = self._conversations([Response(messages=_EXAMPLE, generator="", source="", row_index=0)])
+        (example,) = self._conversations([Response(messages=EXAMPLE, generator="", source="", row_index=0)])
         if example.status is not Status.OK:
             return
         if self._gate is not None and _last_occurrence(self._gate, example.input_ids) is None:
@@ -184,6 +188,11 @@ class RewardTokenizer:
     def description(self) -> str:
         """The template, in words."""
         return self._conversations.description
+
+    @property
+    def token_ids(self) -> str:
+        """Whose token ids these are, in words."""
+        return self._conversations.token_ids
 
     def __call__(self, rows: Sequence[Response]) -> list[RewardSequence]:
         """One sequence for each row, in order. A row without a reward gets a status; no row affects another."""
@@ -230,7 +239,7 @@ class _WholeConversations(ConversationTokenizer):
 
     def doubles_bos(self) -> bool:
         """Whether the tokenizer, left to itself, would put a BOS before the one that the template writes."""
-        (alignment,) = self._align([self.template.render(_EXAMPLE)])
+        (alignment,) = self._align([self.template.render(EXAMPLE)])
         return self._adds_bos and not isinstance(alignment, AlignmentError) and alignment.ids[0] == self._bos_id
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:

@@ -20,7 +20,8 @@ from fastcompat.model import CausalLM, load_causal_lm, settings_of
 from fastcompat.model_scorer import ModelScorer
 from fastcompat.response import Response, Status
 from fastcompat.response_scores import ResponseScores
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
+from fastcompat.tokenization import ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import TokenizationSettings
 
 
 class Scorer(ModelScorer):
@@ -40,6 +41,7 @@ class Scorer(ModelScorer):
     leaves it out.
     turn_masks: "honour" does not score the turns that the corpus leaves out of the loss (weight 0, train false ...);
     "ignore" does.
+    token_ids: "file", those of the model's tokenizer.json, or "class", those of transformers' class for it.
     extras: columns to compute beside the loss, those of `extras.EXTRAS`: "entropy_sum", "token_nll" ...
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
@@ -66,6 +68,7 @@ class Scorer(ModelScorer):
         tools: str = "keep",
         turn_masks: str = "honour",
         revision: str | None = None,
+        token_ids: str = "file",
         extras: Sequence[str] = (),
     ) -> None:
         super().__init__(
@@ -94,6 +97,7 @@ class Scorer(ModelScorer):
             reasoning=reasoning,  # type: ignore[arg-type]
             tools=tools,  # type: ignore[arg-type]
             turn_masks=turn_masks,  # type: ignore[arg-type]
+            token_ids=token_ids,  # type: ignore[arg-type]
         )
         self.tokenizer = ConversationTokenizer.from_pretrained(
             self.source, tokenization, revision=revision, context_length=context_length
@@ -135,6 +139,7 @@ class Scorer(ModelScorer):
             "source": self.source,
             "revision": self.settings.revision,
             "template": self.tokenizer.description,
+            "token_ids": self.tokenizer.token_ids,
             "turns": tokenization.turns,
             "score_eos": tokenization.score_eos,
             "bos": tokenization.bos,

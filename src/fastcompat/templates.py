@@ -20,11 +20,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.call_forms import CallForms
 from fastcompat.errors import TemplateError
 from fastcompat.message import REASONING_KEYS, Message, reasoning_of
@@ -44,13 +42,6 @@ _RECORDING_BLOCKS = Lock()
 _SENTINEL = "fastcompat0the0response0stands0here"
 
 _DEVELOPER = "developer"
-# What every template is given, so that nobody else can name it.
-GIVEN_VARIABLES = frozenset(
-    (
-        *("messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "return_assistant_tokens_mask"),
-    )
-)
 
 Turns = Literal["last", "all"]
 Span = tuple[int, int]
@@ -87,29 +78,6 @@ class _Frame:
 
 # By the messages before the turn, and the tools.
 Frames = dict[tuple[tuple[Message, ...], str], _Frame]
-
-
-def template_source(name: str, own_template: str | None) -> tuple[str, str]:
-    """Jinja text and description of `name`: auto, a built-in template, or the path of a Jinja file.
-
-    `own_template` is the tokenizer's chat template, if it has one. Raises `TemplateError` for an unreadable file.
-    """
-    if name == "auto":
-        if own_template is not None:
-            return own_template, "the tokenizer's own chat template"
-        return BUILT_IN_TEMPLATES["plain"], "plain (the tokenizer has no chat template)"
-    if name in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[name], f"{name} (built in)"
-    try:
-        return Path(name).read_text(encoding="utf-8"), f"the Jinja file {name}"
-    except FileNotFoundError:
-        choices = ", ".join(["auto", *BUILT_IN_TEMPLATES])
-        raise TemplateError(f"No template {name!r}: give one of {choices}, or the path of a Jinja file.") from None
-    except OSError as error:
-        raise TemplateError(f"The template file {name!r} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise TemplateError(f"The template file {name!r} is not UTF-8 text (line {line}).") from error
 
 
 class ChatTemplate:

@@ -19,6 +19,8 @@ from fastcompat.commands.options import (
     Reasoning,
     Template,
     TemplateOption,
+    TokenIds,
+    Tokenizer,
     Tools,
     TurnMasks,
     Turns,
@@ -62,6 +64,7 @@ def inspect(
     reasoning: Reasoning = Carried.keep,
     tools: Tools = Carried.keep,
     turn_masks: TurnMasks = Masks.honour,
+    token_ids: Tokenizer = TokenIds.file,
     read_out: Annotated[
         ReadOutRule, typer.Option("--reward-read-out", help="The token at which a reward is read.")
     ] = ReadOutRule.auto,
@@ -98,6 +101,7 @@ def inspect(
             reasoning=reasoning.value,
             tools=tools.value,
             turn_masks=turn_masks.value,
+            token_ids=token_ids.value,
         )
     else:
         assert reward_model is not None
@@ -109,6 +113,7 @@ def inspect(
             max_length=max_length,
             reasoning=reasoning.value,
             tools=tools.value,
+            token_ids=token_ids.value,
         )
     found: Iterable[tuple[Response, AnySequence]]
     if row or (generator is None and status is None):
@@ -166,7 +171,8 @@ def _fitting(
 
 def _base_tokenizer(model: str, revision: str | None, **settings: Any) -> AnyTokenizer:
     from fastcompat.checkpoint import load_config, model_lengths
-    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+    from fastcompat.tokenization import ConversationTokenizer
+    from fastcompat.tokenization_settings import TokenizationSettings
 
     context_length, _ = model_lengths(load_config(model, revision))
     return ConversationTokenizer.from_pretrained(

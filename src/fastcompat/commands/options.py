@@ -33,6 +33,11 @@ class Masks(StrEnum):
     ignore = "ignore"
 
 
+class TokenIds(StrEnum):
+    file = "file"
+    class_ = "class"
+
+
 class ReadOutRule(StrEnum):
     auto = "auto"
     last = "last"
@@ -88,6 +93,12 @@ Reasoning = Annotated[Carried, typer.Option(help="What an assistant thought befo
 Tools = Annotated[Carried, typer.Option(help="The tools that rows name: given to the template, or left out.")]
 TurnMasks = Annotated[
     Masks, typer.Option(help="Turns that the corpus leaves out of the loss (weight 0, train false ...).")
+]
+Tokenizer = Annotated[
+    TokenIds,
+    typer.Option(
+        "--tokenizer", help="Whose token ids: tokenizer.json's (file), or those of transformers' class for it."
+    ),
 ]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]

@@ -25,6 +25,8 @@ from fastcompat.commands.options import (
     Template,
     TemplateOption,
     TokenBudget,
+    TokenIds,
+    Tokenizer,
     Tools,
     TurnMasks,
     Turns,
@@ -64,6 +66,7 @@ def score(
     reasoning: Reasoning = Carried.keep,
     tools: Tools = Carried.keep,
     turn_masks: TurnMasks = Masks.honour,
+    token_ids: Tokenizer = TokenIds.file,
     device: Device = "auto",
     dtype: Dtype = "auto",
     token_budget: TokenBudget = None,
@@ -168,6 +171,7 @@ def score(
             tools=tools.value,
             turn_masks=turn_masks.value,
             revision=revision,
+            token_ids=token_ids.value,
             extras=extras.columns,
         )
         for model in base_model or []
@@ -185,6 +189,7 @@ def score(
         tools=tools.value,
         read_out=reward_read_out.value,
         revision=revision,
+        token_ids=token_ids.value,
     )
     passes = passes_of(bases, rewards)
     with stopping() as stop:
@@ -231,6 +236,7 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, show_statuses
     from fastcompat.engine import Progress
     from fastcompat.session import score_corpus
+    from fastcompat.tokenizer_loading import THE_FILES
     from fastcompat.verification import scorer_progress
 
     say("")
@@ -239,6 +245,8 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
             f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
             f"template: {escape(scorer.tokenizer.description)}"
         )
+        if scorer.tokenizer.token_ids != THE_FILES:
+            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
     if len(served.scorers) > 1:
         say("one body with two heads: one pass serves both")
     display = LiveDisplay(served.name)
