@@ -140,7 +140,7 @@ def inspect(
     """Show one row, its tokens, and which of them are scored."""
     from itertools import islice
 
-    from fastcompat.checkpoint import load_config, model_lengths
+    from fastcompat.configuration import load_config, model_lengths
     from fastcompat.corpus import iter_responses
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.inspection import render_inspection

@@ -39,7 +39,7 @@ def examine(base_model: str | None = None) -> list[Finding]:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from fastcompat.checkpoint import native_bfloat16
+    from fastcompat.configuration import native_bfloat16
 
     section = "machine"
     yield Finding(section=section, subject="system", found=f"{platform.system()} {platform.machine()}")
