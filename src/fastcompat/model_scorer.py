@@ -16,14 +16,11 @@ import torch
 from fastcompat.budget import choose_token_budget, free_memory
 from fastcompat.checkpoint import (
     ModelSettings,
-    Task,
     fingerprint,
-    load_config,
-    refuse_unsupported,
     resolve_device,
-    resolve_dtype,
     weight_files,
 )
+from fastcompat.configuration import Task, load_config, refuse_unsupported, resolve_dtype
 from fastcompat.corpus import rows_from_records
 from fastcompat.errors import UsageError
 from fastcompat.extras import Extras

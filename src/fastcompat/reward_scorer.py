@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from fastcompat import __version__
-from fastcompat.checkpoint import model_lengths
+from fastcompat.configuration import model_lengths
 from fastcompat.model import settings_of
 from fastcompat.model_scorer import ModelScorer
 from fastcompat.packed_model import PackedModel

@@ -29,6 +29,8 @@ from fastcompat.tokenizer_loading import TokenIds, load_tokenizer
 
 Rule = Literal["last", "non-pad", "before-pad"]
 
+_EXAMPLE_ROW = Response(messages=EXAMPLE, generator="", source="", row_index=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOut:
@@ -152,7 +154,7 @@ class RewardTokenizer:
 
     def _try_example(self, name: str) -> None:
         """Refuse a template that does not write what the gate is read at; tell of one that doubles BOS."""
-        (example,) = self._conversations([Response(messages=EXAMPLE, generator="", source="", row_index=0)])
+        (example,) = self._conversations([_EXAMPLE_ROW])
         if example.status is not Status.OK:
             return
         if self._gate is not None and _last_occurrence(self._gate, example.input_ids) is None:
@@ -178,6 +180,11 @@ class RewardTokenizer:
     @property
     def settings(self) -> TokenizationSettings:
         return self._conversations.settings
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a conversation's first token is BOS."""
+        return self._conversations.begins_with_bos()
 
     @property
     def max_length(self) -> int | None:
@@ -241,6 +248,11 @@ class _WholeConversations(ConversationTokenizer):
         """Whether the tokenizer, left to itself, would put a BOS before the one that the template writes."""
         (alignment,) = self._align([self.template.render(EXAMPLE)])
         return self._adds_bos and not isinstance(alignment, AlignmentError) and alignment.ids[0] == self._bos_id
+
+    def begins_with_bos(self) -> bool:
+        """Whether the first token of what the model reads is BOS."""
+        (example,) = self([_EXAMPLE_ROW])
+        return example.status is Status.OK and example.input_ids[0] == self._bos_id
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
         messages, tools = self._conversation(row)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
-from fastcompat.checkpoint import model_lengths
+from fastcompat.configuration import model_lengths
 from fastcompat.errors import UsageError
 from fastcompat.extras import EXTRAS, Extras
 from fastcompat.message import is_masked, spoken, without_reasoning

@@ -170,7 +170,7 @@ def _fitting(
 
 
 def _base_tokenizer(model: str, revision: str | None, **settings: Any) -> AnyTokenizer:
-    from fastcompat.checkpoint import load_config, model_lengths
+    from fastcompat.configuration import load_config, model_lengths
     from fastcompat.tokenization import ConversationTokenizer
     from fastcompat.tokenization_settings import TokenizationSettings
 
@@ -181,7 +181,7 @@ def _base_tokenizer(model: str, revision: str | None, **settings: Any) -> AnyTok
 
 
 def _reward_tokenizer(model: str, revision: str | None, read_out: str, **settings: Any) -> AnyTokenizer:
-    from fastcompat.checkpoint import load_config, model_lengths
+    from fastcompat.configuration import load_config, model_lengths
     from fastcompat.reward_model import describe
     from fastcompat.reward_tokenization import RewardTokenizer
 
