@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from fastcompat import __version__
-from fastcompat.checkpoint import model_lengths
+from fastcompat.configuration import model_lengths
 from fastcompat.model import settings_of
 from fastcompat.model_scorer import ModelScorer
 from fastcompat.packed_model import PackedModel
@@ -28,6 +28,8 @@ class RewardScorer(ModelScorer):
     bos: "auto" (as tokenizer and template have it), "one" or "none"; never two.
     max_length: tokens, the model's context if not given; a longer conversation has status `too_long` and no reward,
     unless truncate: then its beginning is judged, with status `truncated`.
+    reasoning, tools: "keep" has the model read what an assistant thought, and the tools that it could call;
+    "drop" leaves it out.
     output: the name or number of the label that is the reward, where there are several.
     token_ids: as `Scorer`.
     read_out: "auto" (where the model's own class reads), "last" token, or rightmost "non-pad" token.
@@ -49,6 +51,8 @@ class RewardScorer(ModelScorer):
         bos: str = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: str = "keep",
+        tools: str = "keep",
         output: str | int | None = None,
         read_out: str = "auto",
         revision: str | None = None,
@@ -77,6 +81,8 @@ class RewardScorer(ModelScorer):
             bos=bos,  # type: ignore[arg-type]  # checked there
             max_length=max_length,
             truncate=truncate,
+            reasoning=reasoning,  # type: ignore[arg-type]
+            tools=tools,  # type: ignore[arg-type]
             context_length=context_length,
             revision=revision,
             token_ids=token_ids,  # type: ignore[arg-type]  # checked there
@@ -116,6 +122,8 @@ class RewardScorer(ModelScorer):
             "bos": self.tokenizer.bos,
             "max_length": self.tokenizer.max_length,
             "truncate": self.tokenizer.truncate,
+            "reasoning": self.tokenizer.settings.reasoning,
+            "tools": self.tokenizer.settings.tools,
             "token_budget": self.token_budget,
             "fastcompat": __version__,
             **settings_of(self.model),

@@ -23,17 +23,13 @@ from fastcompat.alignment import Alignment, AlignmentError
 from fastcompat.errors import ModelError
 from fastcompat.response import Response, Status
 from fastcompat.templates import ConversationRefusedError, Frames, RenderedConversation
-from fastcompat.tokenization import (
-    EXAMPLE,
-    Bos,
-    ConversationTokenizer,
-    TokenizationSettings,
-    TokenSequence,
-    check_messages,
-)
+from fastcompat.tokenization import EXAMPLE, ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import Bos, Carried, TokenizationSettings
 from fastcompat.tokenizer_loading import TokenIds, load_tokenizer
 
 Rule = Literal["last", "non-pad", "before-pad"]
+
+_EXAMPLE_ROW = Response(messages=EXAMPLE, generator="", source="", row_index=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +95,15 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         name: str = "the tokenizer",
     ) -> None:
         conversations = _WholeConversations(
-            tokenizer, TokenizationSettings(bos=bos, max_length=max_length), context_length=context_length
+            tokenizer,
+            TokenizationSettings(bos=bos, max_length=max_length, reasoning=reasoning, tools=tools),
+            context_length=context_length,
         )
         tokenizer = conversations.tokenizer
         if not tokenizer.chat_template:
@@ -129,6 +129,8 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         revision: str | None = None,
         token_ids: TokenIds = "file",
@@ -144,13 +146,15 @@ class RewardTokenizer:
             bos=bos,
             max_length=max_length,
             truncate=truncate,
+            reasoning=reasoning,
+            tools=tools,
             context_length=context_length,
             name=model,
         )
 
     def _try_example(self, name: str) -> None:
         """Refuse a template that does not write what the gate is read at; tell of one that doubles BOS."""
-        (example,) = self._conversations([Response(messages=EXAMPLE, generator="", source="", row_index=0)])
+        (example,) = self._conversations([_EXAMPLE_ROW])
         if example.status is not Status.OK:
             return
         if self._gate is not None and _last_occurrence(self._gate, example.input_ids) is None:
@@ -167,6 +171,20 @@ class RewardTokenizer:
     @property
     def bos(self) -> Bos:
         return self._conversations.settings.bos
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._conversations.tokenizer
+
+    @property
+    def settings(self) -> TokenizationSettings:
+        return self._conversations.settings
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a conversation's first token is BOS."""
+        return self._conversations.begins_with_bos()
 
     @property
     def max_length(self) -> int | None:
@@ -231,18 +249,17 @@ class _WholeConversations(ConversationTokenizer):
         (alignment,) = self._align([self.template.render(EXAMPLE)])
         return self._adds_bos and not isinstance(alignment, AlignmentError) and alignment.ids[0] == self._bos_id
 
+    def begins_with_bos(self) -> bool:
+        """Whether the first token of what the model reads is BOS."""
+        (example,) = self([_EXAMPLE_ROW])
+        return example.status is Status.OK and example.input_ids[0] == self._bos_id
+
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
-        if row.status is not Status.OK:
-            raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        try:
-            text = self.template.render(row.messages)
-        except Exception as error:  # a template raises anything
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {sentence}") from error
+        messages, tools = self._conversation(row)
+        text = self.template.whole_text(messages, tools=tools)
         if self.finds_responses:
             try:
-                return self.template.scored_text(row.messages, frames=frames)
+                return self.template.scored_text(messages, tools=tools, frames=frames)
             except ConversationRefusedError:
                 pass  # where the response is cannot be told: at the end, so that a cut conversation has no reward
         return RenderedConversation(text=text, spans=((max(len(text) - 1, 0), len(text)),))

@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcompat.alignment import PROBE, Alignment, AlignmentError, FastAligner, aligner, covering
+from fastcompat.built_in_templates import template_source
 from fastcompat.errors import UsageError
-from fastcompat.response import Message, Response, Status
+from fastcompat.message import Message, is_masked, says_something, without_reasoning
+from fastcompat.response import Response, Status
 from fastcompat.templates import (
     ChatTemplate,
     ConversationRefusedError,
     Frames,
     RenderedConversation,
     Span,
-    Turns,
-    template_source,
 )
-from fastcompat.tokenizer_loading import LoadedTokenizer, TokenIds, load_tokenizer
-
-Bos = Literal["auto", "one", "none"]
+from fastcompat.tokenization_settings import TokenizationSettings
+from fastcompat.tokenizer_loading import LoadedTokenizer, load_tokenizer
 
 # A conversation that every template renders, to see what it does.
 EXAMPLE = (Message("user", "Hello"), Message("assistant", "Hello"))
@@ -72,41 +71,6 @@ class TokenSequence:
         return int(self.scored.argmax()) if self.scored.any() else len(self.input_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizationSettings:
-    """How conversations become tokens. Raises `UsageError` for a value out of range.
-
-    template: "auto" (the tokenizer's own chat template, else "plain"), "chatml", "alpaca", "plain", or a Jinja file.
-    turns: "last" scores the last assistant turn, "all" every one.
-    score_eos: whether the marker that ends a scored turn counts.
-    bos: "auto" follows the tokenizer: a BOS if it adds one itself or if the template writes one, and never two.
-        "one": exactly one, if the tokenizer has a BOS token. "none": no BOS. Whatever is set, a sequence whose first
-        token is scored (empty prompt, plain template) gets a BOS, or an EOS where there is no BOS token, because
-        something has to predict it.
-    max_length: most tokens of a sequence; None, or more than the model's context: the model's context.
-    token_ids: "file": a model's tokenizer gives the ids of its tokenizer.json; "class": those of transformers' class.
-    """
-
-    template: str = "auto"
-    turns: Turns = "last"
-    score_eos: bool = True
-    bos: Bos = "auto"
-    max_length: int | None = None
-    token_ids: TokenIds = "file"
-
-    def __post_init__(self) -> None:
-        if not self.template:
-            raise UsageError(
-                "The template has an empty name: give auto, chatml, alpaca, plain or the path of a Jinja file."
-            )
-        for name, kind in (("turns", Turns), ("bos", Bos), ("token_ids", TokenIds)):
-            value, choices = getattr(self, name), get_args(kind)
-            if value not in choices:
-                raise UsageError(f"{name}={value!r} is not one of {', '.join(choices)}.")
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length={self.max_length} leaves no token: give 1 or more.")
-
-
 class ConversationTokenizer:
     """Tokenises rows with a Hugging Face tokenizer, fast or slow, or a loaded one that says whose ids it gives.
 
@@ -129,7 +93,7 @@ class ConversationTokenizer:
         self.template = ChatTemplate(
             source,
             description=description,
-            variables=tokenizer.special_tokens_map,
+            variables={**tokenizer.special_tokens_map, **settings.template_options},
             special_tokens=[
                 *tokenizer.all_special_tokens,
                 *(token.content for token in added.values() if token.content.strip()),
@@ -229,6 +193,11 @@ class ConversationTokenizer:
         """
         settings = self.settings
         choices = [_FORMAT, settings.turns, settings.score_eos, settings.bos, self.max_length, self._adds_bos]
+        # What is as it always was leaves the fingerprint as it always was.
+        usual = TokenizationSettings()
+        later = ("template_options", "reasoning", "tools", "turn_masks")
+        named = [(name, getattr(settings, name)) for name in later if getattr(settings, name) != getattr(usual, name)]
+        choices += [[name, dict(value) if isinstance(value, Mapping) else value] for name, value in named]
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         digest = hashlib.sha256(json.dumps([choices, special, self.template.source]).encode())
         for part in self._tokenizer_content():
@@ -249,12 +218,26 @@ class ConversationTokenizer:
         yield repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items())).encode()
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
+        messages, tools = self._conversation(row)
+        masked = set() if self.settings.turn_masks == "ignore" else {n for n, m in enumerate(messages) if is_masked(m)}
+        return self.template.scored_text(
+            messages,
+            tools=tools,
+            turns=self.settings.turns,
+            masked=masked,
+            score_eos=self.settings.score_eos,
+            frames=frames,
+        )
+
+    def _conversation(self, row: Response) -> tuple[tuple[Message, ...], str]:
+        """What the template gets of a row: its messages, and its tools. ConversationRefusedError where that is none."""
         if row.status is not Status.OK:
             raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        return self.template.scored_text(
-            row.messages, turns=self.settings.turns, score_eos=self.settings.score_eos, frames=frames
-        )
+        messages = row.messages
+        if self.settings.reasoning == "drop":
+            messages = tuple(map(without_reasoning, messages))
+        check_messages(messages)
+        return messages, row.tools if self.settings.tools == "keep" else ""
 
     def _is_overlong(self, text: str) -> bool:
         return self.max_length is not None and len(text) > _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN_TOKENS)
@@ -382,7 +365,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise ConversationRefusedError(
             Status.INVALID, f"the last message is of role {messages[-1].role!r}, not assistant"
         )
-    if not messages[-1].content:
+    if not messages[-1].content and not says_something(messages[-1]):
         raise ConversationRefusedError(Status.EMPTY, "the response has no characters")
 
 

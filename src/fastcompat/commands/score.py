@@ -14,16 +14,23 @@ from rich.markup import escape
 
 from fastcompat.commands.options import (
     Bos,
+    Carried,
     Device,
     Dtype,
     Map,
+    Masks,
     MaxLength,
     ReadOutRule,
+    Reasoning,
     Template,
+    TemplateOption,
     TokenBudget,
     TokenIds,
     Tokenizer,
+    Tools,
+    TurnMasks,
     Turns,
+    parse_template_options,
 )
 from fastcompat.display import errors, say
 from fastcompat.errors import Interrupted, UsageError
@@ -55,6 +62,10 @@ def score(
     score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
     bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
     max_length: MaxLength = None,
+    template_option: TemplateOption = None,
+    reasoning: Reasoning = Carried.keep,
+    tools: Tools = Carried.keep,
+    turn_masks: TurnMasks = Masks.honour,
     token_ids: Tokenizer = TokenIds.file,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -96,6 +107,9 @@ def score(
         ),
     ] = ReadOutRule.auto,
     reward_bos: Annotated[Bos, typer.Option(rich_help_panel=REWARDS, help="As --bos, of reward models.")] = Bos.auto,
+    reward_reasoning: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --reasoning, of reward models.")
+    ] = Carried.keep,
     reward_max_length: Annotated[
         int | None,
         typer.Option(
@@ -152,6 +166,10 @@ def score(
             score_eos=score_eos,
             bos=bos.value,
             max_length=max_length,
+            template_options=parse_template_options(template_option or []),
+            reasoning=reasoning.value,
+            tools=tools.value,
+            turn_masks=turn_masks.value,
             revision=revision,
             token_ids=token_ids.value,
             extras=extras.columns,
@@ -167,6 +185,8 @@ def score(
         bos=reward_bos.value,
         max_length=reward_max_length,
         truncate=truncate,
+        reasoning=reward_reasoning.value,
+        tools=tools.value,
         read_out=reward_read_out.value,
         revision=revision,
         token_ids=token_ids.value,
