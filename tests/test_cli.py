@@ -389,3 +389,97 @@ def test_wide_records_and_preferences_end_as_one_row_per_response(tmp_path, mode
     assert scores["generator"].to_pylist() == ["gemma", "qwen"]
     assert len(set(scores["prompt_id"].to_pylist())) == 1
     assert len(set(scores["row_key"].to_pylist())) == 2
+
+
+def test_inspect_shows_several_rows_and_those_that_are_asked_for(tmp_path, model):
+    rows = [{"prompt": f"Why {n}?", "response": f"Because {n}."} for n in range(4)]
+    corpus = write_jsonl(tmp_path / "a.jsonl", [rows[0], {"prompt": "Why 7?", "response": " "}, *rows[1:]])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "Why 8?", "response": "Because 8."}])
+
+    def keys(*options: object) -> list[str]:
+        output = succeed("inspect", corpus, other, "--base-model", model, *options)
+        return [line.split("#")[1].strip() for line in output.splitlines() if line.startswith("row ")]
+
+    assert keys() == ["0"]
+    assert keys("--rows", 3) == ["0", "1", "2"]
+    assert keys("--row", 4, "--row", 0) == ["4", "0"]
+    assert keys("--status", "empty") == ["1"]
+    assert keys("--status", "ok", "--rows", 9) == ["0", "2", "3", "4", "0"]
+    assert keys("--generator", "b", "--rows", 2) == ["0"]
+    assert "there are a, b" in fail(UsageError, "inspect", corpus, other, "--base-model", model, "--generator", "c")
+    told = fail(UsageError, "inspect", corpus, "--base-model", model, "--status", "template")
+    assert "no response of status template; there are ok 4, empty 1" in told
+    assert "is not one of ok, " in fail(UsageError, "inspect", corpus, "--base-model", model, "--status", "fine")
+    assert "leave out" in fail(UsageError, "inspect", corpus, "--base-model", model, "--row", 1, "--status", "ok")
+    assert "one model" in fail(UsageError, "inspect", corpus)
+    assert "one model" in fail(UsageError, "inspect", corpus, "--base-model", model, "--reward-model", model)
+
+
+def test_inspect_of_a_reward_model(tmp_path):
+    from fastcompat.demo import reward_model_directory
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why so?", "response": "Because it is."}])
+    output = succeed("inspect", corpus, "--reward-model", reward_model_directory(), "--ids")
+    assert ", read at " in output
+    assert output.count("⟦") == 1
+    assert output.count(" yes ") == 1
+
+
+def test_what_turns_hold_beside_texts_is_scored_ranked_and_selected(tmp_path, model):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz", "unit": None}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    chatml = tmp_path / "chatml.jinja"
+    chatml.write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.reasoning_content or '' }}{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    asks = {"role": "user", "content": "How warm is it?"}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": "Ann"},
+        {"role": "assistant", "content": "Seven.", "reasoning_content": "I guess."},
+        {"role": "assistant", "content": "Eight."},
+    ]
+    records = [
+        {"messages": [asks, turn], "tools": tools, "model": f"m{n}", "reward": n + 1.0} for n, turn in enumerate(turns)
+    ]
+    corpus, run = write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "run"
+    output = succeed("score", corpus, "--base-model", model, "--template", chatml, "-o", run)
+    assert "tools from column `tools`" in output
+    assert "ok 3" in output
+    (kept, dropped) = (open_run(run).scores(), None)
+    own = kept.filter(kept["base_model"].is_valid())
+    succeed("score", corpus, "--base-model", model, "--template", chatml, "--reasoning", "drop", "-o", run)
+    again = open_run(run).scores()
+    dropped = again.filter([name is not None and "drop" in name for name in again["base_model"].to_pylist()])
+    assert own["n_tokens"].to_pylist()[0] == dropped["n_tokens"].to_pylist()[0]
+    assert own["n_tokens"].to_pylist()[1] > dropped["n_tokens"].to_pylist()[1]
+
+    best = tmp_path / "best.jsonl"
+    label = next(name for name in again["base_model"].to_pylist() if name and "keep" in name)
+    select = ("select", run, "--by", "loss", "--top", 3, "--base-model", label)
+    succeed(*select, "-o", best)
+    written = {row["generator"]: row for row in map(json.loads, best.read_text().splitlines())}
+    for record in records:
+        assert written[record["model"]]["messages"] == record["messages"]
+        assert written[record["model"]]["tools"] == tools
+    told = fail(UsageError, *select, "-o", tmp_path / "best.parquet")
+    assert "'tool_calls'" in told
+    assert ".jsonl" in told
+    succeed(
+        "select",
+        run,
+        "--by",
+        "loss",
+        "--top",
+        1,
+        "--base-model",
+        label,
+        "--max-tokens",
+        12,
+        "-o",
+        tmp_path / "one.parquet",
+    )
+    (row,) = pq.read_table(tmp_path / "one.parquet").to_pylist()
+    assert json.loads(row["tools"]) == tools

@@ -37,11 +37,12 @@ from transformers import PreTrainedTokenizerFast
 
 from fastcompat.errors import ModelError, UsageError
 from fastcompat.response import Response, Status
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+from fastcompat.tokenization import ConversationTokenizer
+from fastcompat.tokenization_settings import TokenizationSettings
 
 
 def chat(response: Response) -> list[dict[str, str]]:
-    return [message._asdict() for message in response.messages]
+    return [message.fields for message in response.messages]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,8 +49,11 @@ def aligner(tokenizer: Any) -> Aligner:
     """The aligner that fits a Hugging Face tokenizer."""
     if tokenizer.is_fast:
         fast = FastAligner(tokenizer)
-        # A few classes rewrite the text in Python before their backend sees it; offsets would be in another text.
-        if fast.backend.encode(PROBE, add_special_tokens=False).ids == _encode(tokenizer, PROBE):
+        try:
+            # A few classes rewrite the text in Python before their backend sees it; offsets would be in another text.
+            if fast.backend.encode(PROBE, add_special_tokens=False).ids == _encode(tokenizer, PROBE):
+                return fast
+        except Exception:  # the vocabulary lacks a character of it, and has no unknown token
             return fast
     return SlowAligner(tokenizer)
 

@@ -34,9 +34,9 @@ def refuse_other_files(model: str, revision: str | None) -> None:
 
     Neither a fingerprint nor a checkpoint's header would tell, and some of it depends on what is installed.
     """
-    config = _file(model, "config.json", revision)
-    adapter = _file(model, "adapter_config.json", revision)
-    if adapter is not None or (config is None and _file(model, "adapter_model.safetensors", revision) is not None):
+    config = model_file(model, "config.json", revision)
+    adapter = model_file(model, "adapter_config.json", revision)
+    if adapter is not None or (config is None and model_file(model, "adapter_model.safetensors", revision) is not None):
         raise ModelError(
             f"{model}: holds an adapter (adapter_config.json), which transformers attaches only where peft is "
             "installed; merge it into its base model with peft (merge_and_unload, then save_pretrained into another "
@@ -74,7 +74,7 @@ def fingerprint(model: str, revision: str | None = None) -> str:
     A hub model is downloaded for it. Raises ModelError where there are no safetensors.
     """
     total = hashlib.sha256()
-    config = _file(model, "config.json", revision)
+    config = model_file(model, "config.json", revision)
     assert config is not None
     for path in (config, *weight_files(model, revision)):
         # The hub's cache names a large file's blob after its SHA-256: no need to read gigabytes again.
@@ -86,17 +86,17 @@ def fingerprint(model: str, revision: str | None = None) -> str:
 
 def weight_files(model: str, revision: str | None = None) -> list[Path]:
     """The safetensors files that transformers loads: one, or the shards that an index names. ModelError without any."""
-    single = _file(model, "model.safetensors", revision)
+    single = model_file(model, "model.safetensors", revision)
     if single is not None:
         return [single]
-    index = _file(model, "model.safetensors.index.json", revision)
+    index = model_file(model, "model.safetensors.index.json", revision)
     if index is None:
         raise ModelError(_without_safetensors(model))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{model}: {index.name} is damaged: it has no weight_map") from error
-    files = {name: _file(model, name, revision) for name in names}
+    files = {name: model_file(model, name, revision) for name in names}
     missing = [name for name, path in files.items() if path is None]
     if missing:
         raise ModelError(f"{model}: {missing[0]} is missing, which model.safetensors.index.json names")
@@ -148,7 +148,7 @@ def _opened(model: str, path: Path) -> Any:
         raise ModelError(f"{model}: {path.name} is damaged: {first_sentence(error)}") from error
 
 
-def _file(model: str, name: str, revision: str | None) -> Path | None:
+def model_file(model: str, name: str, revision: str | None) -> Path | None:
     """One file of a model directory, or of a hub model, downloaded if need be; None where there is none."""
     if Path(model).is_dir():
         path = Path(model) / name

@@ -41,7 +41,7 @@ from fastcompat.durable import (
 )
 from fastcompat.errors import RunError, UsageError
 from fastcompat.extras import Extras
-from fastcompat.response import ROW_SCHEMA
+from fastcompat.response import ROW_SCHEMA, with_later_columns
 from fastcompat.schemas import FIGURES, SCORES_SCHEMA, as_scores, part_schema, with_reward
 
 FORMAT = 2
@@ -57,6 +57,10 @@ _TELLING = (
     "bos",
     "max_length",
     "truncate",
+    "template_options",
+    "reasoning",
+    "tools",
+    "turn_masks",
     "revision",
 )
 
@@ -192,10 +196,13 @@ class Run:
         path = self.shard_path(unit.shard)
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_group(unit.group, columns=columns)
-        except (OSError, pa.ArrowException) as error:
+                there = set(file.schema_arrow.names)
+                table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
+            names = columns or ROW_SCHEMA.names
+            table = with_later_columns(table, names)
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
-        expected = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+        expected = pa.schema([ROW_SCHEMA.field(name) for name in names])
         if table.num_rows != unit.n_rows or not table.schema.equals(expected):
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table

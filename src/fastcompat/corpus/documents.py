@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fastcompat.corpus.records import Broken, Record
-from fastcompat.corpus.turns import kind_of
+from fastcompat.corpus.values import kind_of
 
 
 class Inside(NamedTuple):

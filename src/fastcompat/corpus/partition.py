@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
-from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA, Message
+from fastcompat.message import Message
+from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA
 
 # A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
 _STAGED_SCHEMA = pa.schema(
@@ -32,6 +33,7 @@ _STAGED_SCHEMA = pa.schema(
         ("status", pa.string()),
         ("detail", pa.string()),
         ("rewards", REWARDS_TYPE),
+        ("tools", pa.string()),
         ("chars", pa.int64()),
     ]
 )
@@ -80,6 +82,8 @@ class Partition:
         self._ends = [0]
         self._roles: list[str] = []
         self._contents: list[str] = []
+        self._turn_extras: list[str] = []
+        self._tools: list[str] = []
         self._reward_ends = [0]
         self._reward_names: list[str] = []
         self._reward_values: list[float] = []
@@ -96,13 +100,15 @@ class Partition:
         status: str,
         detail: str,
         rewards: Sequence[tuple[str, float]] = (),
+        tools: str = "",
     ) -> None:
         """Stage one row. Rows of one source must come in order: equal prompts keep the order of arrival."""
-        chars = 0
-        for role, content in messages:
+        chars = len(tools)
+        for role, content, extra in messages:
             self._roles.append(role)
             self._contents.append(content)
-            chars += len(content)
+            self._turn_extras.append(extra)
+            chars += len(content) + len(extra)
         for name, value in rewards:
             self._reward_names.append(name)
             self._reward_values.append(value)
@@ -114,6 +120,7 @@ class Partition:
         self._statuses.append(status)
         self._details.append(detail)
         self._chars.append(chars)
+        self._tools.append(tools)
         self.n_rows += 1
         self._ends.append(len(self._roles))
         self._reward_ends.append(len(self._reward_values))
@@ -130,7 +137,8 @@ class Partition:
         if not self._chars:
             return
         turns = pa.StructArray.from_arrays(
-            [pa.array(self._roles, pa.string()), pa.array(self._contents, pa.string())], fields=list(MESSAGE_TYPE)
+            [pa.array(texts, pa.string()) for texts in (self._roles, self._contents, self._turn_extras)],
+            fields=list(MESSAGE_TYPE),
         )
         rewards = pa.MapArray.from_arrays(
             pa.array(self._reward_ends, pa.int32()),
@@ -148,6 +156,7 @@ class Partition:
                 pa.array(self._statuses, pa.string()),
                 pa.array(self._details, pa.string()),
                 rewards,
+                pa.array(self._tools, pa.string()),
                 pa.array(self._chars, pa.int64()),
             ],
             schema=_STAGED_SCHEMA,
@@ -261,7 +270,7 @@ def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:
     response = table["response_index"].combine_chunks()
     suffixed = pc.binary_join_element_wise(row_key, pc.cast(response, pa.string()), "/")
     columns = {name: table[name] for name in ("row_index", "response_index", "prompt_id", "generator", "messages")}
-    columns |= {name: table[name] for name in ("status", "detail", "rewards")}
+    columns |= {name: table[name] for name in ("status", "detail", "rewards", "tools")}
     columns["row_key"] = pc.if_else(pc.equal(response, 0), row_key, suffixed)
     columns["source"] = source
     return pa.table({name: columns[name] for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA).combine_chunks()

@@ -26,7 +26,8 @@ from fastcompat.corpus.rewards import NO_REWARDS
 from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.response import ROW_SCHEMA, Message, Response, Status, prompt_id
+from fastcompat.message import Message, prompt_id
+from fastcompat.response import ROW_SCHEMA, Response, Status
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -118,16 +119,12 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
         for row_index, readings, _ in rows:
             if not known:
                 known = _check_schema(rows, sources[number + 1 :], overrides)
-            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
-                yield Response(
-                    messages=messages,
-                    generator=generator or source.generator,
+            for response_index, reading in enumerate(readings):
+                yield reading.response(
+                    generator=source.generator,
                     source=source.label,
                     row_index=row_index,
                     response_index=response_index,
-                    status=status,
-                    detail=detail,
-                    rewards=rewards,
                 )
 
 
@@ -146,7 +143,7 @@ def _read(
     for number, source in enumerate(sources):
         rows = SourceRows(source, overrides)
         reported = -1
-        last_prompt: tuple[Message, ...] | None = None
+        last_prompt: tuple[tuple[Message, ...], str] | None = None
         last_id = ""
         for row_index, readings, position in rows:
             if not known:
@@ -155,15 +152,17 @@ def _read(
                 reported = position
                 mapping = rows.reader.mapping.describe() if rows.reader and rows.reader.mapping else ""
                 report(PreparationProgress("reading", done + position, total, partition.n_rows, source.label, mapping))
-            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
+            for response_index, (messages, generator, status, detail, rewards, tools) in enumerate(readings):
                 if strict and status in (Status.INVALID, Status.UNREADABLE):
                     _stop(source, row_index, detail)
-                prompt = messages[:-1]
+                prompt = (messages[:-1], tools)
                 # Responses to one prompt often follow one another: hash it once.
                 if prompt != last_prompt:
-                    last_prompt, last_id = prompt, prompt_id(prompt)
+                    last_prompt, last_id = prompt, prompt_id(*prompt)
                 generator = generator or source.generator
-                partition.add(last_id, number, row_index, response_index, generator, messages, status, detail, rewards)
+                partition.add(
+                    last_id, number, row_index, response_index, generator, messages, status, detail, rewards, tools
+                )
                 generators[generator] += 1
                 for name, _ in rewards:
                     reward_names[name] += 1

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fastcompat.message import Message, spoken
 from fastcompat.report.reading import UNIT
 from fastcompat.store import Run, ScorerStore
 
@@ -154,9 +155,9 @@ def _example(
     tokens: Mapping[str, Sequence[tuple[str, float]]],
     n_bytes: int,
 ) -> Example:
-    *before, last = messages or [{"role": "assistant", "content": ""}]
+    *before, last = messages or [{"role": "assistant", "content": "", "extra": ""}]
     prompt = next((turn["content"] or "" for turn in reversed(before) if turn["role"] == "user"), "")
-    text = last["content"] or ""
+    response = text = spoken(Message(**last))
     own = tokens.get(row["row_key"])
     prompt_shown = prompt[: _fitting(list(prompt[:PROMPT_BYTES]), PROMPT_BYTES)]
     if own:
@@ -173,7 +174,7 @@ def _example(
         n_turns=len(before),
         text=text,
         tokens=kept,
-        cut=len(kept) < len(own) if own and kept is not None else len(text) < len(last["content"] or ""),
+        cut=len(kept) < len(own) if own and kept is not None else len(text) < len(response),
         n_tokens=row["n_tokens"],
         loss=row["loss"],
         reward=row["reward"],
