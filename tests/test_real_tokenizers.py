@@ -20,10 +20,8 @@ from real_material import real_tokenizer_directory
 from tokenizer_makers import row
 from tokenizers import Tokenizer, pre_tokenizers
 
-from fastcompat.inspection import token_pieces
+from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.response import Response, Status
-from fastcompat.reward_tokenization import ReadOut, RewardTokenizer
-from fastcompat.templates import BUILT_IN_TEMPLATES
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 from fastcompat.tokenizer_loading import load_tokenizer
 
