@@ -21,7 +21,9 @@ from tokenizer_makers import row
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fastcompat.built_in_templates import BUILT_IN_TEMPLATES
+from fastcompat.inspection import token_pieces
 from fastcompat.response import Response, Status
+from fastcompat.reward_tokenization import ReadOut, RewardTokenizer
 from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
 from fastcompat.tokenizer_loading import load_tokenizer
 
@@ -99,7 +101,9 @@ class RealTokenizer:
         special = self.loaded.tokenizer.special_tokens_map
         ends = [self.vendor.end or special["eos_token"], special["eos_token"], *filter(None, [self.vendor.bos])]
         own = "".join(f"a{token}b {token} c\n\n{token}\n1. " for token in dict.fromkeys(ends))
-        return {**HARD_TEXTS, "own_markers": own + "end", "added_tokens": " x".join([*self.added.values()][:40]) + "."}
+        # Templates take reasoning's tags for what they are, not for text.
+        shown = [token for token in self.added.values() if "think" not in token][:40]
+        return {**HARD_TEXTS, "own_markers": own + "end", "added_tokens": " x".join(shown) + "."}
 
     def rendered(self, response: Response, template: str) -> str:
         chat = [message._asdict() for message in response.messages]
@@ -199,3 +203,53 @@ def test_ids_are_the_files_and_the_scored_ones_the_response(real: RealTokenizer,
         for (name, text), sequence in zip(texts.items(), sequences, strict=True)
     }
     assert {name: fault for name, fault in found.items() if fault} == {}
+
+
+def test_what_is_shown_and_kept_of_tokens_is_the_text(real: RealTokenizer) -> None:
+    """`inspect`'s pieces, joined, are what the tokens stand for; so are the kept texts of the scored ones."""
+    tokenizer = ConversationTokenizer(real.loaded, TokenizationSettings(template="plain"), context_length=None)
+    for sequence in tokenizer([row(PROMPT, text) for text in real.texts().values()]):
+        ids = sequence.input_ids[sequence.scored].tolist()
+        spelt = b"".join(real.bytes_of(ids)).decode()
+        assert "".join(piece.text for piece in token_pieces(tokenizer.tokenizer, ids)) == spelt
+        (kept,) = tokenizer.scored_texts([sequence])
+        assert len(kept) == len(ids)
+        assert "".join(kept) == spelt
+
+
+def test_rewards_are_read_on_the_ids_of_the_file(real: RealTokenizer) -> None:
+    if real.vendor.end is None:
+        real.loaded.tokenizer.chat_template = BUILT_IN_TEMPLATES["chatml"]
+    tokenizer = RewardTokenizer(real.loaded, ReadOut(rule="last", pad_id=None))
+    template = "auto" if real.vendor.end else "chatml"
+    texts = real.texts()
+    for text, sequence in zip(texts.values(), tokenizer([row(PROMPT, text) for text in texts.values()]), strict=True):
+        assert sequence.status is Status.OK, sequence.detail
+        ids, _ = real.expected(text, template)
+        assert sequence.input_ids.tolist() == ids
+        assert sequence.reads == (len(ids) - 1,)
+
+
+def test_all_turns_of_a_conversation(real: RealTokenizer) -> None:
+    """What follows an end marker too: with Llama-2's file a blank comes before it, with its class none."""
+    settings = TokenizationSettings(template="plain", turns="all")
+    tokenizer = ConversationTokenizer(real.loaded, settings, context_length=None)
+    end = real.loaded.tokenizer.eos_token
+    (sequence,) = tokenizer([row("Why?", " Because 1234. ", " 2. And?", "3. 10,000!")])
+    ids = real.file.encode(f"Why?\n\n Because 1234. {end}\n\n 2. And?\n\n3. 10,000!{end}", add_special_tokens=False).ids
+    assert sequence.input_ids.tolist()[-len(ids) :] == ids
+    assert len(sequence.input_ids) == len(ids) + real.vendor.adds_bos
+    scored = real.bytes_of(sequence.input_ids[sequence.scored].tolist())
+    assert b"".join(scored).decode() == f" Because 1234. {end}3. 10,000!{end}"
+
+
+def test_the_class_is_heard_where_it_is_asked_for(real: RealTokenizer) -> None:
+    by_class = load_tokenizer(real.directory, "class")
+    text = "\n\n1. 12345 " + (real.loaded.tokenizer.eos_token + " a\n") * 2
+    ids = real.file.encode(text, add_special_tokens=False).ids
+    of_class = by_class.tokenizer(text, add_special_tokens=False)["input_ids"]
+    settings = TokenizationSettings(template="plain")
+    fingerprints = [
+        ConversationTokenizer(t, settings, context_length=None).fingerprint() for t in (real.loaded, by_class)
+    ]
+    assert ("differs in" in real.loaded.token_ids) == (of_class != ids) == (fingerprints[0] != fingerprints[1])
