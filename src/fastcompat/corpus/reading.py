@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fastcompat.corpus.containers import SourceReader
-from fastcompat.corpus.documents import records_inside
+from fastcompat.corpus.documents import Inside, records_inside
 from fastcompat.corpus.formats import SAMPLE_RECORDS, Overrides, RecordReader
-from fastcompat.corpus.records import Broken, Record, Unreadable
+from fastcompat.corpus.records import AMBIGUOUS, Record, Records, Unreadable
 from fastcompat.corpus.sources import Source
 from fastcompat.corpus.summary import FileSummary
-from fastcompat.corpus.turns import Reading
+from fastcompat.corpus.turns import Reading, storable
+from fastcompat.errors import SchemaError
 from fastcompat.response import Status
 
 # Where records are large or broken, the mapping is chosen from what this many batches hold.
@@ -21,8 +22,6 @@ _SAMPLE_BATCHES = 4
 _COUNTED_REASONS = 8
 _OTHER_REASONS = "other"
 _NUMBER = re.compile(r"\d+")
-
-Records = list[Record | Broken | Unreadable]
 
 
 class SourceRows:
@@ -36,7 +35,8 @@ class SourceRows:
         self.n_records = 0
         self.n_valid = 0
         self._statuses: Counter[Status] = Counter()
-        self._unreadable = ""
+        self._index = 0
+        self._unreadable: list[str] = []
         # By the detail with its numbers left out; the first detail of each stands for all.
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
@@ -50,14 +50,14 @@ class SourceRows:
                 sample.extend(record for record in records if type(record) is dict)
                 if len(sample) < SAMPLE_RECORDS and len(held) < _SAMPLE_BATCHES:
                     continue
-                self.reader = self._reader_for(sample)
+                self.reader = self._reader_for(sample, self._container.inside)
                 for each in held:
                     yield from self._readings(*each)
                 held = []
             else:
                 yield from self._readings(records, position)
         if self.reader is None:
-            self.reader = self._reader_for(sample)
+            self.reader = self._reader_for(sample, self._container.inside)
             if self.reader.mapping is None and self._container.container.startswith("json"):
                 held = self._unwrapped(held)
             for each in held:
@@ -67,11 +67,7 @@ class SourceRows:
         """What the file was; asked at the end."""
         reader = self.reader
         assert reader is not None
-        problem = self._unreadable
-        if not problem and not self.n_records:
-            problem = "the file holds no record"
-        elif not problem and reader.mapping is None:
-            problem = reader.problem if self.n_valid else "not one of its records can be read"
+        reasons = {self._examples.get(reason, reason): count for reason, count in self._reasons.most_common()}
         return FileSummary(
             label=self._source.label,
             size=self._source.size,
@@ -86,37 +82,58 @@ class SourceRows:
             dropped_turns=reader.tally.dropped_turns,
             unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
             other_shapes=dict(sorted(reader.tally.other_shapes.items())),
-            problem=problem,
-            reasons={self._examples.get(reason, reason): count for reason, count in self._reasons.most_common()},
+            problem=self._problem(reader, reasons),
+            reasons=reasons,
         )
 
     def close(self) -> None:
         """Close the file."""
         self._container.close()
 
-    def _reader_for(self, sample: Sequence[Record], label: str = "") -> RecordReader:
+    def _problem(self, reader: RecordReader, reasons: Mapping[str, int]) -> str:
+        if self._unreadable:
+            more = len(self._unreadable) - 1
+            return self._unreadable[0] + (f" (and {more:,} more such places)" if more else "")
+        if not self.n_records:
+            return "the file holds no record"
+        if reader.mapping is None:
+            return reader.problem if self.n_valid else "not one of its records can be read"
+        if Status.OK not in self._statuses:
+            reason, count = next(iter(reasons.items()))
+            return f"not one of its rows can be scored: {reason} ({count:,} of {self._statuses.total():,})"
+        return ""
+
+    def _reader_for(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
         self.n_valid = len(sample)
-        return RecordReader(
+        reader = RecordReader(
             sample[:SAMPLE_RECORDS],
             overrides=self._overrides,
-            label=label or self._source.label,
+            label=f"{self._source.label}, {inside}," if inside else self._source.label,
             more_columns=self._container.container.startswith("json"),
         )
+        if reader.mapping:
+            reader.mapping = replace(reader.mapping, inside=inside)
+        elif twice := [f"`{name}`" for name, value in (sample[0] if sample else {}).items() if value is AMBIGUOUS]:
+            why = storable(f"two columns with different values are named {', two '.join(twice)}")
+            reader.problem = f"no known schema: {why}"
+            reader.error = SchemaError(f"{reader.error}\nIn {self._source.label} {why}; rename one.")
+        return reader
 
     def _unwrapped(self, held: list[tuple[Records, int]]) -> list[tuple[Records, int]]:
         """What a file has whose only record is none: perhaps the document that holds the records."""
         only = [record for records, _ in held for record in records]
         if len(only) != 1 or type(only[0]) is not dict:
             return held
-        inside = records_inside(only[0], lambda records: self._reader_for(records).mapping is not None)
-        if inside is None:
-            self.n_valid = 1
-            return held
-        sample = [record for record in inside.records if type(record) is dict]
-        self.reader = self._reader_for(sample, f"{self._source.label}, {inside.where},")
-        if self.reader.mapping:
-            self.reader.mapping = replace(self.reader.mapping, inside=inside.where)
-        return [([*inside.records], self._source.size)]
+        found = records_inside(only[0], lambda records: self._reader_for(records).mapping is not None)
+        self.n_valid = 1
+        if len(found) == 1:
+            sample = [record for record in found[0].records if type(record) is dict]
+            self.reader = self._reader_for(sample, found[0].where)
+            return [([*found[0].records], self._source.size)]
+        if found and self.reader is not None:
+            self.reader.problem = _which_is_meant(found)
+            self.reader.error = SchemaError(f"{self._source.label}: {self.reader.problem}.")
+        return held
 
     def _readings(self, records: Records, position: int) -> Iterator[tuple[int, list[Reading], int]]:
         assert self.reader is not None
@@ -127,9 +144,10 @@ class SourceRows:
                 self._statuses[reading.status] += 1
                 if reading.detail:
                     self._count(reading.detail)
-            yield self.n_records, readings, position
+            yield self._index, readings, position
+            self._index += 1
             if type(record) is Unreadable:
-                self._unreadable = record.reason
+                self._unreadable.append(record.reason)
             else:
                 self.n_records += 1
 
@@ -141,3 +159,8 @@ class SourceRows:
                 return
             self._examples[reason] = detail
         self._reasons[reason] += 1
+
+
+def _which_is_meant(found: Sequence[Inside]) -> str:
+    places = ", ".join(f"{inside.where} ({len(inside.records):,} records)" for inside in found)
+    return f"the document holds records in several places: {places}; write what is meant to files of its own"
