@@ -225,7 +225,7 @@ def test_a_preparation_that_fails_ends_the_run_when_its_turn_comes(tmp_path, cor
 
 
 def test_a_write_that_fails_ends_the_run_within_a_pack_or_two(tmp_path, corpus, monkeypatch):
-    run, store = new_run(tmp_path / "run", corpus, target_unit_chars=6000)
+    run, store = new_run(tmp_path / "run", corpus, target_unit_chars=96_000)
     assert packs_of(run, run.units[1]) > 8
     error = RunError("no room on the disk")
     failed = threading.Event()
