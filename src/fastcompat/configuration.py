@@ -20,8 +20,9 @@ from fastcompat.errors import ModelError
 # What a model is loaded for: the middle of the name of transformers' mapping from configurations to classes.
 Task = Literal["CAUSAL_LM", "SEQUENCE_CLASSIFICATION"]
 
-# Weights that transformers turns back into plain ones while it loads them, without another package and on any device.
-DEQUANTISED = ("fp8", "mxfp4")
+# Quantised weights that transformers turns back into plain ones while it loads them, the same on any device. Not FP8:
+# where blocks do not divide a weight it turns them back into others (LOG.md).
+DEQUANTISED = ("mxfp4",)
 
 
 def load_config(model: str, revision: str | None) -> Any:
@@ -57,7 +58,7 @@ def _refuse_other_weights(model: str, config: Any) -> None:
     """ModelError for weights that lie elsewhere, or are quantised by a method that needs a package or a device.
 
     What a quantised layer computes depends on what is there (a GPU rounds the activations of FP8 layers, a CPU does
-    not), and a fingerprint must stand for one function. The methods in `DEQUANTISED` are marked here to be undone.
+    not), and a fingerprint must stand for one function. `DEQUANTISED` is marked here to be undone at loading.
     """
     elsewhere = read(config, "transformers_weights")
     if elsewhere is not None:

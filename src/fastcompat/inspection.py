@@ -108,7 +108,8 @@ def _counts(sequence: AnySequence) -> str:
 
 def _beside(row: Response) -> str:
     """What the row holds beside texts."""
-    turns = [f"turn {n}: {', '.join(message.others)}" for n, message in enumerate(row.messages) if message.extra]
+    keys = {n: [key for key in message.others if key != "content"] for n, message in enumerate(row.messages)}
+    turns = [f"turn {n}: {', '.join(own)}" for n, own in keys.items() if own]
     tools = [f"tools: {len(json.loads(row.tools))}"] if row.tools else []
     return " · ".join(turns + tools)
 
