@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastcompat.corpus import iter_responses, prepare, rows_from_records
+from fastcompat.corpus import CorpusSummary, iter_responses, prepare, rows_from_records
 from fastcompat.corpus.detection import detect
 from fastcompat.corpus.records import NumberList
+from fastcompat.display import _oddities
 from fastcompat.message import Message
 from fastcompat.response import Response, Status, from_table
 
@@ -302,3 +303,35 @@ def test_a_tool_may_answer_nothing() -> None:
         {"role": "assistant", "content": "b"},
     )
     assert row.messages[2].fields == {"role": "tool", "content": None}
+
+
+def test_turns_that_datasets_keeps_as_json(tmp_path: Path) -> None:
+    """Turns of several shapes are an extension type of JSON texts there, in Parquet and on disk."""
+    import datasets
+
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": arguments}} for arguments in ({"x": 1}, {"y": None})
+    ]
+    records = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        for call in calls
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=cache)
+    loaded.to_parquet(tmp_path / "rows.parquet")
+    loaded.save_to_disk(tmp_path / "saved")
+    for place in ("rows.parquet", "saved"):
+        rows = list(iter_responses([tmp_path / place]))
+        assert [[message.fields for message in row.messages] for row in rows] == [r["messages"] for r in records]
+
+
+def test_columns_that_come_late_are_named_where_nobody_reads_them(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"instruction": f"q{n}", "output": "a"} for n in range(100)]
+    records[90] |= {"history": [["q", "a"]], "rationale": "because", "tools": None}
+    records[91] |= {"rationale": None, "note": None}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    summary = prepare([tmp_path / "rows.jsonl"], tmp_path / "out")
+    assert summary.files[0].late_columns == ("rationale",)
+    assert CorpusSummary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+    assert "columns that first records did not have, not used: rationale" in list(_oddities(summary))

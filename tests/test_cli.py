@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpora import rows_of, save_small_model, write_corpus, write_jsonl
+from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from fastcompat.cli import app
-from fastcompat.errors import CorpusError, FastcompatError, ModelError, RunError, SchemaError, UsageError
+from fastcompat.errors import CorpusError, FastcompatError, Interrupted, ModelError, RunError, SchemaError, UsageError
 from fastcompat.store import open_run
 
 
@@ -65,6 +68,40 @@ def test_score_rank_status_verify_on_a_users_files(tmp_path, model):
         assert "generator-1" in succeed("rank", run, "--format", format)
     assert "finished · 36/36" in succeed("status", run)
     assert "whole: 36 rows" in succeed("verify", run)
+
+
+def test_an_interrupted_run_can_be_looked_at_before_its_first_unit_is_finished(tmp_path, model, monkeypatch):
+    write_corpus(tmp_path / "corpus", generators=3, n_prompts=12)
+    run = tmp_path / "run"
+    prepare_small_units(run, tmp_path / "corpus", target_unit_chars=1 << 20)
+    asked = itertools.count(1)
+    monkeypatch.setattr("fastcompat.commands.score.stopping", lambda: nullcontext(lambda: next(asked) >= 6))
+    stopped = invoke("score", "-o", run, "--base-model", model, "--token-budget", 128)
+    monkeypatch.undo()
+    assert isinstance(stopped.exception, Interrupted)
+    assert f"fastcompat rank {run}" in str(stopped.exception)
+    assert "Give the same command again" in str(stopped.exception)
+    (begun,) = run.glob("scores/*/begun-*")
+    n_scored = 36 - pq.read_table(begun)["nll_sum"].null_count
+    assert 6 <= n_scored < 36
+    assert f"{n_scored}/36 responses" in stopped.output
+    assert f"{n_scored}/36 responses, {n_scored} of them in 1 unfinished unit" in succeed("status", run)
+    assert f"ok {n_scored}" in succeed("status", run)
+    assert "0 parts of 1 scorers, 1 unfinished" in succeed("verify", run)
+    ranked = json.loads(invoke("rank", run, "--format", "json").stdout)
+    assert sum(row["n"] for row in ranked) == n_scored
+    assert f"{36 - n_scored} responses not scored yet under small" in succeed("rank", run)
+    assert f"{36 - n_scored} responses" in succeed("select", run, "--by", "loss", "-o", tmp_path / "best.jsonl")
+    succeed("report", run, "-o", tmp_path / "report.html", "--draws", 20)
+    assert f"has gone through {n_scored} of 36 responses" in re.sub(
+        r"<.*?>", "", (tmp_path / "report.html").read_text()
+    )
+    begun.write_bytes(b"garbage")
+    assert "0/36 responses" in succeed("status", run)
+    assert "no scores yet" in fail(UsageError, "rank", run)
+    assert isinstance(invoke("verify", run).exception, RunError)
+    succeed("score", "-o", run, "--base-model", model)
+    assert "finished · 36/36 responses\n" in succeed("status", run)
 
 
 def test_every_kind_of_bad_row_is_kept_with_a_reason(tmp_path, model):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 from tokenizer_makers import BACKENDS, CHATML, LLAMA3, make_tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from fastcompat.inspection import render_inspection, token_pieces, visible
 from fastcompat.response import Message, Response, Status
@@ -143,3 +146,19 @@ def test_a_reward_models_row_marks_where_the_head_reads() -> None:
     n = len(sequence.input_ids)
     assert re.search(rf"tokens +{n}, read at {n - 1}", output)
     assert len(re.findall(r"^ +\d+ +\d+ +yes", output, flags=re.MULTILINE)) == 1
+
+
+def test_runs_of_blanks_that_are_added_tokens_are_shown_as_blanks() -> None:
+    """Gemma's: merges make the same token from blanks. A special token that is written with the mark is shown so."""
+    tokenizer = make_tokenizer("metaspace")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    run, marker = (max(content["model"]["vocab"].values()) + n for n in (1, 2))
+    content["model"]["vocab"] |= {"▁▁": run, "<begin▁of>": marker, "<0xZZ>": marker + 1}
+    content["model"]["merges"].insert(0, ["▁", "▁"])
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.add_tokens([AddedToken("▁▁", normalized=False)])
+    backend.add_special_tokens(["<begin▁of>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    ids = [run, *tokenizer("<begin▁of>x", add_special_tokens=False)["input_ids"], marker + 1]
+    assert ids[1] == marker
+    assert "".join(piece.text for piece in token_pieces(tokenizer, ids)) == "  <begin▁of> x<0xZZ>"

@@ -162,6 +162,7 @@ def test_every_real_template(name: str) -> None:
     ("name", "case", "what"),
     [
         ("llama3", "call", "tool call 0 of turn 1"),
+        ("gemma3", "call without a text", "tool call 0 of turn 1"),
         ("gptoss", "two calls", "tool call 1 of turn 1"),
         ("llama3_1", "call after a text", "the text of turn 1"),
         ("phi3", "reasoning", "the reasoning of the response"),

@@ -35,6 +35,8 @@ class CallForms:
 
     def fitting(self, fields: dict[str, Any]) -> dict[str, Any]:
         """A calling turn's fields as they are where the template shows that, else in the nearest form that it shows."""
+        if not self.shown and fields["content"] is None:
+            return fields | {"content": ""}  # so that what is missed is the call, and not the text
         is_null, is_text = fields["content"] is None, any(map(_has_text, fields["tool_calls"]))
         speaks = isinstance(fields["content"], str) and bool(fields["content"].strip())
         # What stays as it is first.

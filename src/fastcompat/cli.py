@@ -80,7 +80,7 @@ app.command()(reproduce)
 @app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
-    from fastcompat.display import show_reward_columns, show_statuses
+    from fastcompat.display import counted_noun, show_reward_columns, show_statuses
     from fastcompat.store import open_run
     from fastcompat.verification import scorer_progress
 
@@ -90,9 +90,14 @@ def status(directory: RunDirectory) -> None:
     show_reward_columns(run.reward_columns)
     for scorer in run.scorers():
         entry = scorer_progress(run, scorer)
-        state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
+        done = entry.n_rows == run.n_rows and not entry.n_begun_units
+        state = "finished" if done else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
-        say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
+        begun = f", {entry.n_begun_rows:,} of them in {counted_noun(entry.n_begun_units, 'unfinished unit')}"
+        say(
+            f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses"
+            + (begun if entry.n_begun_units else "")
+        )
         told = {
             key: scorer.record["settings"].get(key)
             for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
@@ -117,7 +122,11 @@ def verify(directory: RunDirectory) -> None:
     if damage:
         raise RunError(f"{len(damage)} of the files of {directory} are damaged")
     n_parts = sum(len(scorer.finished()) for scorer in run.scorers())
-    say(f"whole: {run.n_rows:,} rows in {len(run.units):,} units, {n_parts:,} parts of {len(run.scorers())} scorers")
+    n_begun = sum(len(scorer.begun() - scorer.finished()) for scorer in run.scorers())
+    say(
+        f"whole: {run.n_rows:,} rows in {len(run.units):,} units, {n_parts:,} parts of {len(run.scorers())} scorers"
+        + (f", {n_begun:,} unfinished" if n_begun else "")
+    )
 
 
 app.command()(inspect)

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastcompat.alignment import byte_level_bytes, is_byte_level
+from fastcompat.alignment import byte_level_bytes, byte_of, is_byte_level
 from fastcompat.response import SCORED_STATUSES, Response
 from fastcompat.reward_tokenization import RewardSequence, RewardTokenizer
 from fastcompat.tokenization import ConversationTokenizer, TokenSequence
@@ -108,7 +108,8 @@ def _counts(sequence: AnySequence) -> str:
 
 def _beside(row: Response) -> str:
     """What the row holds beside texts."""
-    turns = [f"turn {n}: {', '.join(message.others)}" for n, message in enumerate(row.messages) if message.extra]
+    keys = {n: [key for key in message.others if key != "content"] for n, message in enumerate(row.messages)}
+    turns = [f"turn {n}: {', '.join(own)}" for n, own in keys.items() if own]
     tools = [f"tools: {len(json.loads(row.tools))}"] if row.tools else []
     return " · ".join(turns + tools)
 
@@ -208,16 +209,16 @@ def _is_whole(utf8: bytes) -> bool:
 def _surfaces(tokenizer: Any, ids: Sequence[int]) -> list[str | bytes]:
     """What each token stands for: text, or bytes where it may be part of a character."""
     tokens: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
-    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    added = tokenizer.added_tokens_decoder
     spells_bytes = is_byte_level(tokenizer)
     surfaces: list[str | bytes] = []
     for index, token in zip(ids, tokens, strict=True):
-        if index in added:
-            surfaces.append(added[index])
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            surfaces.append(bytes([int(token[3:5], 16)]))
+        # Gemma's runs of blanks are added tokens that merges make as well; a special one is written as it is.
+        if index in added and (spells_bytes or added[index].special):
+            surfaces.append(added[index].content)
         elif spells_bytes:
             surfaces.append(byte_level_bytes(token))
         else:
-            surfaces.append(token.replace("\u2581", " "))
+            byte = byte_of(token)
+            surfaces.append(token.replace("\u2581", " ") if byte is None else byte)
     return surfaces

@@ -184,7 +184,12 @@ class ConversationTokenizer:
         return texts
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
-        return list(self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
+        """What tokens say within a text: decoders of SentencePiece's kind take the blank away that begins one."""
+        before: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        texts = self.tokenizer.batch_decode(
+            [before, *(before + own for own in ids)], clean_up_tokenization_spaces=False
+        )
+        return [text.removeprefix(texts[0]) for text in texts[1:]]
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.

@@ -257,7 +257,8 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     except Interrupted:
         say(figures_of(progress))
         raise Interrupted(
-            f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            "Give the same command again to go on."
         ) from None
     if not progress.n_rows:
         say(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastcompat.corpus.units import Indices, UnitSize, unit_bounds
 from fastcompat.errors import RunError
 from fastcompat.message import Message
 from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA
@@ -41,8 +42,6 @@ _STAGED_SCHEMA = pa.schema(
 _BATCH_ROWS = 8192
 _BATCH_CHARS = 4 << 20
 
-Indices = npt.NDArray[np.int64]
-
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
@@ -63,6 +62,7 @@ class Partition:
     def __init__(self, directory: Path, *, n_buckets: int, stage_bytes: int) -> None:
         self.n_buckets = n_buckets
         self.n_rows = 0
+        self.n_chars = 0
         self.directory = directory
         self._stage_bytes = stage_bytes
         self._staged: list[pa.RecordBatch] = []
@@ -125,6 +125,7 @@ class Partition:
         self._ends.append(len(self._roles))
         self._reward_ends.append(len(self._reward_values))
         self._pending_chars += chars
+        self.n_chars += chars
         if len(self._chars) >= _BATCH_ROWS or self._pending_chars >= _BATCH_CHARS:
             self._to_batch()
 
@@ -204,10 +205,15 @@ class Bucket:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.n_rows = int(self._starts[-1])
 
-    def units(self, *, target_chars: int, max_rows: int) -> Iterator[Indices]:
-        """The bucket's rows by prompt, then as they arrived, cut into units of about `target_chars` characters.
+    @property
+    def n_chars(self) -> int:
+        """Characters of all rows."""
+        return sum(int(batch["chars"].to_numpy().sum()) for batch in self._batches)
 
-        A prompt's rows are cut only where they alone exceed a unit; they then share their units with no other prompt.
+    def units(self, largest: UnitSize, *, n_chars_before: int = 0, n_rows_before: int = 0) -> Iterator[Indices]:
+        """The bucket's rows by prompt, then as they arrived, cut into units as `unit_bounds` says.
+
+        n_chars_before, n_rows_before: of the corpus's earlier buckets.
         """
         if self.n_rows == 0:
             return
@@ -219,8 +225,8 @@ class Bucket:
         new_prompt = np.ones(self.n_rows, dtype=bool)
         new_prompt[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
         bounds = np.append(np.flatnonzero(new_prompt), self.n_rows)
-        running = np.concatenate([[0], np.cumsum(chars[order])])
-        for start, stop in _unit_bounds(bounds, running, target_chars, max_rows):
+        running = n_chars_before + np.concatenate([[0], np.cumsum(chars[order])])
+        for start, stop in unit_bounds(bounds, running, largest, n_rows_before=n_rows_before):
             yield order[start:stop]
 
     def gather(self, rows: Indices, labels: Sequence[str]) -> pa.Table:
@@ -243,25 +249,6 @@ def bucket_of(prompt_ids: pa.ChunkedArray, n_buckets: int) -> npt.NDArray[np.int
     values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
     number: npt.NDArray[np.int64] = (values << np.arange(28, -1, -4)).sum(axis=1)
     return number % n_buckets
-
-
-def _unit_bounds(bounds: Indices, running: Indices, target_chars: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut points, from where prompts begin (`bounds`, with the end) and the characters before each row (`running`)."""
-    begin = 0
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        too_long = running[stop] - running[begin] > target_chars or stop - begin > max_rows
-        if too_long and begin < start:
-            yield begin, start
-            begin = start
-        if running[stop] - running[begin] > target_chars or stop - begin > max_rows:
-            # This prompt alone exceeds a unit: cut it wherever one is full, at least one row each.
-            while begin < stop:
-                full = int(np.searchsorted(running, running[begin] + target_chars, side="right")) - 1
-                end = min(max(full, begin + 1), begin + max_rows, stop)
-                yield begin, end
-                begin = end
-    if begin < bounds[-1]:
-        yield begin, int(bounds[-1])
 
 
 def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:

@@ -25,6 +25,7 @@ from fastcompat.corpus.reading import SourceRows
 from fastcompat.corpus.rewards import NO_REWARDS
 from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
+from fastcompat.corpus.units import UnitSize
 from fastcompat.errors import CorpusError, SchemaError
 from fastcompat.message import Message, prompt_id
 from fastcompat.response import ROW_SCHEMA, Response, Status
@@ -71,8 +72,9 @@ def prepare(
 ) -> CorpusSummary:
     """Write `directory/shard-00000.parquet` ... (numbered from `first_shard`, `ROW_SCHEMA`) and say what they hold.
 
-    A row group is a unit of work: about `target_unit_chars` characters of text and at most `max_unit_rows` rows; a
-    prompt's rows are split only where they alone are more. `target_shard_bytes` is the text of a shard, roughly.
+    A row group is a unit of work: at most about `target_unit_chars` characters of text and `max_unit_rows` rows, the
+    first ones much smaller (`units.py`); a prompt's rows are split only where they alone are more.
+    `target_shard_bytes` is the text of a shard, roughly.
     Shards appear by rename once all are written; those of this number or higher that a killed preparation left are
     replaced. `filesystem` is an fsspec filesystem for hf:// inputs.
 
@@ -95,7 +97,7 @@ def prepare(
         _check_rewards(overrides, rewards)
         labels = [source.label for source in sources]
         partition.finish()
-        shards = _write_shards(partition, labels, first_shard, target_unit_chars, max_unit_rows, report)
+        shards = _write_shards(partition, labels, first_shard, UnitSize(target_unit_chars, max_unit_rows), report)
         with writing(directory):
             _move_in(shards, temporary, directory, first_shard)
     finally:
@@ -236,12 +238,12 @@ def _write_shards(
     partition: Partition,
     labels: list[str],
     first_shard: int,
-    target_unit_chars: int,
-    max_unit_rows: int,
+    unit_size: UnitSize,
     report: OnProgress,
 ) -> list[ShardSummary]:
     shards: list[ShardSummary] = []
-    done = 0
+    largest = unit_size.for_corpus(partition.n_chars, partition.n_rows)
+    done = n_chars = 0
     report(PreparationProgress("writing", 0, partition.n_rows, partition.n_rows))
     for number in range(partition.n_buckets):
         bucket = partition.bucket(number)
@@ -254,12 +256,13 @@ def _write_shards(
             writing(partition.directory.parent),
             pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
         ):
-            for rows in bucket.units(target_chars=target_unit_chars, max_rows=max_unit_rows):
+            for rows in bucket.units(largest, n_chars_before=n_chars, n_rows_before=done):
                 writer.write_table(bucket.gather(rows, labels), row_group_size=len(rows))
                 units.append(len(rows))
         with writing(partition.directory.parent):
             sha256 = _sync_and_hash(path)
         done += bucket.n_rows
+        n_chars += bucket.n_chars
         report(PreparationProgress("writing", done, partition.n_rows, partition.n_rows))
         shards.append(ShardSummary(name=name, sha256=sha256, n_rows=bucket.n_rows, units=tuple(units)))
     return shards
