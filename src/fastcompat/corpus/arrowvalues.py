@@ -23,6 +23,7 @@ from fastcompat.corpus.records import (
     NumberList,
     Opaque,
     Records,
+    from_json,
 )
 
 Sizes = npt.NDArray[np.int64]
@@ -141,6 +142,10 @@ def _is_map(kind: pa.DataType) -> bool:
     return bool(pa.types.is_map(kind))
 
 
+def _is_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
+
+
 # --- values
 
 
@@ -195,7 +200,23 @@ def _to_value(column: pa.Array) -> Any:
 def _to_python(column: pa.Array) -> list[Any]:
     # Asked for everywhere, it would take six times as long.
     values: list[Any] = column.to_pylist(maps_as_pydicts="strict") if _has(column.type, _is_map) else column.to_pylist()
-    return values
+    return [_said(value, column.type) for value in values] if _has(column.type, _is_json) else values
+
+
+def _said(value: Any, kind: pa.DataType) -> Any:
+    """A value with what JSON texts in it say, which is how `datasets` keeps turns and tools of many shapes."""
+    if value is None:
+        return None
+    if _is_json(kind):
+        try:
+            return from_json(value)
+        except (ValueError, RecursionError):
+            return value
+    if pa.types.is_struct(kind):
+        return {name: _said(item, kind.field(name).type) for name, item in value.items()}
+    if pa.types.is_map(kind):
+        return {key: _said(item, kind.item_type) for key, item in value.items()}
+    return [_said(item, kind.value_type) for item in value] if _is_list(kind) else value
 
 
 def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:

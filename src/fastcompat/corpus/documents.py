@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 from fastcompat.corpus.records import Broken, Record
-from fastcompat.corpus.turns import kind_of
+from fastcompat.corpus.values import kind_of
 
 Fits: TypeAlias = "Callable[[Sequence[Record]], bool]"
 

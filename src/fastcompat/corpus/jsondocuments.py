@@ -16,7 +16,8 @@ from fastcompat.corpus.bytestream import ByteStream
 from fastcompat.corpus.documents import row_of_viewer
 from fastcompat.corpus.jsonvalues import JsonReader, what_is_broken
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, MAX_RECORD_BYTES, Broken, Record, Records, Unreadable
-from fastcompat.corpus.turns import kind_of, looks_like_turns
+from fastcompat.corpus.turns import looks_like_turns
+from fastcompat.corpus.values import kind_of
 
 # No record is so long: an object beyond it (in characters) is looked into before it is read.
 _LARGE_OBJECT = 16 << 20

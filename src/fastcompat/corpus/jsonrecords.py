@@ -14,7 +14,7 @@ from fastcompat.corpus.bytestream import HEAD_BYTES, ByteStream
 from fastcompat.corpus.filenames import split_suffixes
 from fastcompat.corpus.jsonvalues import JsonReader, what_is_broken
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, MAX_RECORD_BYTES, Broken, Records, Unreadable
-from fastcompat.corpus.turns import kind_of
+from fastcompat.corpus.values import kind_of
 
 _BOM = b"\xef\xbb\xbf"
 _BLANK = " \t\r\n"

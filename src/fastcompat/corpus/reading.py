@@ -13,7 +13,8 @@ from fastcompat.corpus.formats import SAMPLE_RECORDS, Overrides, RecordReader
 from fastcompat.corpus.records import AMBIGUOUS, Record, Records, Unreadable
 from fastcompat.corpus.sources import Source
 from fastcompat.corpus.summary import FileSummary
-from fastcompat.corpus.turns import Reading, storable
+from fastcompat.corpus.turns import Reading
+from fastcompat.corpus.values import storable
 from fastcompat.errors import SchemaError
 from fastcompat.response import Status
 
@@ -21,6 +22,7 @@ from fastcompat.response import Status
 _SAMPLE_BATCHES = 4
 _COUNTED_REASONS = 8
 _OTHER_REASONS = "other"
+_COUNTED_COLUMNS = 64
 _NUMBER = re.compile(r"\d+")
 
 
@@ -36,6 +38,9 @@ class SourceRows:
         self.n_valid = 0
         self._statuses: Counter[Status] = Counter()
         self._index = 0
+        # Of the columns that records have had so far; those that nobody reads and that came after the first records.
+        self._names: set[str] = set()
+        self._late: dict[str, None] = {}
         self._unreadable: list[str] = []
         # By the detail with its numbers left out; the first detail of each stands for all.
         self._reasons: Counter[str] = Counter()
@@ -82,6 +87,7 @@ class SourceRows:
             dropped_turns=reader.tally.dropped_turns,
             unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
             other_shapes=dict(sorted(reader.tally.other_shapes.items())),
+            late_columns=tuple(self._late),
             problem=self._problem(reader, reasons),
             reasons=reasons,
         )
@@ -111,8 +117,10 @@ class SourceRows:
             label=f"{self._source.label}, {inside}," if inside else self._source.label,
             more_columns=self._container.container.startswith("json"),
         )
+        self._names = {name for record in sample[:SAMPLE_RECORDS] for name in record}
         if reader.mapping:
             reader.mapping = replace(reader.mapping, inside=inside)
+            self._names |= {path for paths in reader.mapping.columns.values() for path in paths}
         elif twice := [f"`{name}`" for name, value in (sample[0] if sample else {}).items() if value is AMBIGUOUS]:
             why = storable(f"two columns with different values are named {', two '.join(twice)}")
             reader.problem = f"no known schema: {why}"
@@ -139,6 +147,8 @@ class SourceRows:
         assert self.reader is not None
         read = self.reader.read
         for record in records:
+            if type(record) is dict and not record.keys() <= self._names:
+                self._note_new(record)
             readings = read(record)
             for reading in readings:
                 self._statuses[reading.status] += 1
@@ -150,6 +160,17 @@ class SourceRows:
                 self._unreadable.append(record.reason)
             else:
                 self.n_records += 1
+
+    def _note_new(self, record: Record) -> None:
+        mapping = self.reader.mapping if self.reader else None
+        for name, value in record.items():
+            if name in self._names or value is None:
+                continue
+            # A struct per generator may come late, and is read.
+            is_struct = mapping is not None and bool(mapping.structs) and isinstance(value, dict) and "content" in value
+            if not is_struct and len(self._late) < _COUNTED_COLUMNS:
+                self._late[storable(str(name))] = None
+            self._names.add(name)
 
     def _count(self, detail: str) -> None:
         reason = _NUMBER.sub("#", detail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -25,6 +26,15 @@ class Unreadable(NamedTuple):
     """The rest of a file, or of one of its row groups: rows that cannot be read, in an unknown or a large number."""
 
     reason: str
+
+
+class FromJson(dict[str, Any]):
+    """An object that a JSON text in a record says: its nulls are its own, even in a columnar file."""
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError, or RecursionError where it is nested too deeply."""
+    return json.loads(text, object_hook=FromJson)
 
 
 class NumberList:
