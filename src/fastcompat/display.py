@@ -131,20 +131,24 @@ def show_corpus(summary: CorpusSummary, seconds: float) -> None:
     for mapping, labels in mappings.items():
         more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
         say(f"{escape(printable(labels[0]))}{more}: {escape(printable(mapping))}")
-    problems = [f"{file.label}: {file.problem}" for file in summary.files if file.problem]
-    for problem in problems[:SHOWN_FILES]:
-        say(f"[yellow]{escape(printable(problem))}[/]")
+    # First those that give nothing: who named them expects rows.
+    problems = sorted((file for file in summary.files if file.problem), key=lambda file: file.n_scorable > 0)
+    for file in problems[:SHOWN_FILES]:
+        told = f"{file.label}: {file.problem}" if file.n_scorable else f"{file.label} gives nothing: {file.problem}"
+        say(f"[yellow]{escape(printable(told))}[/]")
     if len(problems) > SHOWN_FILES:
         say(f"[yellow]and {len(problems) - SHOWN_FILES:,} more files with a problem[/]")
     if summary.left_out:
         names = ", ".join(map(printable, summary.left_out[:SHOWN_FILES]))
         more = f" and {len(summary.left_out) - SHOWN_FILES:,} more" if len(summary.left_out) > SHOWN_FILES else ""
         say(f"[yellow]left out: {escape(names)}{more} (endings that are not known)[/]")
-    for counted in _oddities(summary):
+    for counted in (*_reasons(summary), *_oddities(summary)):
         say(f"[yellow]{escape(printable(counted))}[/]")
+    nothing = sum(not file.n_scorable for file in summary.files)
+    files = counted_noun(len(summary.files), "file") + (f" ({nothing:,} of which give nothing)" if nothing else "")
     say(
         f"{counted_noun(sum(summary.statuses.values()), 'response')} of "
-        f"{counted_noun(len(summary.generators), 'generator')} from {counted_noun(len(summary.files), 'file')}, "
+        f"{counted_noun(len(summary.generators), 'generator')} from {files}, "
         f"prepared in {duration(seconds)} · {statuses_line(summary.statuses)}"
     )
     show_reward_columns(summary.rewards)
@@ -155,6 +159,18 @@ def show_reward_columns(counts: Mapping[str, int]) -> None:
     if counts:
         columns = ", ".join(f"{name} ({counted_noun(count, 'response')})" for name, count in counts.items())
         say(f"rewards of its own: {escape(printable(columns))}")
+
+
+def _reasons(summary: CorpusSummary) -> Iterator[str]:
+    """Why some rows of files that have no problem as a whole cannot be scored."""
+    reasons: Counter[str] = Counter()
+    for file in summary.files:
+        if not file.problem:
+            reasons.update(file.reasons)
+    shown = "; ".join(f"{reason} ({counted_noun(count, 'row')})" for reason, count in reasons.most_common(3))
+    if shown:
+        more = f"; and {len(reasons) - 3:,} other reasons" if len(reasons) > 3 else ""
+        yield f"not scored: {shown}{more}"
 
 
 def _oddities(summary: CorpusSummary) -> Iterator[str]:

@@ -88,7 +88,7 @@ def row_bytes(array: pa.Array) -> Sizes:
     elif pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)[array.offset : array.offset + n]
         sizes = np.where(array.is_valid().to_numpy(zero_copy_only=False), views[:, 0], 0).astype(np.int64)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind):
+    elif is_text(kind) or is_bytes(kind):
         sizes = pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     elif pa.types.is_fixed_size_list(kind):
         inside = row_bytes(array.values.slice(array.offset * kind.list_size, n * kind.list_size))
@@ -107,7 +107,13 @@ def row_bytes(array: pa.Array) -> Sizes:
     return sizes
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of the type are strings that lie one behind the other."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether values of the type are bytes that lie one behind the other."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
@@ -255,8 +261,7 @@ def _number_of_time(kind: pa.DataType) -> pa.DataType:
 def _bytes_of_text(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _bytes_of_text(kind.value_type)
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return pa.large_binary() if any(is_text(kind) for is_text in texts) else _number_of_time(kind)
+    return pa.large_binary() if is_text(kind) or pa.types.is_string_view(kind) else _number_of_time(kind)
 
 
 def _decoded(value: Any) -> Any:

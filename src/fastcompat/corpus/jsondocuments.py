@@ -9,13 +9,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 from fastcompat.corpus.bytestream import ByteStream
 from fastcompat.corpus.documents import row_of_viewer
 from fastcompat.corpus.jsonvalues import JsonReader, what_is_broken
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, MAX_RECORD_BYTES, Broken, Record, Records, Unreadable
+from fastcompat.corpus.turns import looks_like_turns
 from fastcompat.corpus.values import kind_of
 
 # No record is so long: an object beyond it (in characters) is looked into before it is read.
@@ -48,6 +49,7 @@ class DocumentRecords:
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self._text = _Window(stream)
+        self._names: Set[str] = frozenset()
         self.inside = ""
 
     def __iter__(self) -> Iterator[Records]:
@@ -77,7 +79,7 @@ class DocumentRecords:
             return
         while character := text.next_character(_BLANKS_AND_COMMAS):
             try:
-                yield _record(self._next_record(large=character == "{"))
+                yield _record(self._next_record(large=character == "{" and text.count == 0))
             except _LargeObjectError:
                 place = _place_of_records(text.reader, text.held)
                 if place is None:
@@ -98,7 +100,7 @@ class DocumentRecords:
     def _inside(self, place: _Place) -> Iterator[Record | Broken]:
         """The records at the place in the object that begins here."""
         text = self._text
-        others = []
+        others: dict[str, Set[str]] = {}
         text.take("{")
         while (character := text.next_character(_BLANKS_AND_COMMAS)) != "}":
             if not character:
@@ -109,15 +111,16 @@ class DocumentRecords:
                 yield _record(self._next_record())
             elif name != place.names[0]:
                 value = text.next_value()
-                if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-                    others.append(f"`{name}`")
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    others[str(name)] = value[0].keys()
             elif len(place.names) == 1 and place.in_list:
                 yield from self._elements()
             else:
                 yield from self._inside(place._replace(names=place.names[1:]))
         text.take("}")
-        if others:
-            raise ValueError(f"there are more lists of objects than {place.describe()}: {', '.join(others)}")
+        # Lists of other objects describe the records; nothing says that those with the same names are not meant too.
+        if alike := [f"`{name}`" for name, keys in others.items() if 2 * len(keys & self._names) > len(self._names)]:
+            raise ValueError(f"the document holds records in {', '.join(alike)} too, which were not read")
 
     def _next_record(self, *, large: bool = False) -> object:
         text = self._text
@@ -125,6 +128,8 @@ class DocumentRecords:
             value = text.next_value(_LARGE_OBJECT if large else None)
         except ValueError as error:
             raise ValueError(f"broken JSON in record {text.count}: {error}") from error
+        if text.count == 0 and isinstance(value, dict):
+            self._names = value.keys()
         text.count += 1
         text.reader.thorough = text.count < _THOROUGH_RECORDS
         return row_of_viewer(value)
@@ -151,12 +156,20 @@ def _place_of_records(reader: JsonReader, text: str, begin: int = 0) -> _Place |
     # The member that the text ends in: what holds the records is most of it, a record among others is not.
     longest = position < begin + (len(text) - begin) // 2
     if longest and text.startswith("[", position):
-        inner = _end(_BLANKS, text, position + 1)
-        return _Place((str(name),), in_list=True) if text.startswith("{", inner) else None
+        return _Place((str(name),), in_list=True) if _holds_records(reader, text, position) else None
     if longest and text.startswith("{", position):
         place = _place_of_records(reader, text, position)
         return place and place._replace(names=(str(name), *place.names))
     return _Place((), in_list=False) if objects > 1 and not others else None
+
+
+def _holds_records(reader: JsonReader, text: str, position: int) -> bool:
+    """Whether the list that begins here is one of objects, and not a conversation of any length."""
+    try:
+        first, _ = reader.decode(text, _end(_BLANKS, text, position + 1))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and not looks_like_turns([first])
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcompat.corpus.arrowfiles import DAMAGE, first_line, open_file
-from fastcompat.corpus.arrowvalues import records_of
+from fastcompat.corpus.arrowvalues import is_bytes, is_text, records_of
 from fastcompat.corpus.bytestream import BLOCK_BYTES
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, Batch, Unreadable
 from fastcompat.corpus.sources import Source
@@ -24,6 +24,8 @@ _FIRST_ROWS = 16
 _GROWTH = 4
 # A batch may decode to this many bytes where a dictionary's long entries come all at once.
 _DECODED_BYTES = 8 * BATCH_CHARS
+# A row group whose encoded texts take at most this is read with them in their dictionaries, where those are long.
+_HELD_DICTIONARIES = 4 * BATCH_CHARS
 
 
 def parquet_batches(source: Source) -> Iterator[Batch]:
@@ -63,8 +65,9 @@ class _File:
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         """All rows of a row group. Raises one of `DAMAGE` where not even one more row can be read."""
-        file, described = self._file, self.metadata.row_group(group)
-        rows, limit = min(self._rows, _FIRST_ROWS), 0
+        n_rows = self.metadata.row_group(group).num_rows
+        file, limit = self._plan(group)
+        rows = min(self._rows, limit)
         asked: list[int] = []
         n_read = 0
         while True:
@@ -74,18 +77,15 @@ class _File:
                 while True:
                     file.reader.set_batch_size(rows)
                     batch = next(iterator, None)
-                    if batch is None and n_read < described.num_rows:
+                    if batch is None and n_read < n_rows:
                         raise ValueError("the columns end early")
                     if batch is None:
                         return
                     asked.append(rows)
                     n_read += batch.num_rows
                     yield batch
-                    # Only now: the metadata of an encrypted column, which cannot be read, would end the process.
-                    limit = limit or self._limit(group)
                     per_row = max(1, batch.nbytes // max(1, batch.num_rows))
-                    most = max(rows * _GROWTH, self._rows)
-                    rows = self._rows = max(1, min(limit, most, BATCH_CHARS // per_row))
+                    rows = self._rows = max(1, min(limit, rows * _GROWTH, BATCH_CHARS // per_row))
             except DAMAGE:
                 # Nothing can be read behind an error: begin afresh and pass over what was given.
                 if rows > 1:
@@ -110,32 +110,43 @@ class _File:
             self._sharing = self._opened(metadata=self.metadata, read_dictionary=texts)
         return self._sharing
 
-    def _limit(self, group: int) -> int:
-        """Rows that decode to at most about `_DECODED_BYTES`, even where all have the longest texts of dictionaries."""
-        described = self.metadata.row_group(group)
-        per_row = 0.0
-        for index in range(described.num_columns):
-            chunk = described.column(index)
-            if chunk.physical_type != "BYTE_ARRAY" or not any("DICTIONARY" in name for name in chunk.encodings):
-                continue
-            values = chunk.num_values / max(1, described.num_rows)
-            longest = chunk.total_uncompressed_size
-            if longest * values * BATCH_RECORDS > _DECODED_BYTES:
-                longest = self._longest_entry(group, chunk.path_in_schema)
-            per_row += longest * values
-        return max(1, min(BATCH_RECORDS, int(_DECODED_BYTES / max(1.0, per_row))))
+    def _plan(self, group: int) -> tuple[pq.ParquetFile, int]:
+        """How a row group is read: with its texts unfolded or in their dictionaries, and by at most how many rows.
 
-    def _longest_entry(self, group: int, path: str) -> int:
-        """Bytes of the longest text in the dictionary of a column; 0 where there is none or it cannot be read."""
+        So many rows decode to about `_DECODED_BYTES` at most, even where all have the longest texts of dictionaries.
+        """
         try:
-            reader = self._with_dictionaries().iter_batches(_FIRST_ROWS, row_groups=[group], columns=[path])
-            for batch in reader:
-                entries = [entries for column in batch.columns for entries in _dictionaries(column)]
-                # Rows without a value come without the dictionary.
-                if any(map(len, entries)):
-                    return max(pc.max(pc.binary_length(each)).as_py() or 0 for each in entries)
-        except DAMAGE:
-            pass
+            # First of all: asked for the metadata of an encrypted column before it is read, pyarrow ends the process.
+            first = next(self._with_dictionaries().iter_batches(_FIRST_ROWS, row_groups=[group]))
+            leaves = [entries for column in first.columns for entries in _leaves(column)]
+            described = self.metadata.row_group(group)
+            n_rows, texts, whole = described.num_rows, 0, 0
+            if len(leaves) != described.num_columns:
+                return self._file, _FIRST_ROWS
+            for index, entries in enumerate(leaves):
+                if entries is not None:
+                    chunk = described.column(index)
+                    texts += chunk.total_uncompressed_size
+                    whole += chunk.num_values * (_longest(entries) or self._longest_entry(group, chunk))
+        except (*DAMAGE, StopIteration):
+            return self._file, _FIRST_ROWS
+        limit = max(1, min(BATCH_RECORDS, _DECODED_BYTES * n_rows // max(1, whole)))
+        # Lists may be so uneven that one row has all of their texts.
+        if limit < BATCH_RECORDS and texts <= _HELD_DICTIONARIES:
+            return self._with_dictionaries(), BATCH_RECORDS
+        return self._file, limit
+
+    def _longest_entry(self, group: int, chunk: pq.ColumnChunkMetaData) -> int:
+        """Bytes of the longest text in a column's dictionary, whose first rows have no value and come without it."""
+        if not any("DICTIONARY" in name for name in chunk.encodings):
+            return 0
+        if chunk.is_stats_set and chunk.statistics.null_count == chunk.num_values:
+            return 0
+        columns = [chunk.path_in_schema]
+        for batch in self._with_dictionaries().iter_batches(BATCH_RECORDS, row_groups=[group], columns=columns):
+            for entries in _leaves(batch.column(0)):
+                if longest := _longest(entries):
+                    return longest
         return 0
 
 
@@ -146,16 +157,24 @@ def _skip(file: pq.ParquetFile, iterator: Iterator[pa.RecordBatch], asked: list[
     while passed < n_rows:
         file.reader.set_batch_size(min(next(sizes, 1), n_rows - passed))
         batch = next(iterator, None)
-        if batch is None:
-            raise ValueError("the columns end early")
-        passed += batch.num_rows
-    assert passed == n_rows
+        passed += n_rows + 1 if batch is None else batch.num_rows
+    if passed > n_rows:
+        raise ValueError("the columns have fewer rows than before")
 
 
-def _dictionaries(array: pa.Array) -> list[pa.Array]:
+def _leaves(array: pa.Array) -> list[pa.Array | None]:
+    """For each of Parquet's columns in the array, in their order: the dictionary, where it has one."""
     kind = array.type
-    if pa.types.is_dictionary(kind):
-        return [array.dictionary]
+    if isinstance(kind, pa.BaseExtensionType):
+        return _leaves(array.storage)
     if pa.types.is_struct(kind):
-        return [entries for i in range(kind.num_fields) for entries in _dictionaries(array.field(i))]
-    return _dictionaries(array.values) if pa.types.is_nested(kind) else []
+        return [leaf for i in range(kind.num_fields) for leaf in _leaves(array.field(i))]
+    if pa.types.is_nested(kind):
+        return _leaves(array.values)
+    return [array.dictionary if pa.types.is_dictionary(kind) else None]
+
+
+def _longest(entries: pa.Array | None) -> int:
+    if entries is None or not (is_text(entries.type) or is_bytes(entries.type)):
+        return 0
+    return pc.max(pc.binary_length(entries)).as_py() or 0

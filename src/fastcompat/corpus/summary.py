@@ -15,9 +15,10 @@ from typing import Any
 
 from fastcompat.corpus.containers import file_sha256
 from fastcompat.corpus.sources import Source, find_sources
+from fastcompat.response import Status
 
 # Raised when the same files come to give other rows: part of the fingerprint.
-NORMALISATION = 2
+NORMALISATION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,11 @@ class FileSummary:
     def is_empty(self) -> bool:
         """Whether the file holds no record at all."""
         return self.n_records == 0
+
+    @property
+    def n_scorable(self) -> int:
+        """Rows that have a response to score."""
+        return self.statuses.get(Status.OK, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
