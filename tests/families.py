@@ -55,6 +55,37 @@ def _gemma3(**changes: Any) -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**(_LLAMA_SHAPE | shape | changes)))
 
 
+def _gemma4(**changes: Any) -> Any:
+    """Full layers have wider heads and fewer of keys, whose unnormalised selves are the values."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    shape = {
+        "head_dim": 16,
+        "global_head_dim": 40,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 24,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+    }
+    return Gemma4ForCausalLM(Gemma4TextConfig(**(_LLAMA_SHAPE | shape | changes)))
+
+
+def _gemma4_edge(**changes: Any) -> Any:
+    """As E2B and E4B: inputs for every layer; the upper layers have keys and values of those below, and wider MLPs."""
+    shape = {
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": changes.get("vocab_size", VOCABULARY),
+    }
+    return _gemma4(**(shape | changes))
+
+
 def _mistral(**changes: Any) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -174,6 +205,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "Qwen3": _qwen3,
     "Gemma-2": _gemma2,
     "Gemma-3": _gemma3,
+    "Gemma-4 (a head width per layer)": _gemma4,
+    "Gemma-4 (shared keys, inputs per layer)": _gemma4_edge,
     "Mistral": _mistral,
     "Phi-3": _phi3,
     "Phi-3 (LongRoPE)": _phi3_longrope,

@@ -12,7 +12,8 @@ import pyarrow as pa
 from fastcompat.corpus import prepare
 from fastcompat.extras import Extras
 from fastcompat.schemas import part_schema
-from fastcompat.store import Run, Unit, add_generation
+from fastcompat.scorer_store import Unit
+from fastcompat.store import Run, add_generation
 
 # From a row of the corpus (generator, row_index) to columns of a part; None stands for a row that is not scored.
 Figures = Callable[[str, int], Mapping[str, object] | None]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpora import rows_of, save_small_model, write_corpus, write_jsonl
+from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from fastcompat.cli import app
-from fastcompat.errors import CorpusError, FastcompatError, ModelError, RunError, SchemaError, UsageError
+from fastcompat.errors import CorpusError, FastcompatError, Interrupted, ModelError, RunError, SchemaError, UsageError
 from fastcompat.store import open_run
 
 
@@ -65,6 +68,40 @@ def test_score_rank_status_verify_on_a_users_files(tmp_path, model):
         assert "generator-1" in succeed("rank", run, "--format", format)
     assert "finished · 36/36" in succeed("status", run)
     assert "whole: 36 rows" in succeed("verify", run)
+
+
+def test_an_interrupted_run_can_be_looked_at_before_its_first_unit_is_finished(tmp_path, model, monkeypatch):
+    write_corpus(tmp_path / "corpus", generators=3, n_prompts=12)
+    run = tmp_path / "run"
+    prepare_small_units(run, tmp_path / "corpus", target_unit_chars=1 << 20)
+    asked = itertools.count(1)
+    monkeypatch.setattr("fastcompat.commands.score.stopping", lambda: nullcontext(lambda: next(asked) >= 6))
+    stopped = invoke("score", "-o", run, "--base-model", model, "--token-budget", 128)
+    monkeypatch.undo()
+    assert isinstance(stopped.exception, Interrupted)
+    assert f"fastcompat rank {run}" in str(stopped.exception)
+    assert "Give the same command again" in str(stopped.exception)
+    (begun,) = run.glob("scores/*/begun-*")
+    n_scored = 36 - pq.read_table(begun)["nll_sum"].null_count
+    assert 6 <= n_scored < 36
+    assert f"{n_scored}/36 responses" in stopped.output
+    assert f"{n_scored}/36 responses, {n_scored} of them in 1 unfinished unit" in succeed("status", run)
+    assert f"ok {n_scored}" in succeed("status", run)
+    assert "0 parts of 1 scorers, 1 unfinished" in succeed("verify", run)
+    ranked = json.loads(invoke("rank", run, "--format", "json").stdout)
+    assert sum(row["n"] for row in ranked) == n_scored
+    assert f"{36 - n_scored} responses not scored yet under small" in succeed("rank", run)
+    assert f"{36 - n_scored} responses" in succeed("select", run, "--by", "loss", "-o", tmp_path / "best.jsonl")
+    succeed("report", run, "-o", tmp_path / "report.html", "--draws", 20)
+    assert f"has gone through {n_scored} of 36 responses" in re.sub(
+        r"<.*?>", "", (tmp_path / "report.html").read_text()
+    )
+    begun.write_bytes(b"garbage")
+    assert "0/36 responses" in succeed("status", run)
+    assert "no scores yet" in fail(UsageError, "rank", run)
+    assert isinstance(invoke("verify", run).exception, RunError)
+    succeed("score", "-o", run, "--base-model", model)
+    assert "finished · 36/36 responses\n" in succeed("status", run)
 
 
 def test_every_kind_of_bad_row_is_kept_with_a_reason(tmp_path, model):
@@ -389,3 +426,97 @@ def test_wide_records_and_preferences_end_as_one_row_per_response(tmp_path, mode
     assert scores["generator"].to_pylist() == ["gemma", "qwen"]
     assert len(set(scores["prompt_id"].to_pylist())) == 1
     assert len(set(scores["row_key"].to_pylist())) == 2
+
+
+def test_inspect_shows_several_rows_and_those_that_are_asked_for(tmp_path, model):
+    rows = [{"prompt": f"Why {n}?", "response": f"Because {n}."} for n in range(4)]
+    corpus = write_jsonl(tmp_path / "a.jsonl", [rows[0], {"prompt": "Why 7?", "response": " "}, *rows[1:]])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "Why 8?", "response": "Because 8."}])
+
+    def keys(*options: object) -> list[str]:
+        output = succeed("inspect", corpus, other, "--base-model", model, *options)
+        return [line.split("#")[1].strip() for line in output.splitlines() if line.startswith("row ")]
+
+    assert keys() == ["0"]
+    assert keys("--rows", 3) == ["0", "1", "2"]
+    assert keys("--row", 4, "--row", 0) == ["4", "0"]
+    assert keys("--status", "empty") == ["1"]
+    assert keys("--status", "ok", "--rows", 9) == ["0", "2", "3", "4", "0"]
+    assert keys("--generator", "b", "--rows", 2) == ["0"]
+    assert "there are a, b" in fail(UsageError, "inspect", corpus, other, "--base-model", model, "--generator", "c")
+    told = fail(UsageError, "inspect", corpus, "--base-model", model, "--status", "template")
+    assert "no response of status template; there are ok 4, empty 1" in told
+    assert "is not one of ok, " in fail(UsageError, "inspect", corpus, "--base-model", model, "--status", "fine")
+    assert "leave out" in fail(UsageError, "inspect", corpus, "--base-model", model, "--row", 1, "--status", "ok")
+    assert "one model" in fail(UsageError, "inspect", corpus)
+    assert "one model" in fail(UsageError, "inspect", corpus, "--base-model", model, "--reward-model", model)
+
+
+def test_inspect_of_a_reward_model(tmp_path):
+    from fastcompat.demo import reward_model_directory
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why so?", "response": "Because it is."}])
+    output = succeed("inspect", corpus, "--reward-model", reward_model_directory(), "--ids")
+    assert ", read at " in output
+    assert output.count("⟦") == 1
+    assert output.count(" yes ") == 1
+
+
+def test_what_turns_hold_beside_texts_is_scored_ranked_and_selected(tmp_path, model):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz", "unit": None}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    chatml = tmp_path / "chatml.jinja"
+    chatml.write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.reasoning_content or '' }}{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    asks = {"role": "user", "content": "How warm is it?"}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": "Ann"},
+        {"role": "assistant", "content": "Seven.", "reasoning_content": "I guess."},
+        {"role": "assistant", "content": "Eight."},
+    ]
+    records = [
+        {"messages": [asks, turn], "tools": tools, "model": f"m{n}", "reward": n + 1.0} for n, turn in enumerate(turns)
+    ]
+    corpus, run = write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "run"
+    output = succeed("score", corpus, "--base-model", model, "--template", chatml, "-o", run)
+    assert "tools from column `tools`" in output
+    assert "ok 3" in output
+    (kept, dropped) = (open_run(run).scores(), None)
+    own = kept.filter(kept["base_model"].is_valid())
+    succeed("score", corpus, "--base-model", model, "--template", chatml, "--reasoning", "drop", "-o", run)
+    again = open_run(run).scores()
+    dropped = again.filter([name is not None and "drop" in name for name in again["base_model"].to_pylist()])
+    assert own["n_tokens"].to_pylist()[0] == dropped["n_tokens"].to_pylist()[0]
+    assert own["n_tokens"].to_pylist()[1] > dropped["n_tokens"].to_pylist()[1]
+
+    best = tmp_path / "best.jsonl"
+    label = next(name for name in again["base_model"].to_pylist() if name and "keep" in name)
+    select = ("select", run, "--by", "loss", "--top", 3, "--base-model", label)
+    succeed(*select, "-o", best)
+    written = {row["generator"]: row for row in map(json.loads, best.read_text().splitlines())}
+    for record in records:
+        assert written[record["model"]]["messages"] == record["messages"]
+        assert written[record["model"]]["tools"] == tools
+    told = fail(UsageError, *select, "-o", tmp_path / "best.parquet")
+    assert "'tool_calls'" in told
+    assert ".jsonl" in told
+    succeed(
+        "select",
+        run,
+        "--by",
+        "loss",
+        "--top",
+        1,
+        "--base-model",
+        label,
+        "--max-tokens",
+        12,
+        "-o",
+        tmp_path / "one.parquet",
+    )
+    (row,) = pq.read_table(tmp_path / "one.parquet").to_pylist()
+    assert json.loads(row["tools"]) == tools

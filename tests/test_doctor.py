@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 from families import small_model
+from reward_makers import classifier, llama3_tokenizer, save, save_gated
+from tokenizer_makers import CHATML, make_tokenizer
 from typer.testing import CliRunner
 
 from fastcompat import backends
 from fastcompat.cli import app
 from fastcompat.doctor import examine
+from fastcompat.errors import UsageError
 
 
 def found() -> dict[str, str]:
@@ -92,9 +95,56 @@ def test_it_waits_for_torch_alone():
 def test_it_says_which_modules_of_a_model_are_fused(tmp_path):
     model = small_model("StarCoder2")
     model.save_pretrained(tmp_path)
-    report = {finding.subject: finding for finding in examine(str(tmp_path)) if finding.section == "model"}
+    report = {finding.subject: finding for finding in examine(str(tmp_path)) if finding.section == "base model"}
     assert report["attention"].found == "3 of 3 fused"
     assert report["layer"].found == "0 of 3 fused"
     assert report["layer"].why == "Starcoder2DecoderLayer: its norms are kept as they are"
+    assert report["token budget"].found.endswith(" tokens a pack")
     output = CliRunner().invoke(app, ["doctor", "--base-model", str(tmp_path)]).output
     assert "3 of 3 fused" in output
+
+
+def of_reward_model(path, **choices):
+    return {f.subject: f for f in examine(None, str(path), **choices) if f.section == "reward model"}
+
+
+def test_it_says_what_a_reward_model_reads_and_where(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastcompat.model_scorer.free_memory", lambda device: 1 << 40)
+    path = save(tmp_path, classifier("Llama", pad_token_id=2), llama3_tokenizer())
+    report = of_reward_model(path)
+    assert report["architecture"].found == "LlamaForSequenceClassification, float32"
+    assert (report["head"].found, report["head"].why) == ("sequence classification, output LABEL_0", None)
+    assert report["read at"].found == "the rightmost token that is not 2"
+    assert report["read at"].why == "token 2 pads"
+    assert report["template"].found == "the tokenizer's own chat template"
+    assert report["BOS"].found == "one"
+    assert report["longest conversation"].found == "512 tokens"
+    assert report["layer"].found == "3 of 3 fused"
+    assert report["token budget"].found == "4,096 tokens a pack"
+    output = CliRunner().invoke(app, ["doctor", "--reward-model", path]).output
+    assert "sequence classification, output LABEL_0" in output
+
+
+def test_of_several_outputs_one_is_chosen(tmp_path):
+    path = save(tmp_path, classifier("Qwen2", n_labels=3, pad_token_id=None), make_tokenizer(chat_template=CHATML))
+    runner = CliRunner()
+    refused = runner.invoke(app, ["doctor", "--reward-model", path]).exception
+    assert isinstance(refused, UsageError)
+    assert "0 LABEL_0, 1 LABEL_1, 2 LABEL_2" in str(refused)
+    report = of_reward_model(path, reward_output="1")
+    assert report["head"].found == "sequence classification, output LABEL_1"
+    assert report["head"].why == "one of LABEL_0, LABEL_1, LABEL_2"
+    assert (report["read at"].found, report["read at"].why) == ("the last token", "config.json names no pad token")
+    assert report["BOS"].found == "none"
+    chosen = runner.invoke(app, ["doctor", "--reward-model", path, "--reward-output", "LABEL_2", "--format", "json"])
+    assert {"sequence classification, output LABEL_2"} <= {row["found"] for row in json.loads(chosen.output)}
+    idle = runner.invoke(app, ["doctor", "--reward-output", "1"]).exception
+    assert isinstance(idle, UsageError)
+    assert "name one with --reward-model" in str(idle)
+
+
+def test_it_says_where_a_gate_reads(tmp_path):
+    report = of_reward_model(save_gated(tmp_path, "ArmoRM"))
+    assert report["head"].found == "ArmoRM, output score"
+    assert report["read at"].found.startswith("the token before the first ")
+    assert report["read at"].why.startswith("the gate where the last prompt ends")

@@ -16,18 +16,15 @@ import pytest
 import torch
 from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from fake_model import FakeModel, fake_tokenizer, sum_alone
+from fake_runs import new_run, packs_of, parts, rows_of_unit, score
 
 from fastcompat.engine import Progress, score_run
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.pipeline import THREAD_NAME
-from fastcompat.response import Response, from_table
-from fastcompat.response_scores import ResponseScores
 from fastcompat.scorer import Scorer
-from fastcompat.scoring import pack_sequences
+from fastcompat.scorer_store import ScorerStore
 from fastcompat.session import Pass, Worker, open_scorer, score_corpus
-from fastcompat.store import Run, ScorerStore, Unit
-
-BUDGET = 64
+from fastcompat.store import Run
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +32,6 @@ def corpus(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("corpus")
     write_corpus(directory, generators=4, n_prompts=40)
     return directory
-
-
-def new_run(directory: Path, corpus: Path, *, target_unit_chars: int = 1200) -> tuple[Run, ScorerStore]:
-    """Units of some eight rows, in some three packs each."""
-    run = prepare_small_units(directory, corpus, target_unit_chars=target_unit_chars)
-    assert len(run.units) * target_unit_chars > 10_000
-    store = run.scorer("fake", {"kind": "base_model"}, lambda: {"model": "fake", "token_budget": BUDGET})
-    return run, store
-
-
-def score(run: Run, store: ScorerStore, model: object, tokenizer=fake_tokenizer, **options) -> Progress:
-    progress = Progress()
-    options = {"units": run.pending(store), "progress": progress} | options
-    score_run(run, [store], model, lambda rows: ResponseScores(tokenizer(rows)), token_budget=BUDGET, **options)
-    return progress
 
 
 @pytest.fixture
@@ -60,10 +42,6 @@ def whole(tmp_path, corpus) -> dict[str, bytes]:
     return parts(store)
 
 
-def parts(store: ScorerStore) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.directory.glob("part-*.parquet")}
-
-
 def log_of(run: Run) -> list[dict]:
     path = run.directory / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -71,15 +49,6 @@ def log_of(run: Run) -> list[dict]:
 
 def committed(run: Run) -> list[str]:
     return [line["unit"] for line in log_of(run) if line["event"] == "commit"]
-
-
-def rows_of_unit(run: Run, unit: Unit) -> list[Response]:
-    return from_table(run.unit_rows(unit))
-
-
-def packs_of(run: Run, unit: Unit) -> int:
-    sequences = fake_tokenizer(rows_of_unit(run, unit))
-    return len(pack_sequences(FakeModel(), ResponseScores(sequences), token_budget=BUDGET))
 
 
 def assert_nothing_is_left_over(store: ScorerStore, *, begun: int = 0) -> None:
@@ -225,7 +194,7 @@ def test_a_preparation_that_fails_ends_the_run_when_its_turn_comes(tmp_path, cor
 
 
 def test_a_write_that_fails_ends_the_run_within_a_pack_or_two(tmp_path, corpus, monkeypatch):
-    run, store = new_run(tmp_path / "run", corpus, target_unit_chars=6000)
+    run, store = new_run(tmp_path / "run", corpus, target_unit_chars=96_000)
     assert packs_of(run, run.units[1]) > 8
     error = RunError("no room on the disk")
     failed = threading.Event()

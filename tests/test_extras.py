@@ -158,7 +158,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bytes(tmp_path, model, corpus
     whole = prepare_small_units(tmp_path / "whole", corpus, target_unit_chars=10_000_000)
     n_tokens = score(whole, served()).n_tokens
     run = prepare_small_units(tmp_path / "run", corpus, target_unit_chars=10_000_000)
-    computed = []
+    computed, incomplete = [], 0
     while len(parts(run)) < len(parts(whole)):
         progress = Progress()
         stops = itertools.chain([False] * 3, itertools.repeat(True))
@@ -167,6 +167,11 @@ def test_interrupted_it_goes_on_and_gives_the_same_bytes(tmp_path, model, corpus
                 run, served(), token_budget=None, worker=Worker(), progress=progress, stop=partial(next, stops)
             )
         computed.append(progress.n_tokens)
+        # A row is there with its loss, and then with what is read of it without its prompt.
+        rows = [row for row in run.scores().to_pylist() if row["base_model"] is not None]
+        assert all(row["loss"] is not None and row["token_nll"] is not None for row in rows)
+        incomplete += sum(row["unconditioned_nll_sum"] is None for row in rows)
+    assert incomplete
     assert len(computed) > 3
     assert sum(computed) == n_tokens
     assert parts(run) == parts(whole)

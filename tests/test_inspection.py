@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 from tokenizer_makers import BACKENDS, CHATML, LLAMA3, make_tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from fastcompat.inspection import render_inspection, token_pieces, visible
 from fastcompat.response import Message, Response, Status
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+from fastcompat.reward_tokenization import ReadOut, RewardTokenizer
+from fastcompat.tokenization import ConversationTokenizer
+from fastcompat.tokenization_settings import TokenizationSettings
 
 TEXT = "Two  words\n\tand 東京 👩‍👧 [bold]done"
 
@@ -57,10 +62,11 @@ def test_colour_tells_scored_tokens_from_the_others() -> None:
 
 
 def test_header_and_counts() -> None:
-    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in shown("One").splitlines()[:6])
+    lines = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in shown("One").splitlines()[:7])
     assert lines["row"] == "file.jsonl#7"
     assert lines["generator"] == "some model"
     assert lines["template"] == "the tokenizer's own chat template"
+    assert lines["token ids"] == "the given tokenizer's"
     assert lines["length limit"] == "500 tokens"
     assert re.fullmatch(r"\d+ before the response, \d+ scored, 1 others", lines["tokens"])
     assert lines["status"] == "ok"
@@ -106,3 +112,53 @@ def test_pieces_joined_are_the_text(text: str, slow: bool) -> None:
     assert sum(piece.n_tokens for piece in pieces) == len(ids)
     truncated = list(token_pieces(make_tokenizer(), make_tokenizer()("東", add_special_tokens=False)["input_ids"][:1]))
     assert truncated[-1].text == "\ufffd"
+
+
+def test_what_stands_beside_texts_is_named_and_a_refused_row_shows_its_turns() -> None:
+    call = '{"tool_calls":[{"function":{"name":"weather\\u001b[31m"}}],"weight":1}'
+    row = Response(
+        messages=(Message("user", "How warm?"), Message("assistant", "Let me look.", call)),
+        generator="g",
+        source="s",
+        row_index=0,
+        tools='[{"name":"weather"}]',
+    )
+    tokenizer = ConversationTokenizer(make_tokenizer("byte_level", CHATML), TokenizationSettings(), context_length=500)
+    (sequence,) = tokenizer([row])
+    console = Console(file=io.StringIO(), width=400)
+    console.print(render_inspection(row, sequence, tokenizer))
+    output = console.file.getvalue()
+    assert re.search(r"beside texts +turn 1: tool_calls, weight · tools: 1", output)
+    assert "template: the chat template leaves out tool call 0 of turn 1" in output
+    assert "user: How·warm?" in output
+    assert "assistant: Let·me·look." in output
+    assert "\x1b" not in output
+
+
+def test_a_reward_models_row_marks_where_the_head_reads() -> None:
+    row = Response(messages=(Message("user", "Q"), Message("assistant", "A")), generator="g", source="s", row_index=0)
+    tokenizer = RewardTokenizer(make_tokenizer("byte_level", CHATML), ReadOut(rule="last", pad_id=None))
+    (sequence,) = tokenizer([row])
+    console = Console(file=io.StringIO(), width=400)
+    console.print(render_inspection(row, sequence, tokenizer, ids=True))
+    output = console.file.getvalue()
+    assert "A<|im_end|>⟦↵\n⟧" in output
+    n = len(sequence.input_ids)
+    assert re.search(rf"tokens +{n}, read at {n - 1}", output)
+    assert len(re.findall(r"^ +\d+ +\d+ +yes", output, flags=re.MULTILINE)) == 1
+
+
+def test_runs_of_blanks_that_are_added_tokens_are_shown_as_blanks() -> None:
+    """Gemma's: merges make the same token from blanks. A special token that is written with the mark is shown so."""
+    tokenizer = make_tokenizer("metaspace")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    run, marker = (max(content["model"]["vocab"].values()) + n for n in (1, 2))
+    content["model"]["vocab"] |= {"▁▁": run, "<begin▁of>": marker, "<0xZZ>": marker + 1}
+    content["model"]["merges"].insert(0, ["▁", "▁"])
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.add_tokens([AddedToken("▁▁", normalized=False)])
+    backend.add_special_tokens(["<begin▁of>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    ids = [run, *tokenizer("<begin▁of>x", add_special_tokens=False)["input_ids"], marker + 1]
+    assert ids[1] == marker
+    assert "".join(piece.text for piece in token_pieces(tokenizer, ids)) == "  <begin▁of> x<0xZZ>"

@@ -144,12 +144,18 @@ def test_an_interrupted_joint_unit_goes_on_where_it_stopped(tmp_path, base, rewa
     n_tokens = score(whole, served).n_tokens
     run = prepare_small_units(tmp_path / "run", corpus, target_unit_chars=10_000_000)
     computed = []
+    final = {(row["row_key"], row["base_model"]): row for row in whole.scores().to_pylist()}
     while len(parts(run)) < 2 * len(run.units):
         stops = itertools.chain([False], itertools.repeat(True))
         progress = Progress()
         with contextlib.suppress(Interrupted):
             score_corpus(run, served, token_budget=None, worker=Worker(), progress=progress, stop=partial(next, stops))
         computed.append(progress.n_tokens)
+        # What both heads have said so far counts, each for itself.
+        found = run.scores().to_pylist()
+        assert all(row == final[row["row_key"], row["base_model"]] for row in found)
+        assert {row["base_model"] is None for row in found} == {True, False}
+        assert len(found) == len({(row["row_key"], row["base_model"]) for row in found})
     assert len(computed) > 3
     assert sum(computed) == n_tokens  # no pack was computed twice
     assert parts(run) == parts(whole)

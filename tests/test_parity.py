@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, small_model
 
-from fastcompat.checkpoint import refuse_unsupported
+from fastcompat.configuration import refuse_unsupported
 from fastcompat.errors import ModelError
 from fastcompat.model import wrap
 from fastcompat.probe import probe

@@ -148,7 +148,7 @@ def test_a_second_interruption_ends_at_once_and_leaves_no_thread_waiting(tmp_pat
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Ctrl-C again: at once" in output
-    assert "everything finished is in" not in output  # the first one's farewell, after the pack at hand
+    assert "every response scored so far" not in output  # the first one's farewell, after the pack at hand
     assert "Traceback" not in output
     assert "Exception ignored" not in output
     assert not list(directory.glob("scores/*/.*"))

@@ -354,13 +354,13 @@ def test_a_reward_that_is_asked_for_may_come_late() -> None:
     ("record", "overrides", "end"),
     [
         (pair(score=1.0), {}, "the file's name; rewards from column `score`"),
-        (pair(score=None, reward="x"), {}, "the file's name"),
+        (pair(score=None, reward="x"), {}, "the file's name; not used: reward"),
         (
             _SIDES | {"score_chosen": 1, "score_rejected": 2},
             {},
             "; rewards from columns `score_chosen`, `score_rejected`",
         ),
-        (zoo((1.0, 2.0, 3.0)), {}, f"; rewards from columns `{ZOO[0]}`, `{ZOO[1]}`, `{ZOO[2]}`"),
+        (zoo((1.0, 2.0, 3.0)), {}, f"; rewards from columns `{ZOO[0]}`, `{ZOO[1]}`, `{ZOO[2]}`; not used: uuid"),
         (
             pair(**{f"{name}_score": 1.0 for name in "abcdef"}),
             {},
@@ -369,7 +369,7 @@ def test_a_reward_that_is_asked_for_may_come_late() -> None:
         (pair(grade="4.5", topic="x"), {"reward": "grade"}, "; rewards from column `grade`; not used: topic"),
         (pair(grade={"a": "4"}, topic="x"), {"reward": "grade.a"}, "; rewards from column `grade.a`; not used: topic"),
         (pair(grade="4.5", topic="x"), {}, "the file's name; not used: grade, topic"),
-        (pair(grade="4.5", score=1.0), {"reward": "none"}, "the file's name; not used: grade"),
+        (pair(grade="4.5", score=1.0), {"reward": "none"}, "the file's name; not used: grade, score"),
     ],
 )
 def test_a_mapping_says_where_its_rewards_are(record: dict[str, Any], overrides: dict[str, str], end: str) -> None:

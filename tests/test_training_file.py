@@ -70,7 +70,7 @@ def scores(run) -> pa.Table:
 
 def messages_of(run: Run) -> dict[str, list[dict]]:
     return {
-        row.row_key: [message._asdict() for message in row.messages]
+        row.row_key: [message.fields for message in row.messages]
         for unit in run.units
         for row in from_table(run.unit_rows(unit))
     }
@@ -255,7 +255,8 @@ def test_trl_trains_on_the_file_and_on_the_tokens_that_are_scored(tmp_path, run,
     import trl
 
     from fastcompat.demo import model_directory
-    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
+    from fastcompat.tokenization import ConversationTokenizer
+    from fastcompat.tokenization_settings import TokenizationSettings
 
     path = tmp_path / "best.jsonl"
     chosen = select(scores, budget=6)

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from fastcompat.response import Message, Response
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
+from fastcompat.tokenization import ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import TokenizationSettings
 
 MARKERS = [
     *("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>"),

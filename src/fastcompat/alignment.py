@@ -49,8 +49,11 @@ def aligner(tokenizer: Any) -> Aligner:
     """The aligner that fits a Hugging Face tokenizer."""
     if tokenizer.is_fast:
         fast = FastAligner(tokenizer)
-        # A few classes rewrite the text in Python before their backend sees it; offsets would be in another text.
-        if fast.backend.encode(PROBE, add_special_tokens=False).ids == _encode(tokenizer, PROBE):
+        try:
+            # A few classes rewrite the text in Python before their backend sees it; offsets would be in another text.
+            if fast.backend.encode(PROBE, add_special_tokens=False).ids == _encode(tokenizer, PROBE):
+                return fast
+        except Exception:  # the vocabulary lacks a character of it, and has no unknown token
             return fast
     return SlowAligner(tokenizer)
 
@@ -213,8 +216,8 @@ class SlowAligner:
         """What a token of any kind of vocabulary can stand for in the text, the likeliest first."""
         if token in self._added:
             return (surface.encode(),)
-        if byte := _BYTE_TOKEN.fullmatch(surface):
-            return (bytes([int(byte[1], 16)]), surface.encode())
+        if byte := byte_of(surface):
+            return (byte, surface.encode())
         if self._is_byte_level:
             return (byte_level_bytes(surface),)
         text = surface.replace("\u2581", " ")
@@ -255,16 +258,22 @@ def is_byte_level(tokenizer: Any) -> bool:
     return "\u0120" in tokenizer.get_vocab()  # the blank
 
 
+def byte_of(surface: str) -> bytes | None:
+    """The byte that a token of a vocabulary with byte fallback stands for, None where it is another token."""
+    found = _BYTE_TOKEN.fullmatch(surface)
+    return bytes([int(found[1], 16)]) if found else None
+
+
 def byte_level_bytes(surface: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary spells; of an added token, the bytes of its text."""
-    stand_ins = _byte_of()
+    stand_ins = _stand_ins()
     if any(character not in stand_ins for character in surface):
         return surface.encode()
     return bytes(stand_ins[character] for character in surface)
 
 
 @cache
-def _byte_of() -> dict[str, int]:
+def _stand_ins() -> dict[str, int]:
     """GPT-2's stand-ins for bytes: printable Latin-1 is itself, the others are the characters from 256 on, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastcompat import nll_torch
+from fastcompat.configuration import head_width, largest, n_layers, read
 
 # The fewest and the most tokens of a pack where nobody chose. On a CPU more are no faster (LOG.md).
 LEAST_CPU_TOKEN_BUDGET = 512
@@ -28,6 +29,14 @@ MEMORY_SHARE = 0.5
 
 # After so many packs in a row that fitted, packs twice as large are tried again.
 PACKS_BEFORE_GROWTH = 8
+
+# What configurations call the sizes that matter; the first name that is there counts.
+_HIDDEN = ("hidden_size", "d_model", "n_embd")
+_HEADS = ("num_attention_heads", "n_heads", "n_head")
+_INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dim_ff", "dff")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+_EXPERT = ("moe_intermediate_size", "expert_ffn_hidden_size")
+_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 
 # Where the system does not say how much memory it has.
 ASSUMED_MEMORY = 4 << 30
@@ -85,45 +94,61 @@ def choose_token_budget(device: torch.device, config: Any, dtype: torch.dtype, f
     on_cuda = device.type == "cuda"
     least = LEAST_CUDA_TOKEN_BUDGET if on_cuda else LEAST_CPU_TOKEN_BUDGET
     most = CUDA_TOKEN_BUDGET if on_cuda else CPU_TOKEN_BUDGET
-    room = MEMORY_SHARE * free_bytes - head_bytes(device, config)
-    n_tokens = max(int(room // token_bytes(config, dtype)), 1)
+    of_token, of_head = token_bytes(config, dtype), head_bytes(device, config)
+    if of_token is None or of_head is None:
+        logging.getLogger("fastcompat").warning(
+            f"the configuration of this {read(config, 'model_type')} model does not say how wide its layers are: packs "
+            f"have {least:,} tokens; with a larger token budget it may be faster"
+        )
+        return least
+    n_tokens = max(int((MEMORY_SHARE * free_bytes - of_head) // of_token), 1)
     return min(max(1 << (n_tokens.bit_length() - 1), least), most)
 
 
-def token_bytes(config: Any, dtype: torch.dtype) -> int:
+def token_bytes(config: Any, dtype: torch.dtype) -> int | None:
     """Bytes of activations for each packed token: one layer's, since nothing is kept from one to the next.
 
-    Counted as if a layer's attention and its MLP held all their intermediate results at once, and every MLP as much as
-    the most wasteful: a bound, about three times what most families take.
+    Counted as if the layer that is widest in everything held all intermediate results of its attention and its MLP at
+    once, and every MLP as much as the most wasteful: a bound, about three times what most families take. None where the
+    configuration does not say how wide its layers are.
     """
-    text = config.get_text_config()
+    hidden, n_heads, width = largest(config, *_HIDDEN), largest(config, *_HEADS), head_width(config)
+    if hidden is None or n_heads is None or width is None:
+        return None
     element = dtype.itemsize
-    hidden = int(text.hidden_size)
-    n_heads = int(text.num_attention_heads)
-    n_key_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
-    head_width = int(getattr(text, "head_dim", None) or hidden // n_heads)
-    intermediate = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
-    n_experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+    n_key_heads = largest(config, "num_key_value_heads") or n_heads
+    intermediate = largest(config, *_INTERMEDIATE) or 4 * hidden
+    n_experts = largest(config, *ACTIVE_EXPERTS) or 0
+    # Gemma-3n carries several residual streams.
+    streams = largest(config, "altup_num_inputs") or 1
     # The residual stream, what a norm makes of it, a block's result and the rows to be scored; a norm's float32 copies.
-    total = hidden * (4 * element + 3 * 4)
+    total = streams * hidden * (4 * element + 3 * 4)
     # Queries, keys and values: projected, turned (two products and their sum), laid out anew; and the result.
-    total += 6 * (n_heads + 2 * n_key_heads) * head_width * element
+    total += 6 * (n_heads + 2 * n_key_heads) * width * element
     # Gate, up, their product, and what an activation function that is written out leaves on its way (GELU: five).
     total += 8 * intermediate * element
     # The same in every expert that a token visits, with the token's row gathered and scattered.
-    expert = int(getattr(text, "moe_intermediate_size", None) or intermediate)
-    total += n_experts * (4 * hidden + 8 * expert) * element
-    return total
+    expert = largest(config, *_EXPERT) or intermediate
+    total += (n_experts + (largest(config, *_SHARED_EXPERTS) or 0)) * (4 * hidden + 8 * expert) * element
+    # What Gemma-3n and Gemma-4 look up for all layers at once: embedded, projected, normalised, and their sum.
+    inputs = (largest(config, "hidden_size_per_layer_input") or 0) * (n_layers(config) or 1)
+    return total + inputs * (5 * element + 3 * 4)
 
 
-def head_bytes(device: torch.device, config: Any) -> int:
-    """Bytes that the fused head takes whatever the pack's size, where plain torch serves, which takes the most."""
-    text = config.get_text_config()
+def head_bytes(device: torch.device, config: Any) -> int | None:
+    """Bytes that the fused head takes whatever the pack's size, where plain torch serves, which takes the most.
+
+    None where the configuration does not say how wide the model is.
+    """
+    hidden = largest(config, *_HIDDEN)
+    if hidden is None:
+        return None
     on_cuda = device.type == "cuda"
     n_tokens = nll_torch.CUDA_TILE_TOKENS if on_cuda else nll_torch.TILE_TOKENS
-    width = min(nll_torch.CUDA_TILE_VOCABULARY if on_cuda else nll_torch.TILE_VOCABULARY, int(text.vocab_size))
+    width = nll_torch.CUDA_TILE_VOCABULARY if on_cuda else nll_torch.TILE_VOCABULARY
+    width = min(width, largest(config, "vocab_size") or width)
     # The logits, their exponentials and one more; hidden states and weights widened to float32.
-    return 4 * (3 * n_tokens * width + (n_tokens + width) * int(text.hidden_size))
+    return 4 * (3 * n_tokens * width + (n_tokens + width) * hidden)
 
 
 def free_memory(device: torch.device) -> int:

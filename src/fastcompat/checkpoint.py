@@ -1,4 +1,4 @@
-"""What can be said of a model before its weights are loaded: whether it is supported, its limits, its fingerprint."""
+"""A model's files: which they are, their fingerprint, the weights in them, and on what they are loaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fastcompat.errors import ModelError
-
-# What a model is loaded for: the middle of the name of transformers' mapping from configurations to classes.
-Task = Literal["CAUSAL_LM", "SEQUENCE_CLASSIFICATION"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,51 +29,43 @@ class ModelSettings:
             raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(known)}")
 
 
-def load_config(model: str, revision: str | None) -> Any:
-    """The model's configuration, or a ModelError that says which of the usual mistakes this is."""
-    from transformers import AutoConfig
+def refuse_other_files(model: str, revision: str | None) -> None:
+    """ModelError where transformers would load something else than config.json and model.safetensors, or beside them.
 
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ModelError(f"{model}: no such directory; give a model directory or a hub id such as Qwen/Qwen2.5-0.5B")
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ModelError(f"{model}: this directory has no config.json, so it is not a Hugging Face model")
-    try:
-        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(
-                f"{model}: this model needs code from its own repository, which fastcompat never runs; "
-                "use a model of an architecture that transformers has"
-            ) from error
-        raise ModelError(f"{model}: cannot be read: {first_sentence(error)}") from error
-
-
-def refuse_unsupported(name: str, config: Any, full: Any = None, *, task: Task = "CAUSAL_LM") -> None:
-    """ModelError for architectures that would be wrong when packed, told from the configuration or the class.
-
-    full: the model, or its class; None: the class that transformers has for the configuration and the task.
+    Neither a fingerprint nor a checkpoint's header would tell, and some of it depends on what is installed.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name}: an encoder-decoder ({config.model_type}) has no causal loss over one sequence")
-    text = config.get_text_config()
-    if full is None:
-        import transformers
+    config = model_file(model, "config.json", revision)
+    adapter = model_file(model, "adapter_config.json", revision)
+    if adapter is not None or (config is None and model_file(model, "adapter_model.safetensors", revision) is not None):
+        raise ModelError(
+            f"{model}: holds an adapter (adapter_config.json), which transformers attaches only where peft is "
+            "installed; merge it into its base model with peft (merge_and_unload, then save_pretrained into another "
+            f"directory) and name that, or name the base model{_base_of(adapter)}"
+        )
+    if Path(model).is_dir():
+        if config is None:
+            raise ModelError(f"{model}: this directory has no config.json, so it is not a Hugging Face model")
+        shard = next(Path(model).glob("shard-*-model-*-of-*.safetensors"), None)
+        if shard is not None:
+            raise ModelError(
+                f"{model}: holds a distributed checkpoint ({shard.name}), which transformers loads instead of "
+                "model.safetensors; save the model with save_pretrained into another directory"
+            )
+    others = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(others, dict) and others.get("configuration_files"):
+        raise ModelError(
+            f"{model}: config.json names other configurations for other versions of transformers "
+            "(configuration_files); remove that line, and what is computed is what config.json says"
+        )
 
-        mapping = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")
-        if type(config) not in mapping:
-            kind = {"CAUSAL_LM": "causal language model", "SEQUENCE_CLASSIFICATION": "sequence classifier"}[task]
-            raise ModelError(f"{name}: transformers has no {kind} for type {config.model_type!r}")
-        full = mapping[type(config)]
-    if getattr(full, "_is_stateful", False):
-        raise ModelError(
-            f"{name}: {config.model_type} carries a recurrent state (a state-space or hybrid model), which leaks from "
-            "one packed sequence into the next; it is not supported"
-        )
-    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other:
-        raise ModelError(
-            f"{name}: layers of type {', '.join(sorted(other))} cannot be computed over a prefix forest; not supported"
-        )
+
+def _base_of(adapter: Path | None) -> str:
+    """ ", NAME" where an adapter's configuration says what it was made for."""
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else None
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return f", {base}" if isinstance(base, str) and base else ""
 
 
 def fingerprint(model: str, revision: str | None = None) -> str:
@@ -85,7 +74,7 @@ def fingerprint(model: str, revision: str | None = None) -> str:
     A hub model is downloaded for it. Raises ModelError where there are no safetensors.
     """
     total = hashlib.sha256()
-    config = _file(model, "config.json", revision)
+    config = model_file(model, "config.json", revision)
     assert config is not None
     for path in (config, *weight_files(model, revision)):
         # The hub's cache names a large file's blob after its SHA-256: no need to read gigabytes again.
@@ -97,14 +86,17 @@ def fingerprint(model: str, revision: str | None = None) -> str:
 
 def weight_files(model: str, revision: str | None = None) -> list[Path]:
     """The safetensors files that transformers loads: one, or the shards that an index names. ModelError without any."""
-    single = _file(model, "model.safetensors", revision)
+    single = model_file(model, "model.safetensors", revision)
     if single is not None:
         return [single]
-    index = _file(model, "model.safetensors.index.json", revision)
+    index = model_file(model, "model.safetensors.index.json", revision)
     if index is None:
         raise ModelError(_without_safetensors(model))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = {name: _file(model, name, revision) for name in names}
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{model}: {index.name} is damaged: it has no weight_map") from error
+    files = {name: model_file(model, name, revision) for name in names}
     missing = [name for name, path in files.items() if path is None]
     if missing:
         raise ModelError(f"{model}: {missing[0]} is missing, which model.safetensors.index.json names")
@@ -139,7 +131,10 @@ def have_equal_tensors(model: str, other: str, names: Iterable[str], revisions: 
             places.append({name: file for file in files for name in file.keys()})  # noqa: SIM118
         for name in names:
             one, two = (place[name].get_tensor(name) for place in places)
-            if one.dtype != two.dtype or not torch.equal(one, two):
+            if (one.dtype, one.shape) != (two.dtype, two.shape):
+                return False
+            # As bytes: eight-bit floats cannot be compared.
+            if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, two))):
                 return False
     return True
 
@@ -153,7 +148,7 @@ def _opened(model: str, path: Path) -> Any:
         raise ModelError(f"{model}: {path.name} is damaged: {first_sentence(error)}") from error
 
 
-def _file(model: str, name: str, revision: str | None) -> Path | None:
+def model_file(model: str, name: str, revision: str | None) -> Path | None:
     """One file of a model directory, or of a hub model, downloaded if need be; None where there is none."""
     if Path(model).is_dir():
         path = Path(model) / name
@@ -206,55 +201,3 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} is not available: {first_sentence(error)}") from error
     return chosen
-
-
-def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype that a model is loaded in; "auto": as stored, or float32 where this device is slower in that."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    stored = config.dtype
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
-    stored = stored or torch.float32
-    if device.type == "cpu" and (stored == torch.float16 or (stored == torch.bfloat16 and not native_bfloat16())):
-        return torch.float32  # torch's float16, and bfloat16 without the instruction, are slower than float32 on a CPU
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512-BF16, AMX or Arm's BF16 extension)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
-
-
-def logit_scale(config: Any) -> float:
-    """What multiplies the logits between head and loss: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
-
-
-def model_lengths(config: Any) -> tuple[int | None, int | None]:
-    """(context length, rope boundary) of a configuration, in tokens; None where there is none.
-
-    LongRoPE takes its long factors for the whole call once one sequence passes the original context: such a sequence
-    is computed alone, as the plain loop would. Dynamic NTK keeps a state between calls, so that a length beyond the
-    original context has no one value: it ends there.
-    """
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    kinds = {str(value.get("rope_type", "default")) for value in nested}
-    original = [value.get("original_max_position_embeddings") for value in nested]
-    original += [getattr(config, "original_max_position_embeddings", None), context]
-    boundary = next((int(value) for value in original if value), None)
-    if any("dynamic" in kind for kind in kinds):
-        return boundary, None
-    return (int(context) if context else None), (boundary if "longrope" in kinds else None)

@@ -18,19 +18,13 @@ import typer
 from rich.markup import escape
 
 from fastcompat import __version__
+from fastcompat.commands.inspect import inspect
 from fastcompat.commands.machine import bench, doctor
-from fastcompat.commands.options import (
-    Bos,
-    Map,
-    MaxLength,
-    RunDirectory,
-    Template,
-    Turns,
-)
+from fastcompat.commands.options import RunDirectory
 from fastcompat.commands.results import rank, report, reproduce, select
 from fastcompat.commands.score import score
-from fastcompat.display import console, errors, say
-from fastcompat.errors import FastcompatError, Interrupted, UsageError
+from fastcompat.display import errors, say
+from fastcompat.errors import FastcompatError, Interrupted
 
 app = typer.Typer(
     name="fastcompat",
@@ -86,7 +80,7 @@ app.command()(reproduce)
 @app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
-    from fastcompat.display import show_reward_columns, show_statuses
+    from fastcompat.display import counted_noun, show_reward_columns, show_statuses
     from fastcompat.store import open_run
     from fastcompat.verification import scorer_progress
 
@@ -96,10 +90,18 @@ def status(directory: RunDirectory) -> None:
     show_reward_columns(run.reward_columns)
     for scorer in run.scorers():
         entry = scorer_progress(run, scorer)
-        state = "finished" if entry.n_rows == run.n_rows else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
+        done = entry.n_rows == run.n_rows and not entry.n_begun_units
+        state = "finished" if done else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
-        say(f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses")
-        told = {key: scorer.record["settings"].get(key) for key in ("dtype", "template", "head", "output", "read_out")}
+        begun = f", {entry.n_begun_rows:,} of them in {counted_noun(entry.n_begun_units, 'unfinished unit')}"
+        say(
+            f"[bold]{escape(entry.name)}[/], {kind}: {state} · {entry.n_rows:,}/{run.n_rows:,} responses"
+            + (begun if entry.n_begun_units else "")
+        )
+        told = {
+            key: scorer.record["settings"].get(key)
+            for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
+        }
         say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
         show_statuses(entry)
     if not run.scorers():
@@ -120,46 +122,14 @@ def verify(directory: RunDirectory) -> None:
     if damage:
         raise RunError(f"{len(damage)} of the files of {directory} are damaged")
     n_parts = sum(len(scorer.finished()) for scorer in run.scorers())
-    say(f"whole: {run.n_rows:,} rows in {len(run.units):,} units, {n_parts:,} parts of {len(run.scorers())} scorers")
-
-
-@app.command()
-def inspect(
-    input: Annotated[str, typer.Argument(metavar="INPUT", help="A file, directory, glob or hf:// id.")],
-    base_model: Annotated[str, typer.Option("--base-model", metavar="ID_OR_DIR")],
-    row: Annotated[int, typer.Option(min=0, help="Which response, counted from 0 over all files.")] = 0,
-    mapping: Map = None,
-    template: Template = "auto",
-    turns: Annotated[Turns, typer.Option(help="The assistant turns that are scored.")] = Turns.last,
-    score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
-    bos: Annotated[Bos, typer.Option(help="auto, one or none.")] = Bos.auto,
-    max_length: MaxLength = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Also list the token ids.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-) -> None:
-    """Show one row, its tokens, and which of them are scored."""
-    from itertools import islice
-
-    from fastcompat.checkpoint import load_config, model_lengths
-    from fastcompat.corpus import iter_responses
-    from fastcompat.corpus.formats import parse_overrides
-    from fastcompat.inspection import render_inspection
-    from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings
-
-    response = next(islice(iter_responses([input], overrides=parse_overrides(mapping or [])), row, None), None)
-    if response is None:
-        raise UsageError(f"{input} has no row {row}: rows are counted from 0")
-    context_length, _ = model_lengths(load_config(base_model, revision))
-    tokenizer = ConversationTokenizer.from_pretrained(
-        base_model,
-        TokenizationSettings(
-            template=template, turns=turns.value, score_eos=score_eos, bos=bos.value, max_length=max_length
-        ),
-        revision=revision,
-        context_length=context_length,
+    n_begun = sum(len(scorer.begun() - scorer.finished()) for scorer in run.scorers())
+    say(
+        f"whole: {run.n_rows:,} rows in {len(run.units):,} units, {n_parts:,} parts of {len(run.scorers())} scorers"
+        + (f", {n_begun:,} unfinished" if n_begun else "")
     )
-    (sequence,) = tokenizer([response])
-    console.print(render_inspection(response, sequence, tokenizer, ids=ids))
+
+
+app.command()(inspect)
 
 
 @app.command()

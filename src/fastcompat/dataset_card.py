@@ -51,7 +51,8 @@ def dataset_card(run: Run, chosen: pa.Table, record: dict[str, Any], file_name: 
             for generation in run.generations
         ),
         "## Training on it",
-        "Each row is a conversation: `messages`, a list of `role` and `content`.",
+        "Each row is a conversation: `messages`, a list of `role`, `content` and whatever else the corpus says of a "
+        "turn (calls, reasoning, a weight), and `tools` where the corpus names some.",
         _trainers(file_name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -138,10 +139,6 @@ LLaMA-Factory{packed}, in `dataset_info.json`, then `dataset: {name}` in the con
 ```json
 {json.dumps(name)}: {json.dumps(entry)}
 ```"""
-
-
-def _files(n: int) -> str:
-    return f"{n:,} file{'s' if n != 1 else ''}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -170,6 +170,10 @@ def _oddities(summary: CorpusSummary) -> Iterator[str]:
     others = sum(sum(file.other_shapes.values()) for file in summary.files)
     if others:
         yield f"{counted_noun(others, 'record')} of another shape than the rest of the file, read by that shape"
+    late = list(dict.fromkeys(name for file in summary.files for name in file.late_columns))
+    if late:
+        more = f" and {len(late) - 16:,} more" if len(late) > 16 else ""
+        yield f"columns that first records did not have, not used: {', '.join(late[:16])}{more}"
 
 
 def write_findings(findings: Sequence[Finding], *, as_json: bool) -> None:

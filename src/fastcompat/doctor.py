@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastcompat import __version__
+
+if TYPE_CHECKING:
+    from fastcompat.packed_model import PackedModel
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 REBUILD = "install a C++17 compiler (g++ or clang), then install fastcompat again"
@@ -27,19 +31,24 @@ class Finding:
     advice: str | None = None
 
 
-def examine(base_model: str | None = None) -> list[Finding]:
+def examine(
+    base_model: str | None = None, reward_model: str | None = None, *, reward_output: str | None = None
+) -> list[Finding]:
     """Everything that is known of this machine, section by section. Loads torch; takes seconds.
 
-    With a base model, a hub id or a directory, also what of it runs fused. Raises ModelError where it cannot be loaded.
+    With a model, a hub id or a directory, also what of it runs fused; of a reward model what it reads, and where.
+    reward_output: as `RewardScorer`'s output. Raises ModelError where a model cannot be loaded, UsageError where one of
+    several outputs must be chosen.
     """
-    model = [] if base_model is None else [*_model(base_model)]
-    return [*_machine(), *_kernels(), *model, *_versions()]
+    base = [] if base_model is None else [*_base_model(base_model)]
+    reward = [] if reward_model is None else [*_reward_model(reward_model, reward_output)]
+    return [*_machine(), *_kernels(), *base, *reward, *_versions()]
 
 
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from fastcompat.checkpoint import native_bfloat16
+    from fastcompat.configuration import native_bfloat16
 
     section = "machine"
     yield Finding(section=section, subject="system", found=f"{platform.system()} {platform.machine()}")
@@ -134,21 +143,68 @@ def _unshared_attention() -> Finding:
     return Finding(section="kernels", subject=subject, found="as any other pack", why=why)
 
 
-def _model(base_model: str) -> Iterator[Finding]:
+def _base_model(name: str) -> Iterator[Finding]:
     from transformers.utils import logging as transformers_logging
 
+    from fastcompat.budget import choose_token_budget, free_memory
     from fastcompat.model import load_causal_lm
 
     transformers_logging.disable_progress_bar()
-    model = load_causal_lm(base_model)
-    section = "model"
-    name = type(model.full).__name__
-    yield Finding(section=section, subject="architecture", found=f"{name}, {str(model.dtype).removeprefix('torch.')}")
+    model = load_causal_lm(name)
+    section = "base model"
+    yield _architecture(section, model)
+    yield from _fused(section, model)
+    n_tokens = choose_token_budget(model.device, model.full.config, model.dtype, free_memory(model.device))
+    yield _token_budget(section, n_tokens)
+
+
+def _reward_model(name: str, output: str | None) -> Iterator[Finding]:
+    from transformers.utils import logging as transformers_logging
+
+    from fastcompat.reward_scorer import RewardScorer
+
+    transformers_logging.disable_progress_bar()
+    scorer = RewardScorer(name, output=output)
+    head, tokenizer = scorer.head, scorer.tokenizer
+    section = "reward model"
+    yield _architecture(section, scorer.model)
+    outputs = f"one of {', '.join(head.labels)}" if len(head.labels) > 1 else None
+    yield Finding(section=section, subject="head", found=f"{head.kind.name}, output {head.output}", why=outputs)
+    pad_id = head.read_out.pad_id
+    places = {
+        "last": "the last token",
+        "non-pad": f"the rightmost token that is not {pad_id}",
+        "before-pad": f"the token before the first {pad_id}, else the last one",
+    }
+    why = f"token {pad_id} pads" if pad_id is not None else "config.json names no pad token"
+    if head.read_out.gate is not None:
+        why = f"the gate where the last prompt ends; {why}"
+    place = places["last" if pad_id is None else head.read_out.rule]
+    yield Finding(section=section, subject="read at", found=place, why=why)
+    yield Finding(section=section, subject="template", found=tokenizer.description)
+    yield Finding(section=section, subject="BOS", found="one" if tokenizer.begins_with_bos else "none")
+    limit = "none known" if tokenizer.max_length is None else f"{tokenizer.max_length:,} tokens"
+    yield Finding(section=section, subject="longest conversation", found=limit)
+    yield from _fused(section, scorer.model)
+    yield _token_budget(section, scorer.token_budget)
+
+
+def _architecture(section: str, model: PackedModel) -> Finding:
+    found = f"{type(model.full).__name__}, {str(model.dtype).removeprefix('torch.')}"
+    return Finding(section=section, subject="architecture", found=found)
+
+
+def _fused(section: str, model: PackedModel) -> Iterator[Finding]:
     if not model.fusions:
         yield Finding(section=section, subject="fused", found="nothing", why="its layers could not be followed")
     for fusion in model.fusions:
         found = f"{fusion.n_fused} of {fusion.n_modules} fused" if fusion.n_modules else "none there"
         yield Finding(section=section, subject=fusion.part, found=found, why=fusion.why)
+
+
+def _token_budget(section: str, n_tokens: int) -> Finding:
+    why = "by the memory that is free now beside it"
+    return Finding(section=section, subject="token budget", found=f"{n_tokens:,} tokens a pack", why=why)
 
 
 def _served(subject: str, device: str) -> Finding:

@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from fastcompat.beginnings import Packing
 from fastcompat.budget import PackLimit
-from fastcompat.errors import Interrupted
+from fastcompat.errors import Interrupted, RunError
 from fastcompat.forest import PrefixForest
 from fastcompat.pipeline import Stopwatch, Writer, prefetch, sharing_processor
 from fastcompat.response import Response, from_table
+from fastcompat.scorer_store import ScorerStore, Unit
 from fastcompat.scoring import Model, Scores, pack_sequences, score_pack
-from fastcompat.store import Run, ScorerStore, Unit
+from fastcompat.store import Run
 
 # An interrupted unit keeps its finished packs; while it runs, they are kept this often.
 KEEP_SECONDS = 30.0
@@ -65,7 +69,11 @@ def score_run(
                 progress.n_rows_skipped += unit.n_rows
                 continue
             scores, packs, n_done = prepared.scores, prepared.packs, prepared.n_done
-            progress.n_rows_skipped += sum(map(prepared.n_rows, packs[:n_done]))
+            n_without_tokens = unit.n_rows - sum(map(prepared.n_rows, packs))
+            if n_done:
+                progress.n_rows_skipped += n_without_tokens + sum(map(prepared.n_rows, packs[:n_done]))
+            else:
+                progress.count_rows(n_without_tokens)
             kept = time.monotonic()
             for k, forest in enumerate(packs[n_done:], start=n_done + 1):
                 timings.forward.time(score_pack, model, forest, scores, limit)
@@ -73,12 +81,12 @@ def score_run(
                 writer.check()
                 stopping = stop()
                 if stopping or time.monotonic() - kept > KEEP_SECONDS:
-                    writer.submit(_keep_beginning, stores, unit, scores.tables(prepared.rows), token_budget, k)
+                    packing = Packing(token_budget=token_budget, n_stores=len(stores), n_packs=k)
+                    writer.submit(_keep_beginning, stores, unit, scores.tables(prepared.rows), packing)
                     kept = time.monotonic()
                 if stopping:
                     _interrupt(writer)
             writer.submit(_commit, run, stores, unit, scores, prepared.rows)
-            progress.count_rows(unit.n_rows - sum(map(prepared.n_rows, packs)))  # those without any token
             if stop():
                 _interrupt(writer)
 
@@ -94,7 +102,7 @@ class PreparedUnit:
 
     def n_rows(self, forest: PrefixForest) -> int:
         """Rows whose first, or only, sequence is in this pack."""
-        return int((forest.sequences < self.scores.n_rows).sum())
+        return len(_rows(forest, self.scores))
 
 
 def prepare_unit(
@@ -106,14 +114,33 @@ def prepare_unit(
     rows = run.unit_rows(unit)
     scores = begin(from_table(rows))
     packs = pack_sequences(model, scores, token_budget=token_budget)
-    # Several stores are kept one after the other: the packs that all of them have count.
-    kept = [store.beginning(unit, token_budget, n_stores=len(stores)) for store in stores]
-    tables = [table for table, _ in filter(None, kept)]
-    n_done = 0
-    if len(tables) == len(stores):
-        scores.restore(tables)
-        n_done = min(n_packs for _, n_packs in filter(None, kept))
+    n_done = _restore(scores, packs, stores, unit, token_budget)
     return PreparedUnit(rows=rows, scores=scores, packs=packs, n_done=n_done)
+
+
+def _restore(
+    scores: Scores, packs: Sequence[PrefixForest], stores: Sequence[ScorerStore], unit: Unit, token_budget: int
+) -> int:
+    """Take what an interrupted session has kept of a unit, and return how many packs that is."""
+    try:
+        kept = [beginning for store in stores if (beginning := store.read_beginning(unit)) is not None]
+    except RunError:
+        return 0  # its packs are computed again, which is all that is lost
+    if len(kept) < len(stores) or any(own.packing[:2] != (token_budget, len(stores)) for own in kept):
+        return 0
+    # Several stores are kept one after the other: the packs that all of them have count.
+    n_done = min(own.packing.n_packs for own in kept)
+    # A row that those packs have and the file does not was packed otherwise then.
+    there = kept[0].done.to_numpy()
+    if not all(there[_rows(forest, scores)].all() for forest in packs[:n_done]):
+        return 0
+    scores.restore([own.table for own in kept])
+    return n_done
+
+
+def _rows(forest: PrefixForest, scores: Scores) -> NDArray[np.int64]:
+    """The rows whose first, or only, sequence is in this pack."""
+    return forest.sequences[forest.sequences < scores.n_rows]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,11 +191,9 @@ def _finished(stores: Sequence[ScorerStore], unit: Unit) -> bool:
     return all(store.part(unit).exists() for store in stores)
 
 
-def _keep_beginning(
-    stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[pa.Table], token_budget: int, n_packs: int
-) -> None:
+def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[pa.Table], packing: Packing) -> None:
     for store, table in zip(stores, tables, strict=True):
-        store.keep_beginning(unit, table, token_budget=token_budget, n_packs=n_packs, n_stores=len(stores))
+        store.keep_beginning(unit, table, packing)
 
 
 def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, rows: pa.Table) -> None:

@@ -79,7 +79,7 @@ def pack_forest(
     token_budget: int,
     alone_above: int | None = None,
 ) -> list[PrefixForest]:
-    """Lay N sequences out as packs of at most `token_budget` tokens, the longest pack first.
+    """Lay N sequences out as packs of at most `token_budget` tokens, in the order of their sequences' tokens.
 
     input_ids[n] is [length] and scored[n] is [length] bool with scored[n][0] False: nothing predicts a first token.
     Groups with a common prefix are kept whole where they fit; a sequence that must be split from its group repeats
@@ -91,6 +91,7 @@ def pack_forest(
     assert all(len(ids) and not mask[0] for ids, mask in zip(input_ids, scored, strict=True))
     # Big-endian bytes compare like the token ids themselves, a prefix before its extensions.
     order = sorted(range(len(input_ids)), key=lambda n: (input_ids[n].astype(">u4").tobytes(), n))
+    place = {n: k for k, n in enumerate(order)}
     alone = [n for n in order if alone_above is not None and len(input_ids[n]) > alone_above]
     order = [n for n in order if alone_above is None or len(input_ids[n]) <= alone_above]
     shared = _shared_with_previous([input_ids[n] for n in order])
@@ -101,8 +102,8 @@ def pack_forest(
         groups.append(order[begin:end])
         prefixes.append(np.concatenate([[0], shared[begin + 1 : end]]))
     packs = [_lay_out(group, prefix, input_ids, scored) for group, prefix in zip(groups, prefixes, strict=True)]
-    # Long packs first: what does not fit into memory shows at once, and the last packs even out the finish.
-    return sorted(packs, key=lambda pack: -pack.n_tokens)
+    # Neighbours in order: when some packs are done, so are all sequences of nearly every group that is begun.
+    return sorted(packs, key=lambda pack: place[int(pack.sequences[0])])
 
 
 def _shared_with_previous(ordered: Sequence[IntArray]) -> NDArray[np.int64]:

@@ -1,23 +1,31 @@
-"""What `fastcompat inspect` prints: one row, its tokens, and which of them are scored.
+"""What `fastcompat inspect` prints: a row, its tokens, and which of them are scored, or where a reward is read.
 
-Scored runs stand between ⟦ and ⟧, so that a pipe, or a reader who cannot tell the colours apart, sees them too. Blanks
-and control characters are made visible: a terminal must not run what a corpus contains.
+Scored runs, and the tokens at which a head reads, stand between ⟦ and ⟧, so that a pipe, or a reader who cannot tell
+the colours apart, sees them too. Blanks and control characters are made visible: a terminal must not run what a
+corpus contains.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastcompat.alignment import byte_level_bytes, is_byte_level
+from fastcompat.alignment import byte_level_bytes, byte_of, is_byte_level
 from fastcompat.response import SCORED_STATUSES, Response
+from fastcompat.reward_tokenization import RewardSequence, RewardTokenizer
 from fastcompat.tokenization import ConversationTokenizer, TokenSequence
+
+AnySequence: TypeAlias = TokenSequence | RewardSequence
+AnyTokenizer: TypeAlias = ConversationTokenizer | RewardTokenizer
 
 SCORED_BEGIN, SCORED_END = "⟦", "⟧"
 
@@ -39,15 +47,40 @@ class _Piece:
 
 
 def render_inspection(
-    row: Response, sequence: TokenSequence, tokenizer: ConversationTokenizer, *, ids: bool = False
+    row: Response, sequence: AnySequence, tokenizer: AnyTokenizer, *, ids: bool = False
 ) -> RenderableType:
-    """A header, the conversation as tokens with the scored ones marked, and with `ids` a table of every token."""
-    parts: list[RenderableType] = [_header(row, sequence, tokenizer)]
+    """A header, the conversation as tokens with the scored ones marked, and with `ids` a table of every token.
+
+    Of a row without tokens the turns as they are in the corpus.
+    """
+    parts: list[RenderableType] = [_header(row, sequence, tokenizer), Text()]
     if len(sequence.input_ids):
-        parts += [Text(), _conversation(sequence, tokenizer.tokenizer)]
+        parts.append(_conversation(sequence, tokenizer.tokenizer))
+    else:
+        parts += [_turn(role, content, extra) for role, content, extra in row.messages]
     if ids:
         parts += [Text(), _id_table(sequence, tokenizer.tokenizer)]
     return Group(*parts)
+
+
+def _marked(sequence: AnySequence) -> NDArray[np.bool_]:
+    """[n] the tokens that count."""
+    if isinstance(sequence, TokenSequence):
+        return sequence.scored
+    marked = np.zeros(len(sequence.input_ids), np.bool_)
+    marked[list(sequence.reads)] = True
+    return marked
+
+
+def _turn(role: str, content: str, extra: str) -> Text:
+    text = Text(f"{_in_a_line(role)}: ", style="bold", overflow="fold")
+    text.append(visible(content), style="default")
+    text.append(f" {_in_a_line(extra)}" if extra else "", style="dim")
+    return text
+
+
+def _in_a_line(text: str) -> str:
+    return "".join(c if c == " " else _visible_character(c) for c in text)
 
 
 def visible(text: str) -> str:
@@ -64,11 +97,24 @@ def _visible_character(character: str) -> str:
     return character if character.isprintable() else f"\\u{{{ord(character):x}}}"
 
 
-def _header(row: Response, sequence: TokenSequence, tokenizer: ConversationTokenizer) -> Table:
+def _counts(sequence: AnySequence) -> str:
+    if isinstance(sequence, RewardSequence):
+        places = " and ".join(str(position) for position in sequence.reads)
+        return f"{sequence.n_tokens}" + (f", read at {places}" if places else "")
     n_after = len(sequence.input_ids) - sequence.n_prompt_tokens - sequence.n_tokens
     counts = f"{sequence.n_prompt_tokens} before the response, {sequence.n_tokens} scored"
-    if n_after and sequence.n_tokens:
-        counts += f", {n_after} others"
+    return counts + (f", {n_after} others" if n_after and sequence.n_tokens else "")
+
+
+def _beside(row: Response) -> str:
+    """What the row holds beside texts."""
+    keys = {n: [key for key in message.others if key != "content"] for n, message in enumerate(row.messages)}
+    turns = [f"turn {n}: {', '.join(own)}" for n, own in keys.items() if own]
+    tools = [f"tools: {len(json.loads(row.tools))}"] if row.tools else []
+    return " · ".join(turns + tools)
+
+
+def _header(row: Response, sequence: AnySequence, tokenizer: AnyTokenizer) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -78,21 +124,25 @@ def _header(row: Response, sequence: TokenSequence, tokenizer: ConversationToken
         ("row", row.row_key),
         ("generator", row.generator),
         ("template", tokenizer.description),
+        ("token ids", tokenizer.token_ids),
         ("length limit", limit),
-        ("tokens", counts),
+        ("beside texts", _beside(row)),
+        ("tokens", _counts(sequence)),
         ("status", status),
     ):
+        if not value:
+            continue
         style = "red" if name == "status" and sequence.status not in SCORED_STATUSES else ""
-        shown = "".join(c if c == " " else _visible_character(c) for c in value)
-        table.add_row(name, Text(shown, style=style))
+        table.add_row(name, Text(_in_a_line(value), style=style))
     return table
 
 
-def _conversation(sequence: TokenSequence, tokenizer: Any) -> Text:
+def _conversation(sequence: AnySequence, tokenizer: Any) -> Text:
     text = Text(overflow="fold")
     pieces = token_pieces(tokenizer, sequence.input_ids.tolist())
     n_shown = 0
-    for scored, run in groupby(pieces, key=lambda piece: bool(sequence.scored[piece.first])):
+    marked = _marked(sequence)
+    for scored, run in groupby(pieces, key=lambda piece: bool(marked[piece.first])):
         text.append(SCORED_BEGIN if scored else "")
         for piece in run:
             style = (_SCORED_STYLES if scored else _PROMPT_STYLES)[n_shown % 2]
@@ -104,14 +154,14 @@ def _conversation(sequence: TokenSequence, tokenizer: Any) -> Text:
     return text
 
 
-def _id_table(sequence: TokenSequence, tokenizer: Any) -> Table:
+def _id_table(sequence: AnySequence, tokenizer: Any) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("index", justify="right")
     table.add_column("id", justify="right")
-    table.add_column("scored")
+    table.add_column("scored" if isinstance(sequence, TokenSequence) else "read")
     table.add_column("token")
     surfaces = _surfaces(tokenizer, sequence.input_ids.tolist())
-    for index, (token, scored, surface) in enumerate(zip(sequence.input_ids, sequence.scored, surfaces, strict=True)):
+    for index, (token, scored, surface) in enumerate(zip(sequence.input_ids, _marked(sequence), surfaces, strict=True)):
         mark = Text("yes", style="green") if scored else Text("")
         table.add_row(str(index), str(token), mark, Text(_one_line(surface)))
     return table
@@ -159,16 +209,16 @@ def _is_whole(utf8: bytes) -> bool:
 def _surfaces(tokenizer: Any, ids: Sequence[int]) -> list[str | bytes]:
     """What each token stands for: text, or bytes where it may be part of a character."""
     tokens: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
-    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    added = tokenizer.added_tokens_decoder
     spells_bytes = is_byte_level(tokenizer)
     surfaces: list[str | bytes] = []
     for index, token in zip(ids, tokens, strict=True):
-        if index in added:
-            surfaces.append(added[index])
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            surfaces.append(bytes([int(token[3:5], 16)]))
+        # Gemma's runs of blanks are added tokens that merges make as well; a special one is written as it is.
+        if index in added and (spells_bytes or added[index].special):
+            surfaces.append(added[index].content)
         elif spells_bytes:
             surfaces.append(byte_level_bytes(token))
         else:
-            surfaces.append(token.replace("\u2581", " "))
+            byte = byte_of(token)
+            surfaces.append(token.replace("\u2581", " ") if byte is None else byte)
     return surfaces

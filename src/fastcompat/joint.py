@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastcompat.checkpoint import have_equal_tensors, tensor_shapes
+from fastcompat.configuration import text_config
 from fastcompat.forest import BoolArray, IntArray, PrefixForest
 from fastcompat.model import CausalLM
 from fastcompat.nll import Statistic
@@ -157,5 +158,5 @@ def share_body(base: Scorer, reward: RewardScorer) -> bool:
 
 
 def _of_body(config: Any) -> dict[str, Any]:
-    text = config.get_text_config().to_dict()
+    text = text_config(config).to_dict()
     return {key: value for key, value in text.items() if key not in _BESIDE_THE_BODY}

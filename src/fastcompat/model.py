@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcompat.checkpoint import ModelSettings, logit_scale
+from fastcompat.checkpoint import ModelSettings
+from fastcompat.configuration import logit_scale, read, softcap
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest
 from fastcompat.nll import Statistic, linear_nll
-from fastcompat.packed_model import PackedModel, load_full, packed
+from fastcompat.packed_model import PackedModel, load_full, made_ready, packed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,8 +81,10 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
 
     from fastcompat.probe import probe
 
-    loaded = wrap(model, load_full(model, settings or ModelSettings(), AutoModelForCausalLM, "a causal language model"))
-    probe(loaded)
+    full = load_full(model, settings or ModelSettings(), AutoModelForCausalLM, "a causal language model")
+    with made_ready(model):
+        loaded = wrap(model, full)
+        probe(loaded)
     return loaded
 
 
@@ -93,14 +96,13 @@ def wrap(name: str, full: Any) -> CausalLM:
     head = full.get_output_embeddings()
     if head is None:
         raise ModelError(f"{name}: {type(full).__name__} has no LM head; is it a causal LM?")
-    text = full.config.get_text_config()
     model = packed(name, full)
     return CausalLM(
         **{field.name: getattr(model, field.name) for field in fields(model)},
         weight=head.weight.detach().contiguous(),
         bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
-        softcap=getattr(text, "final_logit_softcapping", None),
-        logit_scale=logit_scale(text),
+        softcap=softcap(full.config),
+        logit_scale=logit_scale(full.config),
     )
 
 
@@ -114,5 +116,5 @@ def settings_of(model: PackedModel) -> dict[str, object]:
         "context_length": model.context_length,
         "fused": {fusion.part: f"{fusion.n_fused} of {fusion.n_modules}" for fusion in model.fusions},
         "n_parameters": sum(p.numel() for p in model.full.parameters()),
-        "model_type": model.full.config.model_type,
+        "model_type": read(model.full.config, "model_type"),
     }

@@ -16,14 +16,11 @@ import torch
 from fastcompat.budget import choose_token_budget, free_memory
 from fastcompat.checkpoint import (
     ModelSettings,
-    Task,
     fingerprint,
-    load_config,
-    refuse_unsupported,
     resolve_device,
-    resolve_dtype,
     weight_files,
 )
+from fastcompat.configuration import Task, load_config, refuse_unsupported, resolve_dtype
 from fastcompat.corpus import rows_from_records
 from fastcompat.errors import UsageError
 from fastcompat.extras import Extras
@@ -38,7 +35,7 @@ class ModelScorer:
 
     kind: str  # in the identity, and the column of a table that says which model it is
     what: str  # what it computes, for people
-    tokenizer: Any  # has a `description`
+    tokenizer: Any  # has a `description`, and says whose `token_ids` it gives
 
     def __init__(
         self,
@@ -102,7 +99,7 @@ class ModelScorer:
         mapping: canonical names to the rows' own, e.g. {"response": "answer"}. The columns are those of
         `Run.scores()`. Raises SchemaError when no response can be found in the rows.
         """
-        responses = rows_from_records(records(rows), overrides=mapping)
+        responses = rows_from_records(records(rows), overrides=mapping, columnar=is_table(rows))
         return self._score(to_table(responses), self.begin(responses))
 
     def _score(self, rows: pa.Table, scores: OneFigure) -> pa.Table:
@@ -137,6 +134,11 @@ class ModelScorer:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         readable = "".join(c if c.isalnum() or c in "._" else "-" for c in self.name.split("/")[-1])
         return f"{readable}-{digest[:10]}"
+
+
+def is_table(rows: Any) -> bool:
+    """Whether rows come from columns, so that each of them has all keys."""
+    return any(hasattr(rows, name) for name in ("read_all", "to_pylist", "to_dicts", "to_dict"))
 
 
 def records(rows: Any) -> Iterable[Mapping[str, Any]]:

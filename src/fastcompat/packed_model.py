@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,18 @@ from torch import Tensor
 from fastcompat.attention import AttentionPlan
 from fastcompat.checkpoint import (
     ModelSettings,
-    Task,
     first_sentence,
+    resolve_device,
+    weight_files,
+)
+from fastcompat.configuration import (
+    Task,
     load_config,
     model_lengths,
+    n_layers,
+    n_windowed_layers,
     refuse_unsupported,
-    resolve_device,
     resolve_dtype,
-    weight_files,
 )
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest, pack_forest
@@ -133,11 +138,13 @@ def load_full(
     try:
         full, report = auto_class.from_pretrained(
             model,
+            config=config,
             revision=settings.revision,
             dtype=resolve_dtype(settings.dtype, config, device),
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=ATTENTION_NAME,
+            experts_implementation=None,  # config.json may name one that needs a package
             output_loading_info=True,
         )
     except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
@@ -146,6 +153,10 @@ def load_full(
         raise ModelError(f"{model}: cannot be loaded as {what}: {first_sentence(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if getattr(full, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{model}: transformers attached an adapter to it; give a directory that holds the model alone"
+        )
     _refuse_incomplete(model, report, what, own)
     return full.to(device).eval()
 
@@ -180,6 +191,20 @@ def _own_attention(n_calls: int, n_layers: int | None) -> str:
     )
 
 
+@contextmanager
+def made_ready(name: str) -> Iterator[None]:
+    """Whatever is raised becomes a ModelError: an architecture that breaks on a packed row breaks as it likes."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{name}: it cannot be run on packed sequences ({type(error).__name__}: {first_sentence(error)}); it is "
+            "not supported"
+        ) from error
+
+
 def packed(name: str, full: Any) -> PackedModel:
     """A transformers model that is in memory, ready for prefix forests (not probed).
 
@@ -192,13 +217,9 @@ def packed(name: str, full: Any) -> PackedModel:
         full.set_attn_implementation(ATTENTION_NAME)
     if full.base_model is full:
         raise ModelError(f"{name}: {type(full).__name__} has no head on a body of its own; it is not supported")
-    text = config.get_text_config()
-    layer_types = getattr(text, "layer_types", None)
-    n_layers = int(text.num_hidden_layers)
-    if layer_types is not None:
-        n_windowed = sum(kind == "sliding_attention" for kind in layer_types)
-    else:
-        n_windowed = n_layers if getattr(text, "sliding_window", None) else 0
+    depth = n_layers(config)
+    if depth is None:
+        raise ModelError(f"{name}: its configuration does not say how many layers it has; it is not supported")
     context_length, rope_boundary = model_lengths(config)
     fusions, prunes = _fuse(full, context_length)
     return PackedModel(
@@ -207,8 +228,8 @@ def packed(name: str, full: Any) -> PackedModel:
         full=full,
         context_length=context_length,
         rope_boundary=rope_boundary,
-        n_attention_layers=n_layers,
-        n_windowed_layers=n_windowed,
+        n_attention_layers=depth,
+        n_windowed_layers=n_windowed_layers(config),
         fusions=fusions,
         prunes=prunes,
     )

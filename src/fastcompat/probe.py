@@ -8,17 +8,14 @@ between body and loss).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
-from fastcompat.checkpoint import first_sentence
 from fastcompat.errors import ModelError
 from fastcompat.forest import pack_forest
 from fastcompat.interface import ATTENTION_NAME
 from fastcompat.model import CausalLM
+from fastcompat.packed_model import made_ready
 
 # Fewer where the model's context is shorter.
 PROBE_TOKENS = 16
@@ -32,22 +29,8 @@ NLL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 @torch.no_grad()
 def probe(model: CausalLM) -> None:
     """Raise ModelError unless `model` gives packed what it gives alone."""
-    with first_pass(model.name):
+    with made_ready(model.name):
         _compare(model)
-
-
-@contextmanager
-def first_pass(name: str) -> Iterator[None]:
-    """Whatever is raised becomes a ModelError: an architecture that breaks on a packed row breaks as it likes."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{name}: its first forward pass on packed sequences failed "
-            f"({type(error).__name__}: {first_sentence(error)}); it is not supported"
-        ) from error
 
 
 def _compare(model: CausalLM) -> None:

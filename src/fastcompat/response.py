@@ -6,14 +6,13 @@ consumes them. A row is never dropped: one that cannot be scored keeps its place
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
 import pyarrow as pa
+
+from fastcompat.message import Message, prompt_id
 
 
 class Status(StrEnum):
@@ -24,7 +23,8 @@ class Status(StrEnum):
     EMPTY = "empty"  # the response is null, missing or has no characters
     INVALID = "invalid"  # the record cannot be read as a response: broken JSON, wrong type, unpaired surrogate
     UNREADABLE = "unreadable"  # stands for the rest of a file that ends early or cannot be opened
-    TEMPLATE = "template"  # the chat template refuses the conversation
+    TEMPLATE = "template"  # the chat template refuses the conversation, or leaves out something that is said in it
+    MASKED = "masked"  # the corpus leaves every turn that would be scored out of the loss
     PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no token of the response
     NO_REWARD = "no_reward"  # the corpus has rewards of its own, but none for this response
     TOO_LONG = "too_long"  # no reward: the conversation is longer than the model's limit, and was not to be cut
@@ -35,20 +35,14 @@ class Status(StrEnum):
 SCORED_STATUSES = (Status.OK, Status.TRUNCATED)
 
 
-class Message(NamedTuple):
-    """One turn. `role` is "system", "user", "assistant" or whatever the corpus says; `content` is its text."""
-
-    role: str
-    content: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
     """One response: the last message of `messages` is the assistant's turn that is to be scored.
 
     `row_index` is the record's index in `source`, from 0; `response_index` tells apart several responses of one
     record, from 0. A row whose status is not `ok` may have any messages, none included. `rewards` are the rewards
-    that came with it, as (name, finite value) pairs, no name twice.
+    that came with it, as (name, finite value) pairs, no name twice. `tools` is a JSON array of the tools that the
+    conversation could call, "" where it names none.
     """
 
     messages: tuple[Message, ...]
@@ -59,6 +53,7 @@ class Response:
     status: Status = Status.OK
     detail: str = ""
     rewards: tuple[tuple[str, float], ...] = ()
+    tools: str = ""
 
     @property
     def row_key(self) -> str:
@@ -68,20 +63,13 @@ class Response:
 
     @property
     def prompt_id(self) -> str:
-        """32 hexadecimal digits of BLAKE2b over the messages before the last one: equal prompts, equal ids."""
-        return prompt_id(self.messages[:-1])
+        """32 hexadecimal digits of BLAKE2b over the messages before the last one, and over the tools: equal prompts,
+        equal ids."""
+        return prompt_id(self.messages[:-1], self.tools)
 
 
-def prompt_id(prompt: Sequence[Message]) -> str:
-    """BLAKE2b-128 of the prompt's roles and texts, in hexadecimal; the same on every machine."""
-    # The JSON of a list of [role, content] lists, put together by hand: json.dumps takes a quarter of the reading.
-    payload = "[" + ",".join([f"[{_quoted(role)},{_quoted(content)}]" for role, content in prompt]) + "]"
-    return hashlib.blake2b(payload.encode("ascii"), digest_size=16).hexdigest()
-
-
-_quoted = json.encoder.encode_basestring_ascii
-
-MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# `extra` is never null: "" where a turn has no other keys.
+MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
 REWARDS_TYPE = pa.map_(pa.string(), pa.float64())
 
 # The normalised row as it lies in corpus/shard-*.parquet.
@@ -97,6 +85,7 @@ ROW_SCHEMA = pa.schema(
         ("status", pa.string()),
         ("detail", pa.string()),
         ("rewards", REWARDS_TYPE),  # never null: empty where the corpus brings none
+        ("tools", pa.string()),  # never null: "" where the conversation names none
     ]
 )
 
@@ -114,6 +103,7 @@ def to_table(rows: Sequence[Response]) -> pa.Table:
         "status": [str(row.status) for row in rows],
         "detail": [row.detail for row in rows],
         "rewards": [row.rewards for row in rows],
+        "tools": [row.tools for row in rows],
     }
     return pa.table(columns, schema=ROW_SCHEMA)
 
@@ -122,7 +112,7 @@ def from_table(table: pa.Table) -> list[Response]:
     """The inverse of `to_table`."""
     return [
         Response(
-            messages=tuple(Message(message["role"], message["content"]) for message in row["messages"]),
+            messages=tuple(Message(turn["role"], turn["content"], turn["extra"]) for turn in row["messages"]),
             generator=row["generator"],
             source=row["source"],
             row_index=row["row_index"],
@@ -130,6 +120,29 @@ def from_table(table: pa.Table) -> list[Response]:
             status=Status(row["status"]),
             detail=row["detail"],
             rewards=tuple(row["rewards"]),
+            tools=row["tools"],
         )
         for row in table.to_pylist()
     ]
+
+
+def with_later_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Rows of a shard in the columns `names`; what shards did not have from the first on is empty where it lacks."""
+    for name in names:
+        there = name in table.column_names
+        if name == "tools" and not there:
+            table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
+        elif name == "messages" and there and table["messages"].type == _FORMER_MESSAGES_TYPE:
+            table = table.set_column(table.column_names.index(name), name, _with_extra(table[name].combine_chunks()))
+    return table.select(names)
+
+
+_FORMER_MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def _with_extra(messages: pa.ListArray) -> pa.ListArray:
+    turns = messages.values
+    columns = [*turns.flatten(), pa.array([""] * len(turns), pa.string())]
+    return pa.ListArray.from_arrays(
+        messages.offsets, pa.StructArray.from_arrays(columns, fields=list(MESSAGE_TYPE)), type=pa.list_(MESSAGE_TYPE)
+    )

@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcompat.configuration import largest, number, read, text_config
 from fastcompat.errors import ModelError, UsageError
 from fastcompat.reward_tokenization import ReadOut, Rule
 
@@ -112,8 +113,8 @@ class ArmoHead(Head):
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Any) -> None:
         super().__init__(tensors)
-        self.temperature = float(getattr(config, "gating_temperature", _GATE_TEMPERATURE))
-        self.n_hidden = int(getattr(config, "gating_n_hidden", _GATE_HIDDEN_LAYERS))
+        self.temperature = number(config, "gating_temperature", _GATE_TEMPERATURE)
+        self.n_hidden = int(number(config, "gating_n_hidden", _GATE_HIDDEN_LAYERS))
 
     def forward(self, states: Tensor) -> Tensor:
         objectives = self.objectives(states[:, 0])
@@ -209,32 +210,45 @@ class RewardHead:
 
 
 def _labels(name: str, config: Any, shapes: Shapes) -> tuple[str, ...]:
-    architectures = getattr(config, "architectures", None) or ["a model ForSequenceClassification"]
-    if not str(architectures[0]).endswith("ForSequenceClassification"):
+    architecture = _architecture(config) or "a model ForSequenceClassification"
+    if not architecture.endswith("ForSequenceClassification"):
         raise ModelError(
-            f"{name}: its configuration calls it {architectures[0]}, which does not score a whole conversation; a "
+            f"{name}: its configuration calls it {architecture}, which does not score a whole conversation; a "
             "reward model is a *ForSequenceClassification"
         )
     more = sorted(other for other in shapes if other.startswith("score.") and other != "score.weight")
     if more:
         raise ModelError(f"{name}: {more[0]} is a weight of a head that transformers' own classes do not have")
-    n_labels = shapes["score.weight"][0]
+    n_labels = _rows(name, shapes, "score.weight")
     if n_labels == 0:
         raise ModelError(f"{name}: its head has 0 labels (score.weight has no rows), so there is no reward to read")
-    if config.num_labels != n_labels:
+    labels = read(config, "id2label", {})
+    if len(labels) != n_labels:
         raise ModelError(
-            f"{name}: config.json names {config.num_labels} labels (id2label) and score.weight has {n_labels}; they "
+            f"{name}: config.json names {len(labels)} labels (id2label) and score.weight has {n_labels}; they "
             "must agree"
         )
-    return tuple(str(config.id2label.get(k, k)) for k in range(n_labels))
+    return tuple(str(labels.get(k, k)) for k in range(n_labels))
+
+
+def _architecture(config: Any) -> str | None:
+    """The class that a configuration names first."""
+    names = read(config, "architectures")
+    return str(names[0]) if isinstance(names, (list, tuple)) and names else None
+
+
+def _rows(name: str, shapes: Shapes, weight: str) -> int:
+    """The number of rows of a weight of the head. Raises ModelError where it is no matrix."""
+    if len(shapes[weight]) != 2:
+        raise ModelError(f"{name}: {weight} is of shape {list(shapes[weight])}, not a matrix")
+    return shapes[weight][0]
 
 
 def _objectives(name: str, config: Any, shapes: Shapes) -> tuple[str, ...]:
-    if config.model_type != "llama":
-        raise ModelError(
-            f"{name}: where a gate reads on a conversation is known for Llama-3, not {config.model_type!r}"
-        )
-    n_hidden = int(getattr(config, "gating_n_hidden", _GATE_HIDDEN_LAYERS))
+    kind = read(config, "model_type")
+    if kind != "llama":
+        raise ModelError(f"{name}: where a gate reads on a conversation is known for Llama-3, not {kind!r}")
+    n_hidden = int(number(config, "gating_n_hidden", _GATE_HIDDEN_LAYERS))
     batch_norm = any(other.endswith("running_mean") for other in shapes)
     step = 3 if batch_norm else 1
     wanted = {"regression_layer.weight", "reward_transform_matrix", "gating.logit_scale"}
@@ -249,14 +263,15 @@ def _objectives(name: str, config: Any, shapes: Shapes) -> tuple[str, ...]:
             f"{name}: its gate is neither ArmoRM's nor that of QRM-Llama3.1-8B ({min(found ^ wanted)} tells them "
             "apart); how it is computed is not known for certain, so it is refused"
         )
-    n_objectives = shapes["reward_transform_matrix"][0]
-    n_quantiles = getattr(config, "num_quantiles", None) if batch_norm else 1
+    n_objectives = _rows(name, shapes, "reward_transform_matrix")
+    n_quantiles = largest(config, "num_quantiles") if batch_norm else 1
     if n_quantiles is None:
         raise ModelError(f"{name}: config.json lacks num_quantiles, which says how regression_layer is divided")
-    if shapes["regression_layer.weight"][0] != n_objectives * int(n_quantiles):
+    n_rows = _rows(name, shapes, "regression_layer.weight")
+    if n_rows != n_objectives * n_quantiles:
         raise ModelError(
-            f"{name}: regression_layer has {shapes['regression_layer.weight'][0]} rows where {n_objectives} objectives "
-            f"of {n_quantiles} quantiles need {n_objectives * int(n_quantiles)}"
+            f"{name}: regression_layer has {n_rows} rows where {n_objectives} objectives of {n_quantiles} quantiles "
+            f"need {n_objectives * n_quantiles}"
         )
     known = _OBJECTIVES if n_objectives == len(_OBJECTIVES) else [f"objective-{k}" for k in range(n_objectives)]
     return (*known, _SCORE)
@@ -318,7 +333,7 @@ def find_head(
         column=_column(name, labels, kind.default, output),
         read_out=ReadOut(
             rule=kind.rule if read_out == "auto" else read_out,
-            pad_id=config.get_text_config().pad_token_id,
+            pad_id=read(text_config(config), "pad_token_id"),
             gate=kind.gate,
         ),
     )
@@ -345,7 +360,7 @@ def _column(name: str, labels: tuple[str, ...], default: str | None, output: str
 
 def _no_head(config: Any, shapes: Shapes) -> str:
     """Why a model without a head of the table is refused."""
-    architecture = str((getattr(config, "architectures", None) or ["a model without a head"])[0])
+    architecture = _architecture(config) or "a model without a head"
     of_body = re.compile(r"(layers|\bh|blocks)\.\d+\.|^(model|transformer|gpt_neox|lm_head)\.")
     others = sorted(weight for weight in shapes if not of_body.search(weight))
     if "ForCausalLM" in architecture or "LMHead" in architecture or ("lm_head.weight" in shapes and not others):

@@ -16,18 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcompat.checkpoint import (
-    ModelSettings,
-    load_config,
-    read_tensors,
-    refuse_unsupported,
-    tensor_shapes,
-)
+from fastcompat.checkpoint import ModelSettings, read_tensors, tensor_shapes
+from fastcompat.configuration import load_config, refuse_unsupported
 from fastcompat.errors import ModelError
 from fastcompat.forest import PrefixForest, pack_forest
 from fastcompat.interface import ATTENTION_NAME
-from fastcompat.packed_model import PackedModel, load_full, packed
-from fastcompat.probe import HIDDEN_TOLERANCE, PROBE_TOKENS, first_pass
+from fastcompat.packed_model import PackedModel, load_full, made_ready, packed
+from fastcompat.probe import HIDDEN_TOLERANCE, PROBE_TOKENS
 from fastcompat.reward_heads import Head, ReadOutChoice, RewardHead, find_head
 from fastcompat.reward_tokenization import ReadOut
 
@@ -103,8 +98,9 @@ def load_reward_model(
         task="SEQUENCE_CLASSIFICATION",
         own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
     )
-    loaded = _on_body(packed(model, full), model, head, full.config, settings.revision)
-    probe_reward_model(loaded)
+    with made_ready(model):
+        loaded = _on_body(packed(model, full), model, head, full.config, settings.revision)
+        probe_reward_model(loaded)
     return loaded
 
 
@@ -146,7 +142,7 @@ def describe(
 @torch.no_grad()
 def probe_reward_model(model: RewardModel) -> None:
     """Raise ModelError unless `model` gives packed what it gives alone, and what its own class gives."""
-    with first_pass(model.name):
+    with made_ready(model.name):
         _compare(model)
 
 

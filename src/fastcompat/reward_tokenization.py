@@ -21,14 +21,15 @@ import numpy.typing as npt
 
 from fastcompat.alignment import Alignment, AlignmentError
 from fastcompat.errors import ModelError
-from fastcompat.response import Message, Response, Status
+from fastcompat.response import Response, Status
 from fastcompat.templates import ConversationRefusedError, Frames, RenderedConversation
-from fastcompat.tokenization import Bos, ConversationTokenizer, TokenizationSettings, TokenSequence, check_messages
+from fastcompat.tokenization import EXAMPLE, ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import Bos, Carried, TokenizationSettings
+from fastcompat.tokenizer_loading import TokenIds, load_tokenizer
 
 Rule = Literal["last", "non-pad", "before-pad"]
 
-# A conversation that every template renders, to see what it does.
-_EXAMPLE = (Message("user", "Hello"), Message("assistant", "Hello"))
+_EXAMPLE_ROW = Response(messages=EXAMPLE, generator="", source="", row_index=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,17 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         name: str = "the tokenizer",
     ) -> None:
+        conversations = _WholeConversations(
+            tokenizer,
+            TokenizationSettings(bos=bos, max_length=max_length, reasoning=reasoning, tools=tools),
+            context_length=context_length,
+        )
+        tokenizer = conversations.tokenizer
         if not tokenizer.chat_template:
             raise ModelError(
                 f"{name}: its tokenizer has no chat template, and a reward depends on it; put the one that the model "
@@ -104,9 +113,7 @@ class RewardTokenizer:
             )
         self.read_out = read_out
         self.truncate = truncate
-        self._conversations = _WholeConversations(
-            tokenizer, TokenizationSettings(bos=bos, max_length=max_length), context_length=context_length
-        )
+        self._conversations = conversations
         self._conversations.finds_responses = truncate
         self._gate: npt.NDArray[np.int32] | None = None
         if read_out.gate is not None:
@@ -122,24 +129,32 @@ class RewardTokenizer:
         bos: Bos = "auto",
         max_length: int | None = None,
         truncate: bool = False,
+        reasoning: Carried = "keep",
+        tools: Carried = "keep",
         context_length: int | None = None,
         revision: str | None = None,
+        token_ids: TokenIds = "file",
     ) -> Self:
-        """The tokenizer of a model id or directory. Raises `ModelError` if there is none that can be loaded."""
-        loaded = ConversationTokenizer.from_pretrained(model, TokenizationSettings(template="plain"), revision=revision)
+        """The tokenizer of a model id or directory. Raises `ModelError` if there is none that can be loaded.
+
+        token_ids: "file" or "class", as in `TokenizationSettings`.
+        """
+        settings = TokenizationSettings(bos=bos, max_length=max_length, token_ids=token_ids)
         return cls(
-            loaded.tokenizer,
+            load_tokenizer(model, settings.token_ids, revision=revision),
             read_out,
             bos=bos,
             max_length=max_length,
             truncate=truncate,
+            reasoning=reasoning,
+            tools=tools,
             context_length=context_length,
             name=model,
         )
 
     def _try_example(self, name: str) -> None:
         """Refuse a template that does not write what the gate is read at; tell of one that doubles BOS."""
-        (example,) = self._conversations([Response(messages=_EXAMPLE, generator="", source="", row_index=0)])
+        (example,) = self._conversations([_EXAMPLE_ROW])
         if example.status is not Status.OK:
             return
         if self._gate is not None and _last_occurrence(self._gate, example.input_ids) is None:
@@ -158,6 +173,20 @@ class RewardTokenizer:
         return self._conversations.settings.bos
 
     @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._conversations.tokenizer
+
+    @property
+    def settings(self) -> TokenizationSettings:
+        return self._conversations.settings
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a conversation's first token is BOS."""
+        return self._conversations.begins_with_bos()
+
+    @property
     def max_length(self) -> int | None:
         """The limit in force, None if there is none."""
         return self._conversations.max_length
@@ -166,6 +195,11 @@ class RewardTokenizer:
     def description(self) -> str:
         """The template, in words."""
         return self._conversations.description
+
+    @property
+    def token_ids(self) -> str:
+        """Whose token ids these are, in words."""
+        return self._conversations.token_ids
 
     def __call__(self, rows: Sequence[Response]) -> list[RewardSequence]:
         """One sequence for each row, in order. A row without a reward gets a status; no row affects another."""
@@ -212,21 +246,20 @@ class _WholeConversations(ConversationTokenizer):
 
     def doubles_bos(self) -> bool:
         """Whether the tokenizer, left to itself, would put a BOS before the one that the template writes."""
-        (alignment,) = self._align([self.template.render(_EXAMPLE)])
+        (alignment,) = self._align([self.template.render(EXAMPLE)])
         return self._adds_bos and not isinstance(alignment, AlignmentError) and alignment.ids[0] == self._bos_id
 
+    def begins_with_bos(self) -> bool:
+        """Whether the first token of what the model reads is BOS."""
+        (example,) = self([_EXAMPLE_ROW])
+        return example.status is Status.OK and example.input_ids[0] == self._bos_id
+
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
-        if row.status is not Status.OK:
-            raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        try:
-            text = self.template.render(row.messages)
-        except Exception as error:  # a template raises anything
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {sentence}") from error
+        messages, tools = self._conversation(row)
+        text = self.template.whole_text(messages, tools=tools)
         if self.finds_responses:
             try:
-                return self.template.scored_text(row.messages, frames=frames)
+                return self.template.scored_text(messages, tools=tools, frames=frames)
             except ConversationRefusedError:
                 pass  # where the response is cannot be told: at the end, so that a cut conversation has no reward
         return RenderedConversation(text=text, spans=((max(len(text) - 1, 0), len(text)),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from fastcompat import __version__
-from fastcompat.checkpoint import model_lengths
+from fastcompat.configuration import model_lengths
 from fastcompat.errors import UsageError
 from fastcompat.extras import EXTRAS, Extras
+from fastcompat.message import is_masked, spoken, without_reasoning
 from fastcompat.model import CausalLM, load_causal_lm, settings_of
 from fastcompat.model_scorer import ModelScorer
 from fastcompat.response import Response, Status
 from fastcompat.response_scores import ResponseScores
-from fastcompat.tokenization import ConversationTokenizer, TokenizationSettings, TokenSequence
+from fastcompat.tokenization import ConversationTokenizer, TokenSequence
+from fastcompat.tokenization_settings import TokenizationSettings
 
 
 class Scorer(ModelScorer):
@@ -34,6 +36,12 @@ class Scorer(ModelScorer):
     template: "auto" (the tokenizer's own chat template, else plain), "chatml", "alpaca", "plain" or a Jinja file.
     turns: "last" or "all" assistant turns are scored; score_eos: the end-of-turn token too; bos: "auto", "one", "none".
     max_length: tokens, the model's context if not given; longer sequences are cut and say so.
+    template_options: variables for the template: {"enable_thinking": False}.
+    reasoning, tools: "keep" renders what an assistant thought, and scores it, and the tools that a row names; "drop"
+    leaves it out.
+    turn_masks: "honour" does not score the turns that the corpus leaves out of the loss (weight 0, train false ...);
+    "ignore" does.
+    token_ids: "file", those of the model's tokenizer.json, or "class", those of transformers' class for it.
     extras: columns to compute beside the loss, those of `extras.EXTRAS`: "entropy_sum", "token_nll" ...
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
@@ -55,7 +63,12 @@ class Scorer(ModelScorer):
         score_eos: bool = True,
         bos: str = "auto",
         max_length: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        reasoning: str = "keep",
+        tools: str = "keep",
+        turn_masks: str = "honour",
         revision: str | None = None,
+        token_ids: str = "file",
         extras: Sequence[str] = (),
     ) -> None:
         super().__init__(
@@ -80,6 +93,11 @@ class Scorer(ModelScorer):
             score_eos=score_eos,
             bos=bos,  # type: ignore[arg-type]
             max_length=max_length,
+            template_options=template_options or {},
+            reasoning=reasoning,  # type: ignore[arg-type]
+            tools=tools,  # type: ignore[arg-type]
+            turn_masks=turn_masks,  # type: ignore[arg-type]
+            token_ids=token_ids,  # type: ignore[arg-type]
         )
         self.tokenizer = ConversationTokenizer.from_pretrained(
             self.source, tokenization, revision=revision, context_length=context_length
@@ -103,7 +121,7 @@ class Scorer(ModelScorer):
 
     def begin(self, rows: list[Response]) -> ResponseScores:
         """Tokenise responses; nothing of them is scored yet."""
-        n_bytes = [_bytes_of(row, self.tokenizer.settings.turns) for row in rows]
+        n_bytes = [_bytes_of(row, self.tokenizer.settings) for row in rows]
         return self._begin(self.tokenizer(rows), n_bytes)
 
     def _begin(self, sequences: list[TokenSequence], n_bytes: Sequence[int | None]) -> ResponseScores:
@@ -121,10 +139,15 @@ class Scorer(ModelScorer):
             "source": self.source,
             "revision": self.settings.revision,
             "template": self.tokenizer.description,
+            "token_ids": self.tokenizer.token_ids,
             "turns": tokenization.turns,
             "score_eos": tokenization.score_eos,
             "bos": tokenization.bos,
             "max_length": self.tokenizer.max_length,
+            "template_options": dict(tokenization.template_options),
+            "reasoning": tokenization.reasoning,
+            "tools": tokenization.tools,
+            "turn_masks": tokenization.turn_masks,
             "token_budget": self.token_budget,
             "fastcompat": __version__,
             **settings_of(self.model),
@@ -182,6 +205,12 @@ class Scorer(ModelScorer):
         return TokenSequence(input_ids=values.astype(np.int64), scored=scored, status=status, detail=detail)
 
 
-def _bytes_of(row: Response, turns: str) -> int:
+def _bytes_of(row: Response, settings: TokenizationSettings) -> int:
+    """Bytes of UTF-8 of what the scored turns say."""
     scored = [message for message in row.messages if message.role == "assistant"]
-    return sum(len(message.content.encode()) for message in (scored if turns == "all" else scored[-1:]))
+    scored = scored if settings.turns == "all" else scored[-1:]
+    if settings.turn_masks == "honour":
+        scored = [message for message in scored if not is_masked(message)]
+    if settings.reasoning == "drop":
+        scored = [without_reasoning(message) for message in scored]
+    return sum(len(spoken(message).encode()) for message in scored)

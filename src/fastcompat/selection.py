@@ -5,11 +5,12 @@ Dimension key: N rows (responses), E eligible rows, P prompts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastcompat.errors import UsageError
+from fastcompat.message import Message, spoken
 from fastcompat.metrics import ALIASES, METRICS, compute, missing, with_reference
 from fastcompat.pairing import MISSING, as_table, paired
 from fastcompat.response import SCORED_STATUSES
@@ -356,13 +358,14 @@ def _frame_responses(table: pa.Table) -> pa.ChunkedArray:
 def _run_responses(run: Run, table: pa.Table) -> pa.ChunkedArray:
     """[N] BLAKE2b-128 of each row's response, unit by unit."""
     keys, digests = [], []
+    digest = partial(blake2b, digest_size=16)
     for unit in run.units:
         rows = run.unit_rows(unit, ["row_key", "messages"])
         messages = rows["messages"].combine_chunks()
         ends = messages.offsets.to_numpy().astype(np.int64)
         last = pa.array(ends[1:] - 1, mask=ends[1:] == ends[:-1])
-        texts = pc.struct_field(messages.values, "content").take(last).to_pylist()
-        hashed = [None if text is None else hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        turns = messages.values.take(last).to_pylist()
+        hashed = [None if turn is None else digest(spoken(Message(**turn)).encode()).digest() for turn in turns]
         keys.append(rows["row_key"])
         digests.append(pa.array(hashed, pa.binary(16)))
     all_keys = pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.string())

@@ -13,7 +13,8 @@ from fastcompat.joint import JointScorer, share_body
 from fastcompat.model_scorer import ModelScorer
 from fastcompat.reward_scorer import RewardScorer
 from fastcompat.scorer import Scorer
-from fastcompat.store import Run, ScorerStore, Unit, add_generation, open_run
+from fastcompat.scorer_store import ScorerStore, Unit
+from fastcompat.store import Run, add_generation, open_run
 
 
 @dataclass(frozen=True, kw_only=True)

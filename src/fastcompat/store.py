@@ -4,6 +4,7 @@
         corpus/shard-00012.parquet         normalised rows; a row group is one unit of work
         scores/<scorer>/scorer.json        model, tokenizer, template, dtype: every setting that makes a figure
         scores/<scorer>/part-00012-0003.parquet   one unit's scores; its presence is its commit
+        scores/<scorer>/begun-00012-0004.parquet  what is kept of a unit that is not finished (`beginnings.py`)
         log.jsonl                          what was done, when
 
 Everything is written under a temporary name, synced and renamed: a file that is there is whole. Units never share a
@@ -18,7 +19,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -37,12 +37,11 @@ from fastcompat.durable import (
     remove_tree,
     sync_directory,
     write_json,
-    write_table,
 )
 from fastcompat.errors import RunError, UsageError
-from fastcompat.extras import Extras
-from fastcompat.response import ROW_SCHEMA
-from fastcompat.schemas import FIGURES, SCORES_SCHEMA, as_scores, part_schema, with_reward
+from fastcompat.response import ROW_SCHEMA, with_later_columns
+from fastcompat.schemas import FIGURES, SCORES_SCHEMA, as_scores, with_reward
+from fastcompat.scorer_store import ScorerStore, Unit
 
 FORMAT = 2
 
@@ -57,109 +56,12 @@ _TELLING = (
     "bos",
     "max_length",
     "truncate",
+    "template_options",
+    "reasoning",
+    "tools",
+    "turn_masks",
     "revision",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Unit:
-    """One row group of one shard: what is computed and committed at once."""
-
-    shard: int
-    group: int
-    n_rows: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.shard:05d}-{self.group:04d}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerStore:
-    """scores/<scorer>: the record of one scorer's settings, and the parts that it has finished."""
-
-    directory: Path
-    record: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.directory.name
-
-    @property
-    def kind(self) -> str:
-        """base_model or reward_model."""
-        return str(self.record["identity"]["kind"])
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of its parts."""
-        return part_schema(self.kind, self.extras)
-
-    @property
-    def extras(self) -> Extras:
-        """What its parts tell beside the figure."""
-        return Extras.of(self.record["identity"].get("extras", ()))
-
-    @property
-    def but_extras(self) -> dict[str, Any]:
-        """Its identity without them: equal for scorers whose figures are the same."""
-        return {**self.record["identity"], "extras": None}
-
-    def part(self, unit: Unit) -> Path:
-        return self.directory / f"part-{unit.name}.parquet"
-
-    def finished(self) -> set[str]:
-        """Names of the units that are committed."""
-        return {path.stem.removeprefix("part-") for path in self.directory.glob("part-*.parquet")}
-
-    def commit(self, unit: Unit, scores: pa.Table) -> None:
-        """Make a unit's scores durable, then drop what was kept of its beginning."""
-        assert scores.num_rows == unit.n_rows
-        write_table(self.part(unit), scores.replace_schema_metadata({"scorer": self.name}))
-        self._beginning(unit).unlink(missing_ok=True)
-
-    def keep_beginning(
-        self, unit: Unit, scores: pa.Table, *, token_budget: int, n_packs: int, n_stores: int = 1
-    ) -> None:
-        """Keep what an interrupted unit has finished: its first `n_packs` packs under `token_budget`.
-
-        n_stores: scorers that those packs serve; another number packs otherwise.
-        """
-        plan = {"token_budget": str(token_budget), "n_packs": str(n_packs), "n_stores": str(n_stores)}
-        write_table(self._beginning(unit), scores.replace_schema_metadata(plan))
-
-    def beginning(self, unit: Unit, token_budget: int, *, n_stores: int = 1) -> tuple[pa.Table, int] | None:
-        """What `keep_beginning` kept of a unit and how many packs that is; None if nothing, or of other packs."""
-        path = self._beginning(unit)
-        try:
-            table = pq.read_table(path, page_checksum_verification=True)
-            plan = {key: int(table.schema.metadata[key]) for key in (b"token_budget", b"n_packs", b"n_stores")}
-        except FileNotFoundError:
-            return None
-        except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):
-            return None  # damaged: its packs are computed again, which is all that is lost
-        usable = table.schema.equals(self.schema) and table.num_rows == unit.n_rows
-        same_packs = plan[b"token_budget"] == token_budget and plan[b"n_stores"] == n_stores
-        return (table, plan[b"n_packs"]) if usable and same_packs else None
-
-    def read(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
-        """A committed unit's scores, or some columns of them. Raises RunError where they are damaged."""
-        path = self.part(unit)
-        try:
-            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise RunError(
-                f"{path} is damaged ({error}); delete it and score again: only its unit is computed"
-            ) from error
-        expected = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
-        if not table.schema.equals(expected):
-            raise RunError(f"{path} has other columns than a part of format {FORMAT}; delete it and score again")
-        if (table.schema.metadata or {}).get(b"scorer") != self.name.encode():
-            raise RunError(f"{path} is another scorer's; delete it and score again")
-        return table.replace_schema_metadata(None)
-
-    def _beginning(self, unit: Unit) -> Path:
-        return self.directory / f"begun-{unit.name}.parquet"
 
 
 class Run:
@@ -192,10 +94,13 @@ class Run:
         path = self.shard_path(unit.shard)
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_group(unit.group, columns=columns)
-        except (OSError, pa.ArrowException) as error:
+                there = set(file.schema_arrow.names)
+                table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
+            names = columns or ROW_SCHEMA.names
+            table = with_later_columns(table, names)
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
-        expected = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+        expected = pa.schema([ROW_SCHEMA.field(name) for name in names])
         if table.num_rows != unit.n_rows or not table.schema.equals(expected):
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
@@ -225,15 +130,16 @@ class Run:
             except OSError as error:
                 raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
             write_json(path, record)
-        remove_abandoned(directory)
         store = ScorerStore(directory=directory, record=_read_record(path))
         if store.record["identity"] != dict(identity):
             raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
+        store.sweep()
         return store
 
     def current_scorers(self) -> list[ScorerStore]:
-        """Without those that another one, with more columns, has replaced: it has scored as many units as they."""
+        """Without those that another one, with more columns, has replaced: it has finished all that they have begun."""
         stores = self.scorers()
+        begun = {store.name: store.begun() for store in stores}
         finished = {store.name: store.finished() for store in stores}
 
         def is_replaced(old: ScorerStore) -> bool:
@@ -241,16 +147,19 @@ class Run:
                 new.name != old.name
                 and new.but_extras == old.but_extras
                 and set(new.extras.columns) > set(old.extras.columns)
-                and finished[new.name] >= finished[old.name]
+                and finished[new.name] >= finished[old.name] | begun[old.name]
                 for new in stores
             )
 
         return [store for store in stores if not is_replaced(store)]
 
-    def labels(self) -> dict[str, str]:
-        """Scorer name -> what its rows say of it: the model, with the settings in which its scorers differ."""
+    def labels(self, current: Sequence[ScorerStore] | None = None) -> dict[str, str]:
+        """Scorer name -> what its rows say of it: the model, with the settings in which its scorers differ.
+
+        current: what `current_scorers` gave, where it must not have changed since.
+        """
         groups: dict[tuple[str, str], list[ScorerStore]] = {}
-        for store in self.current_scorers():
+        for store in self.current_scorers() if current is None else current:
             groups.setdefault((store.kind, str(store.record["settings"]["model"])), []).append(store)
         labels = {}
         for (_, model), stores in groups.items():
@@ -269,12 +178,14 @@ class Run:
     def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All that is known of every response, `SCORES_SCHEMA`: one row per response and scorer, scorers in the order
         of their first use, then the corpus's own rewards (`reward_model` is "column NAME"); rows in input order. What
-        base models tell beside the loss (`score --for`) comes in columns after those.
+        base models tell beside the loss (`score --for`) comes in columns after those. Rows that are not scored yet are
+        not there; those of a unit that is begun are, as far as they are kept (`ScorerStore.rows`).
 
         columns: only these are read, and rows come in the order of the units, the same for every scorer: several times
         as fast for who needs no order. UsageError for a column that there is not.
         """
-        labels, stores = self.labels(), self.current_scorers()
+        stores = self.current_scorers()
+        labels = self.labels(stores)
         schema = pa.unify_schemas([SCORES_SCHEMA, *(pa.schema(store.extras.fields) for store in stores)])
         unknown = [name for name in columns or () if name not in schema.names]
         if unknown:
@@ -282,8 +193,7 @@ class Run:
         tables = [pa.schema([schema.field(name) for name in columns or schema.names]).empty_table()]
         for store in stores:
             own = None if columns is None else [name for name in store.schema.names if name in columns]
-            finished = store.finished()
-            parts = [store.read(unit, own) for unit in self.units if unit.name in finished]
+            parts = [store.rows(unit, own) for unit in store.with_rows(self.units)]
             rows = pa.concat_tables([store.schema.empty_table().select(own or store.schema.names), *parts])
             tables.append(as_scores(rows if columns else self._in_input_order(rows), store.kind, labels[store.name]))
         if self.reward_columns:

@@ -7,63 +7,27 @@ it, and a response may contain the end marker. Instead the surroundings of a tur
     before + after      the conversation with a sentinel in the place of the turn's content
     generation prefix   the messages before the turn, with `add_generation_prompt=True`
 
-Where both ends of the whole render equal these, the turn is what lies between, whatever a template did to it.
+Where both ends of the whole render equal these, the turn is what lies between, whatever a template did to it. A turn
+with calls or reasoning may end in another way than one with a text alone: then it ends where its render does.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any, Literal
 
+from fastcompat.call_forms import CallForms
 from fastcompat.errors import TemplateError
-from fastcompat.response import Message, Status
-
-# Plain text for base models that have never seen a chat: prompt, blank line, response, end of sequence.
-_PLAIN = """\
-{%- for message in messages -%}
-{{- message['content'] -}}
-{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
-{%- if not loop.last or add_generation_prompt -%}{{- '\\n\\n' -}}{%- endif -%}
-{%- endfor -%}
-"""
-
-# ChatML, the format of OpenAI's chat models as Qwen and others adopted it; no default system message.
-_CHATML = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-# Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca). A system message takes the preamble's place.
-_ALPACA = """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-{{- messages[0]['content'] -}}
-{%- else -%}
-{{- 'Below is an instruction that describes a task. ' -}}
-{{- 'Write a response that appropriately completes the request.' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{- '\\n\\n### Response:\\n' + message['content'] -}}{{- eos_token -}}
-{%- elif message['role'] == 'user' -%}
-{{- '\\n\\n### Instruction:\\n' + message['content'] -}}
-{%- elif message['role'] != 'system' -%}
-{{- '\\n\\n### Input:\\n' + message['content'] -}}
-{%- elif not loop.first -%}
-{{- '\\n\\n' + message['content'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
-"""
-
-BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+from fastcompat.message import REASONING_KEYS, Message, reasoning_of
+from fastcompat.omissions import find_omission, structure
+from fastcompat.response import Status
 
 # Llama-3.2's, Mistral's and others' templates print today's date. A run that is resumed tomorrow must give the same
 # ids, so the date is that which Llama-3's own template falls back to.
@@ -76,6 +40,8 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # transformers records the blocks in the compiled template, which all of a process share.
 _RECORDING_BLOCKS = Lock()
 _SENTINEL = "fastcompat0the0response0stands0here"
+
+_DEVELOPER = "developer"
 
 Turns = Literal["last", "all"]
 Span = tuple[int, int]
@@ -110,36 +76,14 @@ class _Frame:
     end_marker: str  # how `after` ends the turn
 
 
-Frames = dict[tuple[Message, ...], _Frame]
-
-
-def template_source(name: str, own_template: str | None) -> tuple[str, str]:
-    """Jinja text and description of `name`: auto, a built-in template, or the path of a Jinja file.
-
-    `own_template` is the tokenizer's chat template, if it has one. Raises `TemplateError` for an unreadable file.
-    """
-    if name == "auto":
-        if own_template is not None:
-            return own_template, "the tokenizer's own chat template"
-        return BUILT_IN_TEMPLATES["plain"], "plain (the tokenizer has no chat template)"
-    if name in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[name], f"{name} (built in)"
-    try:
-        return Path(name).read_text(encoding="utf-8"), f"the Jinja file {name}"
-    except FileNotFoundError:
-        choices = ", ".join(["auto", *BUILT_IN_TEMPLATES])
-        raise TemplateError(f"No template {name!r}: give one of {choices}, or the path of a Jinja file.") from None
-    except OSError as error:
-        raise TemplateError(f"The template file {name!r} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise TemplateError(f"The template file {name!r} is not UTF-8 text (line {line}).") from error
+# By the messages before the turn, and the tools.
+Frames = dict[tuple[tuple[Message, ...], str], _Frame]
 
 
 class ChatTemplate:
     """A compiled chat template.
 
-    `variables` are the names that a template can use beside the messages (`bos_token`, `eos_token`, ...);
+    `variables` are the names that a template can use beside the messages (`bos_token`, `enable_thinking`, ...);
     `special_tokens` the strings among which a turn's end marker is looked for. Raises `TemplateError` where `source` is
     not valid Jinja, with the line, or where today's date in it cannot be pinned.
     """
@@ -164,19 +108,31 @@ class ChatTemplate:
         self._special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # Few texts end a turn, and a vocabulary can have thousands of added tokens to look for.
         self._end_markers: dict[str, str] = {}
+        # Structures of conversations of which the template leaves nothing out.
+        self._whole: set[object] = set()
         self._has_generation_blocks = _GENERATION_BLOCK.search(source) is not None
         self._render_jinja: Callable[..., tuple[list[str], list[list[Span]]]] = render_jinja_template
         self._check_syntax()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text that `apply_chat_template(tokenize=False)` gives. Raises what the template raises."""
-        return self._render(messages, add_generation_prompt)[0]
+    def render(self, messages: Sequence[Message], *, tools: str = "", add_generation_prompt: bool = False) -> str:
+        """The text that `apply_chat_template(tokenize=False, tools=...)` gives. Raises what the template raises.
+
+        Reasoning goes by the names that templates read, whatever it is called in the corpus, as in newer versions of
+        transformers. A developer's turn is a system's for a template that does not know that role.
+        """
+        return self._render(messages, tools, add_generation_prompt)[0]
+
+    def whole_text(self, messages: Sequence[Message], *, tools: str = "") -> str:
+        """`render`. Raises `ConversationRefusedError` where the template refuses, or leaves out what is said."""
+        return self._whole_render(messages, tools)[0]
 
     def scored_text(
         self,
         messages: Sequence[Message],
         *,
+        tools: str = "",
         turns: Turns = "last",
+        masked: Collection[int] = (),
         score_eos: bool = True,
         frames: Frames | None = None,
     ) -> RenderedConversation:
@@ -188,47 +144,70 @@ class ChatTemplate:
         It ends after its content, with `score_eos` after the end marker: the first special token that follows the
         content, or a marker in plain text. A template with `{% generation %}` blocks says it itself.
 
-        `frames` keeps the surroundings of prompts between calls: rows that share a prompt render it once.
-        Raises `ConversationRefusedError`, never a guess.
+        tools: JSON, as `Response.tools`. masked: indices of turns that are not scored. `frames` keeps the surroundings
+        of prompts between calls: rows that share a prompt render it once.
+        Raises `ConversationRefusedError`, never a guess: also where the template leaves out something that is said.
         """
         frames = {} if frames is None else frames
-        try:
-            text, blocks = self._render(messages, False)
-        except Exception as error:  # a template raises anything: its own messages, undefined names, type errors
-            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {_sentence(error)}") from error
+        text, blocks = self._whole_render(messages, tools)
         last = len(messages) - 1
         indices = [last]
         if turns == "all":
             indices = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        indices = [index for index in indices if index not in masked]
+        if not indices:
+            raise ConversationRefusedError(Status.MASKED, "the corpus leaves the response out of the loss")
         # A turn before the last one may render to nothing (dropped by the template); the last one may not.
-        found = [self._turn(text, messages, index, score_eos, frames) for index in indices]
+        found = [self._turn(text, messages, tools, index, score_eos, frames) for index in indices]
         if found[-1] is None:
             raise ConversationRefusedError(Status.EMPTY, "the chat template leaves nothing of the response")
         turn_spans = [turn for turn in found if turn is not None]
         if blocks:
-            n_earlier = 0 if turns == "all" else self._frame(messages[:last], frames).n_generation_blocks
+            n_earlier = 0 if turns == "all" else self._frame(messages[:last], tools, frames).n_generation_blocks
             own = None if n_earlier is None else _spans_of_blocks(blocks[n_earlier:], turn_spans, score_eos)
             if own is not None:
+                if masked:
+                    own = tuple(b for b in own if any(b[0] < turn.end and turn.start < b[1] for turn in turn_spans))
                 return RenderedConversation(text=text, spans=own)
         return RenderedConversation(text=text, spans=tuple((turn.start, turn.end) for turn in turn_spans))
+
+    def _whole_render(self, messages: Sequence[Message], tools: str) -> tuple[str, list[Span]]:
+        try:
+            text, blocks = self._render(messages, tools, False)
+        except Exception as error:  # a template raises anything: its own messages, undefined names, type errors
+            raise ConversationRefusedError(Status.TEMPLATE, f"the chat template refuses: {_sentence(error)}") from error
+        # A template's choices follow the structure of a conversation: one look at each is enough where all is there.
+        own = structure(messages, tools)
+        if own not in self._whole:
+            omission = find_omission(messages, tools, text, lambda m, t: self._render(m, t, False)[0])
+            if omission is not None:
+                raise ConversationRefusedError(Status.TEMPLATE, f"the chat template leaves out {omission}")
+            if len(self._whole) >= 1024:
+                self._whole.clear()
+            self._whole.add(own)
+        return text, blocks
 
     def _turn(
         self,
         text: str,
         messages: Sequence[Message],
+        tools: str,
         index: int,
         score_eos: bool,
         frames: Frames,
     ) -> _Turn | None:
         """Where the turn `messages[index]` lies in `text`; None if nothing is left of it."""
-        frame = self._frame(messages[:index], frames)
-        if index == len(messages) - 1:
-            before, after = frame.before, frame.after
+        frame = self._frame(messages[:index], tools, frames)
+        is_last = index == len(messages) - 1
+        before, after = (frame.before, frame.after) if is_last else self._surroundings(messages, tools, index)
+        if after is not None and text.endswith(after):
+            end_of_content = len(text) - len(after)
+            marker = frame.end_marker
+            end = end_of_content + (len(marker) if score_eos and after.startswith(marker) else 0)
+        elif messages[index].extra:
+            end_of_content, end = self._own_end(text, messages[: index + 1], tools, index, score_eos)
         else:
-            before, after = self._surroundings(messages, index)
-        if after is None or not text.endswith(after):
             raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
-        end_of_content = len(text) - len(after)
         content = None
         if before is not None and text.startswith(before) and len(before) <= end_of_content:
             content = len(before)
@@ -245,42 +224,68 @@ class ChatTemplate:
             elif has_generation_prompt or (inserted is not None and not inserted.strip()):
                 start = len(prefix)
         if start is None:
+            start = self._parting(text, messages[:index], tools, prefix)
+        if start is None:
             raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
         if not text[start:end_of_content] or content == end_of_content:
             return None
-        marker = frame.end_marker
-        end = end_of_content + (len(marker) if score_eos and after.startswith(marker) else 0)
         return _Turn(start, end_of_content if content is None else content, end_of_content, end)
 
-    def _frame(self, prompt: Sequence[Message], frames: Frames) -> _Frame:
-        key = tuple(prompt)
+    def _parting(self, text: str, prompt: Sequence[Message], tools: str, prefix: str | None) -> int | None:
+        """Where `text` leaves a generation prefix that says more than a header: an empty <think> block, to a turn that
+        thinks. None where it does so within the prompt."""
+        try:
+            closed = self.render(prompt, tools=tools)
+        except Exception:
+            return None
+        if prefix is None or not (prefix.startswith(closed) and text.startswith(closed)):
+            return None
+        parting = next((n for n, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), 0)
+        return parting if parting > len(closed) else None
+
+    def _own_end(
+        self, text: str, messages: Sequence[Message], tools: str, index: int, score_eos: bool
+    ) -> tuple[int, int]:
+        """Where the content and the turn of the last of `messages` end, with all of which `text` begins."""
+        try:
+            whole = self.render(messages, tools=tools).rstrip()
+        except Exception:
+            whole = ""
+        if not whole or not text.startswith(whole):
+            raise ConversationRefusedError(Status.TEMPLATE, _cannot_find(index))
+        ends = [match for match in self._special_token.finditer(whole) if match.end() == len(whole)]
+        end_of_content = ends[-1].start() if ends else len(whole)
+        return end_of_content, len(whole) if score_eos else end_of_content
+
+    def _frame(self, prompt: Sequence[Message], tools: str, frames: Frames) -> _Frame:
+        key = (tuple(prompt), tools)
         if key not in frames:
-            frames[key] = self._new_frame(key)
+            frames[key] = self._new_frame(*key)
         return frames[key]
 
-    def _new_frame(self, prompt: tuple[Message, ...]) -> _Frame:
-        before, after = self._surroundings((*prompt, Message("assistant", "")), len(prompt))
+    def _new_frame(self, prompt: tuple[Message, ...], tools: str) -> _Frame:
+        before, after = self._surroundings((*prompt, Message("assistant", "")), tools, len(prompt))
         prefix: str | None = None
         closed, n_blocks = None, None
         try:  # many templates cannot render an empty prompt, or one without the answer
-            prefix = self.render(prompt, add_generation_prompt=True)
+            prefix = self.render(prompt, tools=tools, add_generation_prompt=True)
             is_next_to_content = before is not None and before.startswith(prefix) and not before[len(prefix) :].strip()
             if self._has_generation_blocks or not is_next_to_content:
-                closed, blocks = self._render(prompt, False)
+                closed, blocks = self._render(prompt, tools, False)
                 n_blocks = len(blocks)
         except Exception:
             prefix = None
         return _Frame(prefix, closed, before, after, n_blocks, self._end_marker(after or ""))
 
-    def _surroundings(self, messages: Sequence[Message], index: int) -> tuple[str | None, str | None]:
+    def _surroundings(self, messages: Sequence[Message], tools: str, index: int) -> tuple[str | None, str | None]:
         """What stands before and after the content of `messages[index]`; (None, None) if that cannot be told."""
         sentinel = _SENTINEL
-        while any(sentinel in message.content or sentinel in message.role for message in messages):
+        while sentinel in tools or any(sentinel in text for message in messages for text in message):
             sentinel += "0"
         replaced = list(messages)
         replaced[index] = Message(messages[index].role, sentinel)
         try:
-            before, *rest = self.render(replaced).split(sentinel)
+            before, *rest = self.render(replaced, tools=tools).split(sentinel)
         except Exception:
             return None, None
         return (before, rest[0]) if len(rest) == 1 else (None, None)
@@ -294,16 +299,52 @@ class ChatTemplate:
             self._end_markers[after] = after[: match.end()] if match else after.rstrip()
         return self._end_markers[after]
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+    def _render(self, messages: Sequence[Message], tools: str, add_generation_prompt: bool) -> tuple[str, list[Span]]:
         with _RECORDING_BLOCKS if self._has_generation_blocks else nullcontext():
             texts, blocks = self._render_jinja(
-                conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+                conversations=[[self._fields(message) for message in messages]],
+                tools=_parsed(tools) if tools else None,
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=self._has_generation_blocks,
                 **self._variables,
             )
         return texts[0], blocks[0] if blocks else []
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        """What a template reads of a turn."""
+        fields: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.extra:
+            fields |= message.others
+            if (reasoning := reasoning_of(fields)) is not None:
+                fields = {"thinking": reasoning, **fields, REASONING_KEYS[0]: reasoning}
+            if fields.get("tool_calls"):
+                fields = self._call_forms.fitting(fields)
+        if message.role == _DEVELOPER and not self._knows_developers:
+            fields["role"] = "system"
+        return fields
+
+    @cached_property
+    def _knows_developers(self) -> bool:
+        """Whether a developer's turn shows."""
+        return _SENTINEL in self._tried(
+            {"role": _DEVELOPER, "content": _SENTINEL}, {"role": "user", "content": "Hello"}
+        )
+
+    @cached_property
+    def _call_forms(self) -> CallForms:
+        user = {"role": "user", "content": "Hello"}
+        return CallForms.shown_by(lambda turn: self._tried(user, turn))
+
+    def _tried(self, *turns: Mapping[str, Any]) -> str:
+        """The render of these turns, "" where the template refuses them."""
+        try:
+            texts, _ = self._render_jinja(
+                conversations=[turns], chat_template=self.source, add_generation_prompt=False, **self._variables
+            )
+        except Exception:  # a template raises anything
+            return ""
+        return texts[0]
 
     def _check_syntax(self) -> None:
         import jinja2
@@ -334,6 +375,12 @@ def _spans_of_blocks(blocks: Sequence[Span], turns: Sequence[_Turn], score_eos: 
     ends = [turn.end_of_content for turn in turns]
     clipped = [(start, min([end, *(e for e in ends if start < e <= end)])) for start, end in blocks]
     return tuple(block for block in clipped if block[0] < block[1])
+
+
+@lru_cache(maxsize=64)
+def _parsed(tools: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(tools)
+    return found
 
 
 def _pinned_date(call: re.Match[str]) -> str:

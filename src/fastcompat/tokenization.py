@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcompat.alignment import PROBE, Alignment, AlignmentError, FastAligner, aligner, covering
-from fastcompat.errors import ModelError, UsageError
-from fastcompat.response import Message, Response, Status
+from fastcompat.built_in_templates import template_source
+from fastcompat.errors import UsageError
+from fastcompat.message import Message, is_masked, says_something, without_reasoning
+from fastcompat.response import Response, Status
 from fastcompat.templates import (
     ChatTemplate,
     ConversationRefusedError,
     Frames,
     RenderedConversation,
     Span,
-    Turns,
-    template_source,
 )
+from fastcompat.tokenization_settings import TokenizationSettings
+from fastcompat.tokenizer_loading import LoadedTokenizer, load_tokenizer
 
-Bos = Literal["auto", "one", "none"]
+# A conversation that every template renders, to see what it does.
+EXAMPLE = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 # Part of every fingerprint: raise it when the same settings come to give other ids or another scored part.
 _FORMAT = 1
@@ -68,40 +71,8 @@ class TokenSequence:
         return int(self.scored.argmax()) if self.scored.any() else len(self.input_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizationSettings:
-    """How conversations become tokens. Raises `UsageError` for a value out of range.
-
-    template: "auto" (the tokenizer's own chat template, else "plain"), "chatml", "alpaca", "plain", or a Jinja file.
-    turns: "last" scores the last assistant turn, "all" every one.
-    score_eos: whether the marker that ends a scored turn counts.
-    bos: "auto" follows the tokenizer: a BOS if it adds one itself or if the template writes one, and never two.
-        "one": exactly one, if the tokenizer has a BOS token. "none": no BOS. Whatever is set, a sequence whose first
-        token is scored (empty prompt, plain template) gets a BOS, or an EOS where there is no BOS token, because
-        something has to predict it.
-    max_length: most tokens of a sequence; None, or more than the model's context: the model's context.
-    """
-
-    template: str = "auto"
-    turns: Turns = "last"
-    score_eos: bool = True
-    bos: Bos = "auto"
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.template:
-            raise UsageError(
-                "The template has an empty name: give auto, chatml, alpaca, plain or the path of a Jinja file."
-            )
-        for name, value, choices in (("turns", self.turns, get_args(Turns)), ("bos", self.bos, get_args(Bos))):
-            if value not in choices:
-                raise UsageError(f"{name}={value!r} is not one of {', '.join(choices)}.")
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length={self.max_length} leaves no token: give 1 or more.")
-
-
 class ConversationTokenizer:
-    """Tokenises rows with a Hugging Face tokenizer, fast or slow.
+    """Tokenises rows with a Hugging Face tokenizer, fast or slow, or a loaded one that says whose ids it gives.
 
     `context_length` is the most tokens the model can read, None if it has no limit. Raises `TemplateError` if the
     template cannot be read or compiled.
@@ -112,7 +83,8 @@ class ConversationTokenizer:
     """
 
     def __init__(self, tokenizer: Any, settings: TokenizationSettings, *, context_length: int | None) -> None:
-        self.tokenizer = tokenizer
+        self._loaded = tokenizer if isinstance(tokenizer, LoadedTokenizer) else LoadedTokenizer(tokenizer=tokenizer)
+        tokenizer = self.tokenizer = self._loaded.tokenizer
         self.settings = settings
         limits = [limit for limit in (settings.max_length, context_length) if limit is not None]
         self.max_length = min(limits, default=None)
@@ -121,7 +93,7 @@ class ConversationTokenizer:
         self.template = ChatTemplate(
             source,
             description=description,
-            variables=tokenizer.special_tokens_map,
+            variables={**tokenizer.special_tokens_map, **settings.template_options},
             special_tokens=[
                 *tokenizer.all_special_tokens,
                 *(token.content for token in added.values() if token.content.strip()),
@@ -144,23 +116,23 @@ class ConversationTokenizer:
         *,
         revision: str | None = None,
         context_length: int | None = None,
-        local_files_only: bool = False,
     ) -> Self:
         """The tokenizer of a model id or directory. Code from the repository is never run.
 
-        Raises `ModelError` if there is no tokenizer, or if it wants code of its own; `TemplateError` as above.
+        Raises `ModelError` if there is no tokenizer that can be loaded; `TemplateError` as above.
         """
-        from transformers import AutoTokenizer
+        loaded = load_tokenizer(model, settings.token_ids, revision=revision)
+        return cls(loaded, settings, context_length=context_length)
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model, revision=revision, local_files_only=local_files_only, trust_remote_code=False
-            )
-        except Exception as error:  # the loaders raise OSError, ValueError, KeyError, JSON errors, backend errors ...
-            raise ModelError(_cannot_load(model, error)) from error
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ModelError(f"{model!r} holds no tokenizer: its vocabulary is empty.")
-        return cls(tokenizer, settings, context_length=context_length)
+    @cached_property
+    def token_ids(self) -> str:
+        """Whose token ids these are, in words, and whether a BOS is missing that the configuration asks for."""
+        said = self._loaded.token_ids
+        if self._loaded.is_asked_for_bos and self.settings.bos == "auto" and not self._adds_bos:
+            (example,) = self([Response(messages=EXAMPLE, generator="", source="", row_index=0)])
+            if len(example.input_ids) and example.input_ids[0] != self._bos_id:
+                said += "; no BOS, though tokenizer_config.json has add_bos_token (bos=one puts it there)"
+        return said
 
     def __call__(self, rows: Sequence[Response]) -> list[TokenSequence]:
         """One sequence for each row, in order. A row that cannot be scored gets a status; no row affects another."""
@@ -212,7 +184,12 @@ class ConversationTokenizer:
         return texts
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
-        return list(self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
+        """What tokens say within a text: decoders of SentencePiece's kind take the blank away that begins one."""
+        before: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        texts = self.tokenizer.batch_decode(
+            [before, *(before + own for own in ids)], clean_up_tokenization_spaces=False
+        )
+        return [text.removeprefix(texts[0]) for text in texts[1:]]
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the sequences: equal fingerprints, equal ids and scored parts.
@@ -221,6 +198,11 @@ class ConversationTokenizer:
         """
         settings = self.settings
         choices = [_FORMAT, settings.turns, settings.score_eos, settings.bos, self.max_length, self._adds_bos]
+        # What is as it always was leaves the fingerprint as it always was.
+        usual = TokenizationSettings()
+        later = ("template_options", "reasoning", "tools", "turn_masks")
+        named = [(name, getattr(settings, name)) for name in later if getattr(settings, name) != getattr(usual, name)]
+        choices += [[name, dict(value) if isinstance(value, Mapping) else value] for name, value in named]
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         digest = hashlib.sha256(json.dumps([choices, special, self.template.source]).encode())
         for part in self._tokenizer_content():
@@ -241,12 +223,26 @@ class ConversationTokenizer:
         yield repr(sorted(getattr(tokenizer, "bpe_ranks", {}).items())).encode()
 
     def _render(self, row: Response, frames: Frames) -> RenderedConversation:
+        messages, tools = self._conversation(row)
+        masked = set() if self.settings.turn_masks == "ignore" else {n for n, m in enumerate(messages) if is_masked(m)}
+        return self.template.scored_text(
+            messages,
+            tools=tools,
+            turns=self.settings.turns,
+            masked=masked,
+            score_eos=self.settings.score_eos,
+            frames=frames,
+        )
+
+    def _conversation(self, row: Response) -> tuple[tuple[Message, ...], str]:
+        """What the template gets of a row: its messages, and its tools. ConversationRefusedError where that is none."""
         if row.status is not Status.OK:
             raise ConversationRefusedError(row.status, row.detail)
-        check_messages(row.messages)
-        return self.template.scored_text(
-            row.messages, turns=self.settings.turns, score_eos=self.settings.score_eos, frames=frames
-        )
+        messages = row.messages
+        if self.settings.reasoning == "drop":
+            messages = tuple(map(without_reasoning, messages))
+        check_messages(messages)
+        return messages, row.tools if self.settings.tools == "keep" else ""
 
     def _is_overlong(self, text: str) -> bool:
         return self.max_length is not None and len(text) > _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN_TOKENS)
@@ -374,7 +370,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise ConversationRefusedError(
             Status.INVALID, f"the last message is of role {messages[-1].role!r}, not assistant"
         )
-    if not messages[-1].content:
+    if not messages[-1].content and not says_something(messages[-1]):
         raise ConversationRefusedError(Status.EMPTY, "the response has no characters")
 
 
@@ -382,19 +378,3 @@ def _nothing(status: Status, detail: str) -> TokenSequence:
     return TokenSequence(
         input_ids=np.zeros(0, dtype=np.int32), scored=np.zeros(0, dtype=np.bool_), status=status, detail=detail
     )
-
-
-def _cannot_load(model: str, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return f"The tokenizer of {model!r} wants to run code from its repository, which fastcompat never does."
-    if Path(model).is_dir():
-        if not any(
-            (Path(model) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        ):
-            return (
-                f"The directory {model!r} holds no tokenizer: no tokenizer.json, tokenizer.model or vocabulary in it."
-            )
-    elif Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:
-        return f"There is no directory {model!r}."
-    first_line = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"No tokenizer could be loaded from {model!r}: {first_line.rstrip('.')}."

@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from fastcompat.dataset_card import dataset_card
 from fastcompat.durable import replacing
 from fastcompat.errors import RunError, UsageError
-from fastcompat.response import MESSAGE_TYPE
+from fastcompat.message import Message
+from fastcompat.response import ROW_SCHEMA
 from fastcompat.selection import METADATA_KEY
 from fastcompat.store import Run
 
@@ -31,17 +33,24 @@ ROWS_AT_ONCE = 20_000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 IndexArray = NDArray[np.int64]
+Write = Callable[[pa.Table, pa.Table], None]  # conversations, and what is written beside them
+
+_CONVERSATION = ["messages", "tools"]
+_SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
 
 def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) -> Path:
     """Write the conversations of `chosen` in its order, with a card beside them; the card's path.
 
     chosen: what `select` returned for this run, or some of its rows. path: ends in .jsonl, .jsonl.gz or .parquet; what
-    is there is replaced. Every row has `messages` (a list of role and content), `prompt_id`, `generator`, `row_key`,
-    the values that it was chosen by, loss and reward where they are known, and its `rank` within the prompt. The card
+    is there is replaced. Every row has `messages` (a list of role, content and whatever else the corpus says of a
+    turn), `tools` where the corpus names some, `prompt_id`, `generator`, `row_key`, the values that it was chosen by,
+    loss and reward where they are known, and its `rank` within the prompt. In Parquet, whose columns have one type,
+    a turn's keys are columns of their own, null where it has not, and `tools` is JSON text, as TRL reads it. The card
     is `path` with ".md" after it. Both are written whole or not at all; few conversations are in memory at once.
 
-    Raises UsageError: another suffix, no rows, rows that are not the run's; RunError: a damaged shard, a full disk.
+    Raises UsageError: another suffix, no rows, rows that are not the run's, turns with objects (tool calls) for a
+    Parquet file; RunError: a damaged shard, a full disk.
     """
     path = Path(path)
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
@@ -56,16 +65,16 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
     places = _places(run, chosen)
     card_path = path.with_name(f"{path.name}.md")
     n_unusual = 0
+    form = _ParquetForm.of(run, places, path) if suffix == ".parquet" else _LinesForm()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{path.parent} cannot be made ({error.strerror}); choose another place") from error
     with replacing(path) as temporary, replacing(card_path) as temporary_card:
-        with _writer(temporary, suffix) as write:
-            for first, messages in _in_order(run, places, chosen.num_rows, path):
-                rows = values.slice(first, len(messages))
-                n_unusual += _count_unusual(messages)
-                write(pa.table({"messages": messages} | {name: rows[name] for name in rows.column_names}))
+        with form.writer(temporary, suffix) as write:
+            for first, conversations in _in_order(run, places, chosen.num_rows, path):
+                n_unusual += _count_unusual(conversations["messages"].combine_chunks())
+                write(conversations, values.slice(first, conversations.num_rows))
         card = dataset_card(run, chosen, record, path.name, n_unusual=n_unusual)
         temporary_card.write_text(card, encoding="utf-8")
     return card_path
@@ -92,13 +101,13 @@ def _places(run: Run, chosen: pa.Table) -> list[IndexArray]:
     return np.split(places, np.cumsum([len(key) for key in keys])[:-1])
 
 
-def _in_order(run: Run, places: list[IndexArray], n_rows: int, path: Path) -> Iterator[tuple[int, pa.Array]]:
-    """(first row, messages) of `ROWS_AT_ONCE` rows after the other, by their places.
+def _in_order(run: Run, places: list[IndexArray], n_rows: int, path: Path) -> Iterator[tuple[int, pa.Table]]:
+    """(first row, messages and tools) of `ROWS_AT_ONCE` rows after the other, by their places.
 
     Units hold the prompts of a hash bucket, so a unit's rows belong all over the file: they are dealt into one
     temporary file for each piece of the order, and sorted piece by piece.
     """
-    schema = pa.schema([("place", pa.int64()), ("messages", pa.list_(MESSAGE_TYPE))])
+    schema = pa.schema([("place", pa.int64()), *(ROW_SCHEMA.field(name) for name in _CONVERSATION)])
     n_pieces = -(-n_rows // ROWS_AT_ONCE)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
@@ -110,8 +119,8 @@ def _in_order(run: Run, places: list[IndexArray], n_rows: int, path: Path) -> It
                 if not len(here):
                     continue
                 here = here[np.argsort(place[here])]
-                messages = run.unit_rows(unit, ["messages"]).take(here)["messages"]
-                rows = pa.table({"place": place[here], "messages": messages}, schema=schema)
+                own = run.unit_rows(unit, _CONVERSATION).take(here)
+                rows = pa.table([pa.array(place[here]), *own.columns], schema=schema)
                 bounds = np.searchsorted(place[here] // ROWS_AT_ONCE, np.arange(n_pieces + 1))
                 for piece, begin, end in zip(pieces, bounds[:-1], bounds[1:], strict=True):
                     if end > begin:
@@ -119,31 +128,84 @@ def _in_order(run: Run, places: list[IndexArray], n_rows: int, path: Path) -> It
         for k, file in enumerate(files):
             with pa.ipc.open_stream(file) as reader:
                 rows = reader.read_all().sort_by("place")
-            yield k * ROWS_AT_ONCE, rows["messages"].combine_chunks()
+            yield k * ROWS_AT_ONCE, rows.select(_CONVERSATION)
             file.unlink()
 
 
-@contextmanager
-def _writer(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], None]]:
-    """A function that appends rows to the file; the file is whole when the context ends."""
-    if suffix == ".parquet":
+class _LinesForm:
+    """One JSON object a line, with what each turn has."""
+
+    @contextmanager
+    def writer(self, path: Path, suffix: str) -> Iterator[Write]:
+        """A function that appends rows to the file; the file is whole when the context ends."""
+        with pa.output_stream(path, compression="gzip" if suffix.endswith(".gz") else None) as stream:
+
+            def write(conversations: pa.Table, values: pa.Table) -> None:
+                lines = []
+                for own, beside in zip(conversations.to_pylist(), values.to_pylist(), strict=True):
+                    row = {"messages": [Message(**turn).fields for turn in own["messages"]]}
+                    if own["tools"]:
+                        row["tools"] = json.loads(own["tools"])
+                    lines.append(json.dumps(row | beside, ensure_ascii=False, allow_nan=False) + "\n")
+                stream.write("".join(lines).encode())
+
+            yield write
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ParquetForm:
+    """`turn`: role, content, and the other keys that turns have, each of one type."""
+
+    turn: pa.DataType
+    has_tools: bool
+
+    @classmethod
+    def of(cls, run: Run, places: list[IndexArray], path: Path) -> Self:
+        """The form that holds all chosen conversations. Raises UsageError where a key has no one type."""
+        types: dict[str, pa.DataType] = {}
+        has_tools = False
+        for unit, place in zip(run.units, places, strict=True):
+            here = np.flatnonzero(place >= 0)
+            if not len(here):
+                continue
+            own = run.unit_rows(unit, _CONVERSATION).take(here)
+            has_tools |= bool(pc.any(pc.not_equal(own["tools"], "")).as_py())
+            extras = pc.unique(pc.struct_field(own["messages"].combine_chunks().flatten(), "extra"))
+            for extra in extras.to_pylist():
+                for key, value in (json.loads(extra) if extra else {}).items():
+                    kind = _SCALARS.get(type(value)) if value is not None else types.get(key, pa.null())
+                    if kind is None or types.get(key, kind) not in (kind, pa.null()):
+                        what = "objects" if kind is None else "values of several types"
+                        raise UsageError(
+                            f"{path}: turns have {what} under {key!r}, and a Parquet column has one type; write a file "
+                            "whose name ends in .jsonl"
+                        )
+                    types[key] = kind
+        types.pop("content", None)  # null, where a turn has no text
+        known = [pa.field(key, pa.string() if kind == pa.null() else kind) for key, kind in types.items()]
+        return cls(turn=pa.struct([("role", pa.string()), ("content", pa.string()), *known]), has_tools=has_tools)
+
+    @contextmanager
+    def writer(self, path: Path, suffix: str) -> Iterator[Write]:
+        """A function that appends rows to the file; the file is whole when the context ends."""
         with ExitStack() as stack:
             writers: list[pq.ParquetWriter] = []
 
-            def write_rows(rows: pa.Table) -> None:
+            def write(conversations: pa.Table, values: pa.Table) -> None:
+                turns = [
+                    [Message(**turn).fields for turn in conversation]
+                    for conversation in conversations["messages"].to_pylist()
+                ]
+                columns = {"messages": pa.array(turns, pa.list_(self.turn))}
+                if self.has_tools:
+                    tools = conversations["tools"]
+                    columns["tools"] = pc.if_else(pc.equal(tools, ""), None, tools)
+                rows = pa.table(columns | {name: values[name] for name in values.column_names})
                 if not writers:
                     writers.append(stack.enter_context(pq.ParquetWriter(path, rows.schema, compression="zstd")))
                 writers[0].write_table(rows)
 
-            yield write_rows
-        return
-    with pa.output_stream(path, compression="gzip" if suffix.endswith(".gz") else None) as stream:
-
-        def write_lines(rows: pa.Table) -> None:
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows.to_pylist()]
-            stream.write("".join(lines).encode())
-
-        yield write_lines
+            yield write
 
 
 def _count_unusual(messages: pa.ListArray) -> int:

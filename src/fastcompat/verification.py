@@ -14,15 +14,21 @@ import pyarrow.compute as pc
 from fastcompat.errors import RunError
 from fastcompat.response import SCORED_STATUSES, Status
 from fastcompat.schemas import FIGURES
-from fastcompat.store import Run, ScorerStore, Unit
+from fastcompat.scorer_store import ScorerStore, Unit
+from fastcompat.store import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerProgress:
-    """How far one scorer is: rows committed, their statuses, and for each status but `ok` one row with its reason."""
+    """How far one scorer is: rows scored, their statuses, and for each status but `ok` one row with its reason.
+
+    n_begun_rows: those of them that belong to the n_begun_units units which are not finished.
+    """
 
     name: str
     n_rows: int
+    n_begun_rows: int
+    n_begun_units: int
     statuses: dict[str, int]
     examples: dict[str, str]
 
@@ -30,19 +36,57 @@ class ScorerProgress:
 def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
     """How far `scorer` is. Raises RunError where a part is damaged."""
     finished = scorer.finished()
-    units = [unit for unit in run.units if unit.name in finished]
     statuses: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for unit in units:
-        part = scorer.read(unit, ["row_key", "status", "detail"])
-        for count in pc.value_counts(part["status"]).to_pylist():
+    n_rows = n_begun_rows = n_begun_units = 0
+    for unit in scorer.with_rows(run.units):
+        rows = scorer.rows(unit, ["row_key", "status", "detail"])
+        n_rows += rows.num_rows
+        if unit.name not in finished:
+            n_begun_rows += rows.num_rows
+            n_begun_units += 1
+        for count in pc.value_counts(rows["status"]).to_pylist():
             status = count["values"]
             statuses[status] += count["counts"]
             if status != Status.OK and status not in examples:
-                row = part.slice(pc.index(part["status"], status).as_py(), 1).to_pylist()[0]
+                row = rows.slice(pc.index(rows["status"], status).as_py(), 1).to_pylist()[0]
                 examples[status] = f"{row['row_key']}: {row['detail']}"
-    n_rows = sum(unit.n_rows for unit in units)
-    return ScorerProgress(name=scorer.name, n_rows=n_rows, statuses=dict(statuses), examples=examples)
+    return ScorerProgress(
+        name=scorer.name,
+        n_rows=n_rows,
+        n_begun_rows=n_begun_rows,
+        n_begun_units=n_begun_units,
+        statuses=dict(statuses),
+        examples=examples,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """What one scorer has not scored yet: so many rows, and of so many prompts some responses but not all."""
+
+    n_rows: int
+    n_split_prompts: int
+
+
+def pending_rows(run: Run, scorer: ScorerStore) -> Pending:
+    """What is missing of `scorer`'s scores. Reads nothing of the units that are finished."""
+    begun, finished = scorer.begun(), scorer.finished()
+    n_rows = n_split_prompts = 0
+    for unit in run.units:
+        if unit.name in finished:
+            continue
+        n_rows += unit.n_rows
+        try:
+            beginning = scorer.read_beginning(unit, ["prompt_id"]) if unit.name in begun else None
+        except RunError:  # `Run.scores` has said so
+            beginning = None
+        if beginning is not None:
+            n_rows -= beginning.n_rows
+            missing = beginning.table.filter(pc.invert(beginning.done))["prompt_id"]
+            there = beginning.rows["prompt_id"].unique()
+            n_split_prompts += pc.sum(pc.is_in(there, value_set=missing.combine_chunks())).as_py() or 0
+    return Pending(n_rows=n_rows, n_split_prompts=n_split_prompts)
 
 
 def find_damage(run: Run) -> list[str]:
@@ -57,7 +101,7 @@ def find_damage(run: Run) -> list[str]:
     # A part is checked against its unit's rows, which a damaged shard cannot tell.
     checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
     for scorer in run.scorers():
-        damage.extend(_damaged_parts(run, scorer, checkable))
+        damage.extend(_damaged_units(run, scorer, checkable))
     for directory in sorted({path.parent for path in run.directory.glob("scores/*/part-*.parquet")}):
         if not (directory / "scorer.json").is_file():
             damage.append(f"{directory} has parts but no scorer.json, so nobody knows whose; move it away, score again")
@@ -73,28 +117,35 @@ def _shard_damage(path: Path, sha256: str) -> str:
     return "is not what was prepared (its SHA-256 differs); prepare the corpus in a new run"
 
 
-def _damaged_parts(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> Iterator[str]:
+def _damaged_units(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> Iterator[str]:
     finished = scorer.finished()
-    for name in sorted(finished - {unit.name for unit in run.units}):
-        yield f"{scorer.directory / f'part-{name}.parquet'} belongs to no unit of this run"
-    units = {unit.name: unit for unit in checkable}
-    for name in sorted(finished & set(units)):
+    begun = scorer.begun() - finished  # beside a part a beginning counts for nothing, and goes with the next session
+    known = {unit.name for unit in run.units}
+    for kind, names in (("part", finished), ("begun", begun)):
+        for name in sorted(names - known):
+            yield f"{scorer.directory / f'{kind}-{name}.parquet'} belongs to no unit of this run"
+    for unit in sorted(checkable):
         try:
-            yield from _damage(run, scorer, units[name])
+            if unit.name in finished:
+                part = scorer.read(unit)
+                yield from _damage(run, scorer, unit, scorer.part(unit), part["row_key"], part)
+            elif unit.name in begun and (beginning := scorer.read_beginning(unit)) is not None:
+                every_key = beginning.table["row_key"]
+                yield from _damage(run, scorer, unit, scorer.beginning(unit), every_key, beginning.rows)
         except RunError as error:
             yield str(error)
 
 
-def _damage(run: Run, scorer: ScorerStore, unit: Unit) -> Iterator[str]:
-    path = scorer.part(unit)
-    part = scorer.read(unit)
-    rows = run.unit_rows(unit)
-    if not part["row_key"].equals(rows["row_key"]):
+def _damage(
+    run: Run, scorer: ScorerStore, unit: Unit, path: Path, every_key: pa.ChunkedArray, rows: pa.Table
+) -> Iterator[str]:
+    """every_key: of all rows of the file at `path`; rows: those that are finished."""
+    if not every_key.equals(run.unit_rows(unit, ["row_key"])["row_key"]):
         yield f"{path} does not hold the rows of its unit; delete it and score again"
         return
-    scored = pc.is_in(part["status"], value_set=_SCORED)
+    scored = pc.is_in(rows["status"], value_set=_SCORED)
     figure = FIGURES[scorer.kind]
-    if not pc.all(pc.equal(scored, pc.is_valid(part[figure]))).as_py():
+    if not pc.all(pc.equal(scored, pc.is_valid(rows[figure])), min_count=0).as_py():
         yield f"{path} has a status without its {figure}, or a {figure} without its status; delete it and score again"
 
 

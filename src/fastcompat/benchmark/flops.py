@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcompat.budget import ACTIVE_EXPERTS
+from fastcompat.configuration import head_width, largest, layers, n_layers, windows
 from fastcompat.forest import PrefixForest
 from fastcompat.model import CausalLM
 
@@ -30,41 +32,37 @@ def useful_flops(model: CausalLM, forests: Sequence[PrefixForest]) -> float:
     2 x body parameters x T + 2 x head parameters x S + 4 x attended (query, key) pairs x query-head width x layers;
     a layer with a sliding window attends as many pairs as its window leaves.
     """
-    text = model.full.config.get_text_config()
-    n_heads = text.num_attention_heads
-    width = n_heads * (getattr(text, "head_dim", None) or text.hidden_size // n_heads)
     n_tokens = sum(forest.n_tokens for forest in forests)
     n_scored = sum(len(forest.scored) for forest in forests)
     depths = np.concatenate([forest.position_ids for forest in forests]) + 1  # keys that a query sees, itself included
-    window = getattr(text, "sliding_window", None) if model.n_windowed_layers else None
-    pairs = int(depths.sum()) * (model.n_attention_layers - model.n_windowed_layers)
-    if window:
-        pairs += int(np.minimum(depths, window).sum()) * model.n_windowed_layers
-    return float(2 * body_parameters(model.full) * n_tokens + 2 * model.weight.numel() * n_scored + 4 * pairs * width)
+    config = model.full.config
+    attention = 0
+    for layer, window in zip(layers(config), windows(config), strict=True):
+        pairs = int((depths if window is None else np.minimum(depths, window)).sum())
+        attention += pairs * (largest(layer, "num_attention_heads") or 0) * (head_width(layer) or 0)
+    return float(2 * body_parameters(model.full) * n_tokens + 2 * model.weight.numel() * n_scored + 4 * attention)
 
 
 def body_parameters(model: Any) -> float:
     """Parameters that every token is multiplied with: no embeddings, no head, of experts those that it uses."""
-    text = model.config.get_text_config()
     left_out = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     left_out |= {id(p) for p in model.get_output_embeddings().parameters()}
-    n_experts = next(
-        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, name, None))), 0
-    )
+    n_experts = largest(model.config, "num_local_experts", "num_experts", "n_routed_experts") or 0
+    n_active = largest(model.config, *ACTIVE_EXPERTS) or n_experts
     total = 0.0
     for parameter in model.parameters():
         if id(parameter) in left_out:
             continue
         of_experts = n_experts and parameter.ndim == 3 and len(parameter) == n_experts
-        total += parameter.numel() * (text.num_experts_per_tok / n_experts if of_experts else 1.0)
+        total += parameter.numel() * (n_active / n_experts if of_experts else 1.0)
     return total
 
 
 def up_projection(model: Any) -> Tensor:
     """The weight [outputs, inputs] of a decoder layer's largest matrix, its MLP's first; or of one expert's."""
-    n_layers = model.config.get_text_config().num_hidden_layers
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
-    matrices = [p.detach() if p.ndim == 2 else p.detach()[0] for p in layers[0].parameters() if p.ndim in (2, 3)]
+    depth = n_layers(model.config)
+    first = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)[0]
+    matrices = [p.detach() if p.ndim == 2 else p.detach()[0] for p in first.parameters() if p.ndim in (2, 3)]
     # Of two as large, the one with more outputs than inputs: up, not down.
     return max(matrices, key=lambda weight: (weight.numel(), len(weight)))
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcompat.budget import token_bytes
-from fastcompat.checkpoint import logit_scale
+from fastcompat.configuration import largest, logit_scale, softcap
 from fastcompat.model import CausalLM
 from fastcompat.response_scores import score_sequences
 from fastcompat.tokenization import TokenSequence
@@ -170,9 +170,8 @@ def _response_losses(model: Any, batch: Sequences) -> Tensor:
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
     """[S, V] logits of hidden states [S, D], with what the model does between its head and its loss."""
-    text = model.config.get_text_config()
     z: Tensor = model.get_output_embeddings()(hidden)
-    scale, cap = logit_scale(text), getattr(text, "final_logit_softcapping", None)
+    scale, cap = logit_scale(model.config), softcap(model.config)
     z = z if scale == 1 else z * scale
     return torch.tanh(z / cap) * cap if cap else z
 
@@ -222,11 +221,10 @@ def logits_bytes(model: Any, n_tokens: int) -> float:
 
 def body_bytes(model: Any, batch: Sequences) -> float:
     """What a decoder layer holds at a time, with the scores [B, H, L, L] of eager attention."""
-    text = model.config.get_text_config()
     length = longest(batch)
-    of_token = token_bytes(model.config, model.dtype)
+    of_token = token_bytes(model.config, model.dtype) or 0
     if model.config._attn_implementation == "eager":  # scores and probabilities, the softmax in float32
-        of_token += text.num_attention_heads * length * (2 * model.dtype.itemsize + 4)
+        of_token += (largest(model.config, "num_attention_heads") or 1) * length * (2 * model.dtype.itemsize + 4)
     return float(len(batch) * length * of_token)
 
 

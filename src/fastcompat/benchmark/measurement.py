@@ -25,7 +25,7 @@ from fastcompat.benchmark.rounds import LoopResult, run_in_turn
 from fastcompat.benchmark.subjects import Subject
 from fastcompat.benchmark.workloads import GPU_PROMPTS, WORKLOADS
 from fastcompat.budget import choose_token_budget, free_memory
-from fastcompat.checkpoint import model_lengths
+from fastcompat.configuration import largest, model_lengths
 from fastcompat.display import counted_noun
 from fastcompat.errors import FastcompatError
 from fastcompat.forest import PrefixForest
@@ -61,7 +61,8 @@ class Problem:
     ) -> Problem:
         """n_prompts None: the workload's own, more on a GPU. Ids are below `vocabulary`; None: the model's."""
         n_prompts = n_prompts or WORKLOADS[workload].n_prompts * (GPU_PROMPTS if subject.device.type == "cuda" else 1)
-        vocabulary = vocabulary or subject.config.get_text_config().vocab_size
+        vocabulary = vocabulary or largest(subject.config, "vocab_size")
+        assert vocabulary is not None, "a model whose configuration names no vocabulary"
         context_length, _ = model_lengths(subject.config)
         draw = WORKLOADS[workload].sequences
         sequences = draw(vocabulary, n_prompts=n_prompts, context_length=context_length)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastcompat.benchmark.loops import Loop, Sequences, body_bytes, in_order, right_padded
+from fastcompat.configuration import read, text_config
 from fastcompat.response import Status
 from fastcompat.reward_model import RewardModel
 from fastcompat.reward_scoring import score_conversations
@@ -104,7 +105,7 @@ def length_sorted_rewards(model: Any, sequences: Sequences, batch_size: int) -> 
     order = length_order(sequences)
     found = []
     for batch in in_order([sequences[n] for n in order], batch_size):
-        ids, mask, _ = right_padded(batch, model.device, model.config.get_text_config().pad_token_id)
+        ids, mask, _ = right_padded(batch, model.device, read(text_config(model.config), "pad_token_id"))
         same_length = len({len(sequence.input_ids) for sequence in batch}) == 1
         out = model(input_ids=ids, attention_mask=None if same_length else mask, use_cache=False)
         found.append(out.logits[:, 0])

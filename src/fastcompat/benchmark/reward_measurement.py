@@ -38,7 +38,8 @@ from fastcompat.benchmark.reward_loops import (
 from fastcompat.benchmark.rounds import LoopResult, run_in_turn
 from fastcompat.benchmark.subjects import SHAPES, Subject, draw_weights
 from fastcompat.budget import choose_token_budget, free_memory
-from fastcompat.checkpoint import ModelSettings, load_config, resolve_device, resolve_dtype
+from fastcompat.checkpoint import ModelSettings, resolve_device
+from fastcompat.configuration import load_config, read, resolve_dtype, text_config
 from fastcompat.reward_model import RewardModel, load_reward_model
 from fastcompat.reward_scoring import RewardScores
 from fastcompat.scoring import pack_sequences
@@ -52,7 +53,7 @@ def save_random_classifier(shape: str, directory: Path, *, seed: int = 0, device
     from transformers import AutoModelForSequenceClassification
 
     config = SHAPES[shape]()
-    config.pad_token_id = config.get_text_config().vocab_size - 1
+    config.pad_token_id = config.vocab_size - 1
     config.num_labels = 1
     torch.manual_seed(seed)
     # Drawn where that is fast: three billion normal numbers take a CPU minutes.
@@ -186,8 +187,9 @@ class RewardSettings:
 def measure_rewards(subject: Subject[RewardModel], settings: RewardSettings) -> Iterator[RewardMeasurement]:
     """Each workload in turn; rewards in float32 first, so that this copy of the model is gone before others come."""
     subject.refuse_too_large()
-    pad_id = subject.config.get_text_config().pad_token_id
-    assert pad_id == subject.config.get_text_config().vocab_size - 1, f"token {pad_id} pads, not the last one"
+    text = text_config(subject.config)
+    pad_id = read(text, "pad_token_id")
+    assert pad_id == read(text, "vocab_size") - 1, f"token {pad_id} pads, not the last one"
     problems = [
         Problem.create(subject, workload, settings.n_prompts, vocabulary=pad_id) for workload in settings.workloads
     ]

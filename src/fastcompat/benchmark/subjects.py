@@ -17,12 +17,10 @@ import torch
 from fastcompat.budget import free_memory
 from fastcompat.checkpoint import (
     ModelSettings,
-    load_config,
-    refuse_unsupported,
     resolve_device,
-    resolve_dtype,
     weight_files,
 )
+from fastcompat.configuration import load_config, refuse_unsupported, resolve_dtype
 from fastcompat.errors import UsageError
 from fastcompat.model import CausalLM, load_causal_lm, wrap
 from fastcompat.packed_model import PackedModel
@@ -158,7 +156,8 @@ def draw_weights(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    model.get_input_embeddings().weight.normal_(0.0, 3.0 * model.config.hidden_size**-0.5)
+    embedding = model.get_input_embeddings().weight
+    embedding.normal_(0.0, 3.0 * embedding.shape[1] ** -0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +232,9 @@ def model_subject(model: str, *, device: str = "auto", dtype: str = "auto") -> S
     def plain() -> Any:
         from transformers import AutoModelForCausalLM
 
-        full = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, use_safetensors=True, trust_remote_code=False)
+        full = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=chosen, use_safetensors=True, trust_remote_code=False
+        )
         return full.to(place).eval()
 
     return Subject(

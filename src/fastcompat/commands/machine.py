@@ -20,13 +20,23 @@ def doctor(
     base_model: Annotated[
         str | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Also what of this model runs fused.")
     ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option("--reward-model", metavar="ID_OR_DIR", help="Also its head, what it reads, what runs fused."),
+    ] = None,
+    reward_output: Annotated[
+        str | None, typer.Option(metavar="NAME|INDEX", help="Which output of a reward model with several.")
+    ] = None,
     format: Annotated[ReportFormat, typer.Option("--format", help="How it is written.")] = ReportFormat.table,
 ) -> None:
     """What computes what on this machine, and why nothing faster does."""
     from fastcompat.display import write_findings
     from fastcompat.doctor import examine
 
-    write_findings(examine(base_model), as_json=format is ReportFormat.json)
+    if reward_output is not None and reward_model is None:
+        raise UsageError("--reward-output is about a reward model: name one with --reward-model")
+    findings = examine(base_model, reward_model, reward_output=reward_output)
+    write_findings(findings, as_json=format is ReportFormat.json)
 
 
 def bench(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from fastcompat.errors import UsageError
 
 
 class Turns(StrEnum):
@@ -18,6 +21,21 @@ class Bos(StrEnum):
     auto = "auto"
     one = "one"
     none = "none"
+
+
+class Carried(StrEnum):
+    keep = "keep"
+    drop = "drop"
+
+
+class Masks(StrEnum):
+    honour = "honour"
+    ignore = "ignore"
+
+
+class TokenIds(StrEnum):
+    file = "file"
+    class_ = "class"
 
 
 class ReadOutRule(StrEnum):
@@ -63,6 +81,25 @@ Map = Annotated[
     typer.Option("--map", metavar="NAME=COLUMN", help="Where a field is, e.g. response=answer. Repeatable."),
 ]
 Template = Annotated[str, typer.Option(help="auto, chatml, alpaca, plain or a Jinja FILE.")]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-option",
+        metavar="NAME=VALUE",
+        help="A variable of the template, e.g. enable_thinking=false. Repeatable.",
+    ),
+]
+Reasoning = Annotated[Carried, typer.Option(help="What an assistant thought before it answered: scored, or left out.")]
+Tools = Annotated[Carried, typer.Option(help="The tools that rows name: given to the template, or left out.")]
+TurnMasks = Annotated[
+    Masks, typer.Option(help="Turns that the corpus leaves out of the loss (weight 0, train false ...).")
+]
+Tokenizer = Annotated[
+    TokenIds,
+    typer.Option(
+        "--tokenizer", help="Whose token ids: tokenizer.json's (file), or those of transformers' class for it."
+    ),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -71,3 +108,20 @@ TokenBudget = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens of a pack.", show_default="by free memory, at most 4096, on a GPU 65536"),
 ]
+
+
+def parse_template_options(items: list[str]) -> dict[str, Any]:
+    """["enable_thinking=false"] -> {"enable_thinking": False}: values as JSON, or else as text. Raises UsageError."""
+    options: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(f"--template-option {item}: write NAME=VALUE, for example enable_thinking=false")
+        if name in options:
+            raise UsageError(f"--template-option sets {name} twice; keep one of them")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            # Python's spelling is a slip, and a text that is true would never be what was meant.
+            options[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return options

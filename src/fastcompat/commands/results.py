@@ -249,7 +249,8 @@ def _opened(directory: Path) -> Run:
     from fastcompat.store import open_run
 
     run = open_run(directory)
-    if not run.reward_columns and not any(store.finished() for store in run.scorers()):
+    scored = (store.rows(unit, ["row_key"]).num_rows for store in run.scorers() for unit in store.with_rows(run.units))
+    if not run.reward_columns and not any(scored):
         raise UsageError(
             f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR "
             "--reward-model ID_OR_DIR"
@@ -258,10 +259,15 @@ def _opened(directory: Path) -> Run:
 
 
 def _note_pending(run: Run) -> None:
-    labels = run.labels()
-    for store in run.current_scorers():
-        finished = store.finished()
-        pending = sum(unit.n_rows for unit in run.units if unit.name not in finished)
-        if pending:
-            note = f"{pending:,} responses are not scored yet under {labels[store.name]}"
+    from fastcompat.display import counted_noun
+    from fastcompat.verification import pending_rows
+
+    stores = run.current_scorers()
+    labels = run.labels(stores)
+    for store in stores:
+        pending = pending_rows(run, store)
+        if pending.n_rows:
+            note = f"{counted_noun(pending.n_rows, 'response')} not scored yet under {labels[store.name]}"
+            if pending.n_split_prompts:
+                note += f"; {counted_noun(pending.n_split_prompts, 'prompt')} with only some responses scored"
             errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)

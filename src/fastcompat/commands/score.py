@@ -12,7 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fastcompat.commands.options import Bos, Device, Dtype, Map, MaxLength, ReadOutRule, Template, TokenBudget, Turns
+from fastcompat.commands.options import (
+    Bos,
+    Carried,
+    Device,
+    Dtype,
+    Map,
+    Masks,
+    MaxLength,
+    ReadOutRule,
+    Reasoning,
+    Template,
+    TemplateOption,
+    TokenBudget,
+    TokenIds,
+    Tokenizer,
+    Tools,
+    TurnMasks,
+    Turns,
+    parse_template_options,
+)
 from fastcompat.display import errors, say
 from fastcompat.errors import Interrupted, UsageError
 
@@ -43,6 +62,11 @@ def score(
     score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
     bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
     max_length: MaxLength = None,
+    template_option: TemplateOption = None,
+    reasoning: Reasoning = Carried.keep,
+    tools: Tools = Carried.keep,
+    turn_masks: TurnMasks = Masks.honour,
+    token_ids: Tokenizer = TokenIds.file,
     device: Device = "auto",
     dtype: Dtype = "auto",
     token_budget: TokenBudget = None,
@@ -83,6 +107,9 @@ def score(
         ),
     ] = ReadOutRule.auto,
     reward_bos: Annotated[Bos, typer.Option(rich_help_panel=REWARDS, help="As --bos, of reward models.")] = Bos.auto,
+    reward_reasoning: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --reasoning, of reward models.")
+    ] = Carried.keep,
     reward_max_length: Annotated[
         int | None,
         typer.Option(
@@ -139,7 +166,12 @@ def score(
             score_eos=score_eos,
             bos=bos.value,
             max_length=max_length,
+            template_options=parse_template_options(template_option or []),
+            reasoning=reasoning.value,
+            tools=tools.value,
+            turn_masks=turn_masks.value,
             revision=revision,
+            token_ids=token_ids.value,
             extras=extras.columns,
         )
         for model in base_model or []
@@ -153,8 +185,11 @@ def score(
         bos=reward_bos.value,
         max_length=reward_max_length,
         truncate=truncate,
+        reasoning=reward_reasoning.value,
+        tools=tools.value,
         read_out=reward_read_out.value,
         revision=revision,
+        token_ids=token_ids.value,
     )
     passes = passes_of(bases, rewards)
     with stopping() as stop:
@@ -201,6 +236,7 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     from fastcompat.display import LiveDisplay, duration, figures_of, saved_share, show_statuses
     from fastcompat.engine import Progress
     from fastcompat.session import score_corpus
+    from fastcompat.tokenizer_loading import THE_FILES
     from fastcompat.verification import scorer_progress
 
     say("")
@@ -209,6 +245,8 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
             f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
             f"template: {escape(scorer.tokenizer.description)}"
         )
+        if scorer.tokenizer.token_ids != THE_FILES:
+            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
     if len(served.scorers) > 1:
         say("one body with two heads: one pass serves both")
     display = LiveDisplay(served.name)
@@ -219,7 +257,8 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     except Interrupted:
         say(figures_of(progress))
         raise Interrupted(
-            f"interrupted; everything finished is in {run.directory}. Give the same command again to go on."
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            "Give the same command again to go on."
         ) from None
     if not progress.n_rows:
         say(

@@ -1,4 +1,4 @@
-"""A file's bytes, block by block: hashed as they pass, decompressed by content, with the place where they break.
+"""A file's bytes, block by block: hashed as they pass, unpacked by content, with the place where they break.
 
 A truncated or damaged file is not an exception here: iteration ends after the last good byte, and `broken` says why.
 """
@@ -6,31 +6,20 @@ A truncated or damaged file is not an exception here: iteration ends after the l
 from __future__ import annotations
 
 import hashlib
-import io
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
-import pyarrow as pa
-
+from fastcompat.corpus.decompression import DamagedError, Unpacker, compression_of
 from fastcompat.corpus.sources import Source
 
 BLOCK_BYTES = 1 << 20
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a frame that a decoder steps over
+# What is told from a file's beginning is told from this much.
+HEAD_BYTES = 1 << 16
+# How finely the bytes before a break are asked for: fewer than this are lost beside it.
+_CRUMB_BYTES = 64
 
 
-def compression_of(head: bytes) -> str:
-    """ "gz", "zst" or "" for plain, from a file's first bytes."""
-    if head.startswith(_GZIP_MAGIC):
-        return "gz"
-    if head.startswith(_ZSTD_MAGIC) or (head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5):
-        return "zst"
-    return ""
-
-
-class HashingFile(io.RawIOBase):
+class HashingFile:
     """A file read once from start to end: its bytes are counted and hashed as they pass."""
 
     def __init__(self, source: Source) -> None:
@@ -38,13 +27,9 @@ class HashingFile(io.RawIOBase):
         self._digest = hashlib.sha256()
         self.position = 0
 
-    def readable(self) -> bool:
-        """True: pyarrow asks."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         """At most `size` bytes."""
-        block = self._file.read(BLOCK_BYTES if size < 0 else size)
+        block = self._file.read(size)
         self._digest.update(block)
         self.position += len(block)
         return block
@@ -59,9 +44,8 @@ class HashingFile(io.RawIOBase):
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Close the file underneath too."""
+        """Close the file underneath."""
         self._file.close()
-        super().close()
 
 
 class ByteStream:
@@ -78,6 +62,9 @@ class ByteStream:
         self.compression = compression_of(magic)
         self._blocks = self._decompressed(magic)
         self.head = next(self._blocks, b"")
+        # The first of many frames may hold no more than a record.
+        while self.compression and len(self.head) < HEAD_BYTES and (block := next(self._blocks, b"")):
+            self.head += block
 
     @property
     def position(self) -> int:
@@ -105,100 +92,50 @@ class ByteStream:
             return b""
 
     def _decompressed(self, magic: bytes) -> Iterator[bytes]:
-        if self.compression == "gz":
-            return self._gunzip(magic)
-        if self.compression == "zst":
-            return self._unzstd(magic)
-        return self._plain(magic)
+        return self._unpacked(magic) if self.compression else self._plain(magic)
 
     def _plain(self, block: bytes) -> Iterator[bytes]:
         while block:
             yield block
             block = self._read_raw(BLOCK_BYTES)
 
-    def _gunzip(self, data: bytes) -> Iterator[bytes]:
-        member = zlib.decompressobj(wbits=31)
-        while True:
-            if not data and not (data := self._read_raw(BLOCK_BYTES)):
-                # The output limit below can leave a few bytes inside after the last input.
-                if rest := member.flush():
-                    yield rest
-                if not member.eof:
-                    self.broken = self.broken or "the gzip data ends early: the file is truncated"
-                return
-            before = member.copy()
-            try:
-                # max_length bounds what a block of zeros, compressed a thousandfold, unfolds to.
-                out = member.decompress(data, 4 * BLOCK_BYTES)
-            except zlib.error as error:
-                yield from _bytes_before_damage(before, data)
-                self.broken = f"the gzip data is damaged: {error}"
-                return
-            if out:
-                yield out
-            data = member.unconsumed_tail
-            if member.eof:
-                # Another member may follow (files joined with cat), or zeros that a tape or disk filled up.
-                data = member.unused_data.lstrip(b"\0")
-                while not data:
-                    raw = self._read_raw(BLOCK_BYTES)
-                    if not raw:
-                        return
-                    data = raw.lstrip(b"\0")
-                if len(data) < 2:
-                    data += self._read_raw(BLOCK_BYTES)
-                if not data.startswith(_GZIP_MAGIC):
-                    self.broken = "something that is not gzip follows the end of the gzip data"
-                    return
-                member = zlib.decompressobj(wbits=31)
-
-    def _unzstd(self, magic: bytes) -> Iterator[bytes]:
+    def _unpacked(self, magic: bytes) -> Iterator[bytes]:
+        unpacker = Unpacker(self.compression, _joined(magic, self._read_raw))
         delivered = 0
         try:
-            with pa.CompressedInputStream(pa.PythonFile(_Joined(magic, self._file), mode="r"), "zstd") as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    yield block
-                    delivered += len(block)
-            return
-        except OSError as error:
-            self.broken = f"the zstd data is truncated or damaged: {error}"
-        # The failing read lost what it had decompressed. Read the file again and take the rest byte by byte.
-        with self._source.open() as file, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd") as stream:
-            while delivered:
-                delivered -= len(stream.read(min(delivered, BLOCK_BYTES)))
-            rest = bytearray()
-            try:
-                while byte := stream.read(1):
-                    rest += byte
-            except OSError:
-                pass
-            if rest:
-                yield bytes(rest)
+            while block := unpacker.read(BLOCK_BYTES):
+                yield block
+                delivered += len(block)
+        except DamagedError as error:
+            # Where reading failed, the file is not truncated.
+            self.broken = self.broken or str(error)
+            if error.lost:
+                yield from self._before_the_break(delivered)
 
-
-def _bytes_before_damage(member: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    # A failing call returns nothing, so feed the same bytes again in crumbs until it fails again.
-    for start in range(0, len(data), 64):
+    def _before_the_break(self, delivered: int) -> Iterator[bytes]:
+        # Read the file again, and ask for what the failing call had unfolded in crumbs.
+        rest = bytearray()
         try:
-            if out := member.decompress(data[start : start + 64]):
-                yield out
-        except zlib.error:
-            return
+            with self._source.open() as file:
+                unpacker = Unpacker(self.compression, file.read)
+                while delivered:
+                    delivered -= len(unpacker.read(min(delivered, BLOCK_BYTES)))
+                while crumb := unpacker.read(_CRUMB_BYTES):
+                    rest += crumb
+        except (DamagedError, OSError):
+            pass
+        if rest:
+            yield bytes(rest)
 
 
-class _Joined(io.RawIOBase):
-    """The block that was read for its magic, then the file that it came from."""
+def _joined(first: bytes, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """Reads the bytes that were taken for the magic, then goes on where they came from."""
 
-    def __init__(self, first: bytes, file: HashingFile) -> None:
-        self._first = first
-        self._file = file
+    def read_both(size: int) -> bytes:
+        nonlocal first
+        if not first:
+            return read(size)
+        block, first = first[:size], first[size:]
+        return block
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if self._first:
-            size = len(self._first) if size < 0 else size
-            block, self._first = self._first[:size], self._first[size:]
-            return block
-        return self._file.read(size)
+    return read_both

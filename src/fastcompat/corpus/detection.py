@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from fastcompat.corpus.beside import history_of, tools_of
 from fastcompat.corpus.mapping import COMMON, OPTIONAL, Given, Mapping, Overrides, parts_of
 from fastcompat.corpus.records import Record
 from fastcompat.corpus.rewards import NO_REWARDS, asked_reward, field_names, find_rewards
@@ -20,17 +21,21 @@ from fastcompat.corpus.sample import (
     GENERATIONS,
     GENERATOR_LISTS,
     GENERATORS,
+    HISTORIES,
     INPUTS,
     PREFERENCES,
     PROMPTS,
+    REASONINGS,
     RESPONSES,
     SYSTEMS,
     TASKS,
+    TOOLS,
     Columns,
     Sample,
 )
 from fastcompat.corpus.shapes import named
-from fastcompat.corpus.turns import storable
+from fastcompat.corpus.turns import Tally, turns_of
+from fastcompat.corpus.values import storable
 from fastcompat.errors import SchemaError
 
 # Shapes whose generator column may be a list, with one for each of a record's responses.
@@ -116,7 +121,9 @@ def _finished(mapping: Mapping, sample: Sample) -> Mapping:
     }
     used = [path for part, paths in columns.items() for path in (told[part] or (paths if part not in OPTIONAL else ()))]
     unused = sample.unused([*used, *mapping.structs])
-    return replace(mapping, columns=columns, told=told, unused=unused)
+    turns = columns.get("messages") or columns.get("conversations") or ()
+    masks = sample.masks(turns[0]) if turns else ()
+    return replace(mapping, columns=columns, told=told, masks=masks, unused=unused)
 
 
 def _rewarded(mapping: Mapping, sample: Sample, asked: str | None, label: str, more_columns: bool) -> Mapping:
@@ -160,7 +167,21 @@ def _common(sample: Sample, given: Given, generators: Sequence[str] = GENERATORS
     return {
         **_candidates(sample, given, "generator", generators, {"text", "texts", "other"}),
         **_candidates(sample, given, "system", SYSTEMS, {"text"}),
+        **_readable(sample, given, "tools", TOOLS, lambda value: tools_of(value, "")),
     }
+
+
+def _readable(sample: Sample, given: Given, part: str, names: Sequence[str], reads: Callable[[Any], object]) -> Columns:
+    """The part with its column: the one that the user gave, else the first whose values are of that kind."""
+    if part in given:
+        return {part: (given[part],)}
+    fitting = [name for name in names if sample.can_be(name, reads)]
+    column = next((name for name in fitting if sample.forms(name) - {"null"}), next(iter(fitting), None))
+    return {part: (column,)} if column else {}
+
+
+def _read_earlier(value: Any) -> object:
+    return history_of(value, "", lambda turns: turns_of(turns, "", Tally()))
 
 
 def _prompt(sample: Sample, given: Given) -> Columns | Lack:
@@ -172,7 +193,11 @@ def _prompt(sample: Sample, given: Given) -> Columns | Lack:
     if prompt is None:
         return Lack(sample.lacking(PROMPTS, "no prompt column"))
     inputs = INPUTS if prompt in TASKS else ()
-    return {"prompt": (prompt,), **_candidates(sample, given, "input", inputs, {"text"})}
+    return {
+        "prompt": (prompt,),
+        **_candidates(sample, given, "input", inputs, {"text"}),
+        **_readable(sample, given, "history", HISTORIES, _read_earlier),
+    }
 
 
 def _fit_turns(part: str) -> Fit:
@@ -212,7 +237,11 @@ def _fit_pair(sample: Sample, given: Given) -> Mapping | Lack:
         prompt = {}
     # One column only: what stands beside a null response may be a reference solution, and a generator that failed must
     # not be credited with it.
-    return Mapping(shape="prompt + response", columns={**prompt, "response": (response,), **_common(sample, given)})
+    columns = {**prompt, "response": (response,), **_common(sample, given)}
+    return Mapping(
+        shape="prompt + response",
+        columns=columns | _candidates(sample, given, "reasoning", REASONINGS, {"text"}),
+    )
 
 
 def _fit_several(part: str, names: Sequence[str], form: str) -> Fit:
@@ -283,7 +312,7 @@ def _fit_structs(sample: Sample, given: Given) -> Mapping | Lack:
 
 
 def _with_prompt(*names: str) -> frozenset[str]:
-    return frozenset((*names, "prompt", "input"))
+    return frozenset((*names, "prompt", "input", "history"))
 
 
 # In the order tried: what holds several responses comes before the one that also stands alone beside them.
@@ -293,7 +322,7 @@ _SHAPES: tuple[tuple[str, frozenset[str], Fit], ...] = (
     ("chosen/rejected", _with_prompt("chosen", "rejected"), _fit_preference),
     ("messages", frozenset(("messages",)), _fit_turns("messages")),
     ("conversations", frozenset(("conversations",)), _fit_turns("conversations")),
-    ("prompt + response", _with_prompt("response"), _fit_pair),
+    ("prompt + response", _with_prompt("response", "reasoning"), _fit_pair),
     ("completions", _with_prompt("completions"), _fit_several("completions", FALLBACKS, "objects")),
     ("generations", _with_prompt("generations"), _fit_several("generations", FALLBACKS, "texts")),
     ("struct per generator", _with_prompt(), _fit_structs),

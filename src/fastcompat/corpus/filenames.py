@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import PurePath, PurePosixPath
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 COLUMNAR_SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 KNOWN_SUFFIXES = (*JSON_SUFFIXES, *COLUMNAR_SUFFIXES)
 

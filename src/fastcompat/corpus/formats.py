@@ -15,7 +15,8 @@ from fastcompat.corpus.mapping import Mapping, Overrides, parse_overrides
 from fastcompat.corpus.records import Broken, Record, Unreadable
 from fastcompat.corpus.sample import form_of
 from fastcompat.corpus.shapes import MissingColumnError, Read
-from fastcompat.corpus.turns import Reading, Tally, invalid, kind_of, storable
+from fastcompat.corpus.turns import Reading, Tally, invalid
+from fastcompat.corpus.values import kind_of, storable
 from fastcompat.errors import SchemaError
 from fastcompat.response import Response, Status
 
@@ -50,7 +51,7 @@ class RecordReader:
         label: str = "the records",
         more_columns: bool = True,
     ) -> None:
-        self.tally = Tally()
+        self.tally = Tally(null_is_absent=not more_columns)
         self.mapping: Mapping | None = None
         self.error: SchemaError | None = None
         self.problem = ""
@@ -139,24 +140,17 @@ def rows_from_records(
     overrides: Overrides | None = None,
     source: str = "rows",
     generator: str = "unknown",
+    columnar: bool = False,
 ) -> list[Response]:
     """The responses of in-memory records, in input order; a record with several responses gives several rows.
 
-    `generator` names those that name none themselves. Raises SchemaError where not one record has a known shape.
+    `generator` names those that name none themselves. columnar: they are a table's rows, and have all its columns.
+    Raises SchemaError where not one record has a known shape.
     """
     sample, every = take_sample(records)
-    reader = RecordReader(sample, overrides=overrides, label=source)
+    reader = RecordReader(sample, overrides=overrides, label=source, more_columns=not columnar)
     rows = [
-        Response(
-            messages=reading.messages,
-            generator=reading.generator or generator,
-            source=source,
-            row_index=row_index,
-            response_index=response_index,
-            status=reading.status,
-            detail=reading.detail,
-            rewards=reading.rewards,
-        )
+        reading.response(generator=generator, source=source, row_index=row_index, response_index=response_index)
         for row_index, record in enumerate(every)
         for response_index, reading in enumerate(reader.read(record))
     ]

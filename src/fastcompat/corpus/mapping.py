@@ -17,11 +17,16 @@ from fastcompat.corpus.shapes import (
     read_preference,
     read_structs,
     read_turns,
+    with_tools,
 )
-from fastcompat.corpus.turns import storable
+from fastcompat.corpus.values import storable
 from fastcompat.errors import UsageError
 
 Overrides: TypeAlias = AbstractMapping[str, str]
+# What may stand beside a conversation, in the order in which it is said.
+_BESIDE = ("system", "history", "reasoning", "tools")
+# Columns that are not used, and are named.
+_SHOWN = 16
 # Overrides by the part that each fills.
 Given: TypeAlias = dict[str, str]
 
@@ -50,11 +55,16 @@ CANONICAL = {
     "system": "system",
     "system_prompt": "system",
     "reward": "reward",
+    "tools": "tools",
+    "functions": "tools",
+    "history": "history",
+    "reasoning": "reasoning",
+    "reasoning_content": "reasoning",
 }
 # Parts that any shape may have, so an override of them does not choose the shape.
-COMMON = frozenset(("generator", "system", "chosen_generator", "rejected_generator", "reward"))
+COMMON = frozenset(("generator", "system", "chosen_generator", "rejected_generator", "reward", "tools"))
 # Parts that a record may do without, so that columns which the first records lack may still come.
-OPTIONAL = COMMON | {"input"}
+OPTIONAL = COMMON | {"input", "history", "reasoning"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +72,7 @@ class Mapping:
     """How a file's records become responses: the shape's name and the columns (or paths) of each of its parts.
 
     `told` are those of `columns` that have a value in the first records, `rewards` what rewards are read from,
-    `unused` the columns that play no part.
+    `masks` the keys that leave turns out of the loss, `unused` the columns that play no part.
     """
 
     shape: str
@@ -71,16 +81,18 @@ class Mapping:
     turn_keys: str = ""
     told: Columns = field(default_factory=dict)
     rewards: tuple[RewardColumn, ...] = ()
+    masks: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     inside: str = ""
 
     def describe(self) -> str:
         """One line for the user: `messages (role/content); generator from column `model`; not used: category`."""
-        system = f"; system from {_alternatives(told)}" if (told := self.told.get("system")) else ""
-        more = f" and {len(self.unused) - 6} more" if len(self.unused) > 6 else ""
-        unused = f"; not used: {', '.join(self.unused[:6])}{more}" if self.unused else ""
+        beside = "".join(f"; {part} from {_alternatives(told)}" for part in _BESIDE if (told := self.told.get(part)))
+        masks = f"; turns left out of the loss by {', '.join(f'`{key}`' for key in self.masks)}" if self.masks else ""
+        more = f" and {len(self.unused) - _SHOWN} more" if len(self.unused) > _SHOWN else ""
+        unused = f"; not used: {', '.join(self.unused[:_SHOWN])}{more}" if self.unused else ""
         inside = f"{self.inside}: " if self.inside else ""
-        return f"{inside}{self._parts()}{system}; generator from {self._generator()}{self._rewards()}{unused}"
+        return f"{inside}{self._parts()}{beside}{masks}; generator from {self._generator()}{self._rewards()}{unused}"
 
     def _rewards(self) -> str:
         told = list(dict.fromkeys(column.path for column in self.rewards if column.told))
@@ -124,8 +136,10 @@ class Mapping:
     def reader(self) -> Read:
         """The function that turns a record into one `Reading` per response."""
         if self.shape == "struct per generator":
-            return read_structs(self.columns, self.structs, self.rewards)
-        return _READERS[self.shape](self.columns, self.rewards)
+            read = read_structs(self.columns, self.structs, self.rewards)
+        else:
+            read = _READERS[self.shape](self.columns, self.rewards)
+        return with_tools(read, self.columns)
 
 
 _READERS = {

@@ -17,8 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastcompat.corpus.units import Indices, UnitSize, unit_bounds
 from fastcompat.errors import RunError
-from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA, Message
+from fastcompat.message import Message
+from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA
 
 # A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
 _STAGED_SCHEMA = pa.schema(
@@ -32,14 +34,13 @@ _STAGED_SCHEMA = pa.schema(
         ("status", pa.string()),
         ("detail", pa.string()),
         ("rewards", REWARDS_TYPE),
+        ("tools", pa.string()),
         ("chars", pa.int64()),
     ]
 )
 # Python objects become Arrow batches this often: they take several times the memory of the text itself.
 _BATCH_ROWS = 8192
 _BATCH_CHARS = 4 << 20
-
-Indices = npt.NDArray[np.int64]
 
 
 @contextmanager
@@ -61,6 +62,7 @@ class Partition:
     def __init__(self, directory: Path, *, n_buckets: int, stage_bytes: int) -> None:
         self.n_buckets = n_buckets
         self.n_rows = 0
+        self.n_chars = 0
         self.directory = directory
         self._stage_bytes = stage_bytes
         self._staged: list[pa.RecordBatch] = []
@@ -80,6 +82,8 @@ class Partition:
         self._ends = [0]
         self._roles: list[str] = []
         self._contents: list[str] = []
+        self._turn_extras: list[str] = []
+        self._tools: list[str] = []
         self._reward_ends = [0]
         self._reward_names: list[str] = []
         self._reward_values: list[float] = []
@@ -96,13 +100,15 @@ class Partition:
         status: str,
         detail: str,
         rewards: Sequence[tuple[str, float]] = (),
+        tools: str = "",
     ) -> None:
         """Stage one row. Rows of one source must come in order: equal prompts keep the order of arrival."""
-        chars = 0
-        for role, content in messages:
+        chars = len(tools)
+        for role, content, extra in messages:
             self._roles.append(role)
             self._contents.append(content)
-            chars += len(content)
+            self._turn_extras.append(extra)
+            chars += len(content) + len(extra)
         for name, value in rewards:
             self._reward_names.append(name)
             self._reward_values.append(value)
@@ -114,10 +120,12 @@ class Partition:
         self._statuses.append(status)
         self._details.append(detail)
         self._chars.append(chars)
+        self._tools.append(tools)
         self.n_rows += 1
         self._ends.append(len(self._roles))
         self._reward_ends.append(len(self._reward_values))
         self._pending_chars += chars
+        self.n_chars += chars
         if len(self._chars) >= _BATCH_ROWS or self._pending_chars >= _BATCH_CHARS:
             self._to_batch()
 
@@ -130,7 +138,8 @@ class Partition:
         if not self._chars:
             return
         turns = pa.StructArray.from_arrays(
-            [pa.array(self._roles, pa.string()), pa.array(self._contents, pa.string())], fields=list(MESSAGE_TYPE)
+            [pa.array(texts, pa.string()) for texts in (self._roles, self._contents, self._turn_extras)],
+            fields=list(MESSAGE_TYPE),
         )
         rewards = pa.MapArray.from_arrays(
             pa.array(self._reward_ends, pa.int32()),
@@ -148,6 +157,7 @@ class Partition:
                 pa.array(self._statuses, pa.string()),
                 pa.array(self._details, pa.string()),
                 rewards,
+                pa.array(self._tools, pa.string()),
                 pa.array(self._chars, pa.int64()),
             ],
             schema=_STAGED_SCHEMA,
@@ -195,10 +205,15 @@ class Bucket:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.n_rows = int(self._starts[-1])
 
-    def units(self, *, target_chars: int, max_rows: int) -> Iterator[Indices]:
-        """The bucket's rows by prompt, then as they arrived, cut into units of about `target_chars` characters.
+    @property
+    def n_chars(self) -> int:
+        """Characters of all rows."""
+        return sum(int(batch["chars"].to_numpy().sum()) for batch in self._batches)
 
-        A prompt's rows are cut only where they alone exceed a unit; they then share their units with no other prompt.
+    def units(self, largest: UnitSize, *, n_chars_before: int = 0, n_rows_before: int = 0) -> Iterator[Indices]:
+        """The bucket's rows by prompt, then as they arrived, cut into units as `unit_bounds` says.
+
+        n_chars_before, n_rows_before: of the corpus's earlier buckets.
         """
         if self.n_rows == 0:
             return
@@ -210,8 +225,8 @@ class Bucket:
         new_prompt = np.ones(self.n_rows, dtype=bool)
         new_prompt[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
         bounds = np.append(np.flatnonzero(new_prompt), self.n_rows)
-        running = np.concatenate([[0], np.cumsum(chars[order])])
-        for start, stop in _unit_bounds(bounds, running, target_chars, max_rows):
+        running = n_chars_before + np.concatenate([[0], np.cumsum(chars[order])])
+        for start, stop in unit_bounds(bounds, running, largest, n_rows_before=n_rows_before):
             yield order[start:stop]
 
     def gather(self, rows: Indices, labels: Sequence[str]) -> pa.Table:
@@ -236,32 +251,13 @@ def bucket_of(prompt_ids: pa.ChunkedArray, n_buckets: int) -> npt.NDArray[np.int
     return number % n_buckets
 
 
-def _unit_bounds(bounds: Indices, running: Indices, target_chars: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut points, from where prompts begin (`bounds`, with the end) and the characters before each row (`running`)."""
-    begin = 0
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        too_long = running[stop] - running[begin] > target_chars or stop - begin > max_rows
-        if too_long and begin < start:
-            yield begin, start
-            begin = start
-        if running[stop] - running[begin] > target_chars or stop - begin > max_rows:
-            # This prompt alone exceeds a unit: cut it wherever one is full, at least one row each.
-            while begin < stop:
-                full = int(np.searchsorted(running, running[begin] + target_chars, side="right")) - 1
-                end = min(max(full, begin + 1), begin + max_rows, stop)
-                yield begin, end
-                begin = end
-    if begin < bounds[-1]:
-        yield begin, int(bounds[-1])
-
-
 def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:
     source = pa.array(labels, pa.string()).take(table["source"].combine_chunks())
     row_key = pc.binary_join_element_wise(source, pc.cast(table["row_index"].combine_chunks(), pa.string()), "#")
     response = table["response_index"].combine_chunks()
     suffixed = pc.binary_join_element_wise(row_key, pc.cast(response, pa.string()), "/")
     columns = {name: table[name] for name in ("row_index", "response_index", "prompt_id", "generator", "messages")}
-    columns |= {name: table[name] for name in ("status", "detail", "rewards")}
+    columns |= {name: table[name] for name in ("status", "detail", "rewards", "tools")}
     columns["row_key"] = pc.if_else(pc.equal(response, 0), row_key, suffixed)
     columns["source"] = source
     return pa.table({name: columns[name] for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA).combine_chunks()

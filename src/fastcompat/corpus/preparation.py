@@ -25,8 +25,10 @@ from fastcompat.corpus.reading import SourceRows
 from fastcompat.corpus.rewards import NO_REWARDS
 from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
+from fastcompat.corpus.units import UnitSize
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.response import ROW_SCHEMA, Message, Response, Status, prompt_id
+from fastcompat.message import Message, prompt_id
+from fastcompat.response import ROW_SCHEMA, Response, Status
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -70,8 +72,9 @@ def prepare(
 ) -> CorpusSummary:
     """Write `directory/shard-00000.parquet` ... (numbered from `first_shard`, `ROW_SCHEMA`) and say what they hold.
 
-    A row group is a unit of work: about `target_unit_chars` characters of text and at most `max_unit_rows` rows; a
-    prompt's rows are split only where they alone are more. `target_shard_bytes` is the text of a shard, roughly.
+    A row group is a unit of work: at most about `target_unit_chars` characters of text and `max_unit_rows` rows, the
+    first ones much smaller (`units.py`); a prompt's rows are split only where they alone are more.
+    `target_shard_bytes` is the text of a shard, roughly.
     Shards appear by rename once all are written; those of this number or higher that a killed preparation left are
     replaced. `filesystem` is an fsspec filesystem for hf:// inputs.
 
@@ -94,7 +97,7 @@ def prepare(
         _check_rewards(overrides, rewards)
         labels = [source.label for source in sources]
         partition.finish()
-        shards = _write_shards(partition, labels, first_shard, target_unit_chars, max_unit_rows, report)
+        shards = _write_shards(partition, labels, first_shard, UnitSize(target_unit_chars, max_unit_rows), report)
         with writing(directory):
             _move_in(shards, temporary, directory, first_shard)
     finally:
@@ -118,16 +121,12 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
         for row_index, readings, _ in rows:
             if not known:
                 known = _check_schema(rows, sources[number + 1 :], overrides)
-            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
-                yield Response(
-                    messages=messages,
-                    generator=generator or source.generator,
+            for response_index, reading in enumerate(readings):
+                yield reading.response(
+                    generator=source.generator,
                     source=source.label,
                     row_index=row_index,
                     response_index=response_index,
-                    status=status,
-                    detail=detail,
-                    rewards=rewards,
                 )
 
 
@@ -146,7 +145,7 @@ def _read(
     for number, source in enumerate(sources):
         rows = SourceRows(source, overrides)
         reported = -1
-        last_prompt: tuple[Message, ...] | None = None
+        last_prompt: tuple[tuple[Message, ...], str] | None = None
         last_id = ""
         for row_index, readings, position in rows:
             if not known:
@@ -155,15 +154,17 @@ def _read(
                 reported = position
                 mapping = rows.reader.mapping.describe() if rows.reader and rows.reader.mapping else ""
                 report(PreparationProgress("reading", done + position, total, partition.n_rows, source.label, mapping))
-            for response_index, (messages, generator, status, detail, rewards) in enumerate(readings):
+            for response_index, (messages, generator, status, detail, rewards, tools) in enumerate(readings):
                 if strict and status in (Status.INVALID, Status.UNREADABLE):
                     _stop(source, row_index, detail)
-                prompt = messages[:-1]
+                prompt = (messages[:-1], tools)
                 # Responses to one prompt often follow one another: hash it once.
                 if prompt != last_prompt:
-                    last_prompt, last_id = prompt, prompt_id(prompt)
+                    last_prompt, last_id = prompt, prompt_id(*prompt)
                 generator = generator or source.generator
-                partition.add(last_id, number, row_index, response_index, generator, messages, status, detail, rewards)
+                partition.add(
+                    last_id, number, row_index, response_index, generator, messages, status, detail, rewards, tools
+                )
                 generators[generator] += 1
                 for name, _ in rewards:
                     reward_names[name] += 1
@@ -237,12 +238,12 @@ def _write_shards(
     partition: Partition,
     labels: list[str],
     first_shard: int,
-    target_unit_chars: int,
-    max_unit_rows: int,
+    unit_size: UnitSize,
     report: OnProgress,
 ) -> list[ShardSummary]:
     shards: list[ShardSummary] = []
-    done = 0
+    largest = unit_size.for_corpus(partition.n_chars, partition.n_rows)
+    done = n_chars = 0
     report(PreparationProgress("writing", 0, partition.n_rows, partition.n_rows))
     for number in range(partition.n_buckets):
         bucket = partition.bucket(number)
@@ -255,12 +256,13 @@ def _write_shards(
             writing(partition.directory.parent),
             pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
         ):
-            for rows in bucket.units(target_chars=target_unit_chars, max_rows=max_unit_rows):
+            for rows in bucket.units(largest, n_chars_before=n_chars, n_rows_before=done):
                 writer.write_table(bucket.gather(rows, labels), row_group_size=len(rows))
                 units.append(len(rows))
         with writing(partition.directory.parent):
             sha256 = _sync_and_hash(path)
         done += bucket.n_rows
+        n_chars += bucket.n_chars
         report(PreparationProgress("writing", done, partition.n_rows, partition.n_rows))
         shards.append(ShardSummary(name=name, sha256=sha256, n_rows=bucket.n_rows, units=tuple(units)))
     return shards

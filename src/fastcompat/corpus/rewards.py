@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fastcompat.corpus.records import NumberList, Record
 from fastcompat.corpus.sample import Columns, Sample, getter, rows_of_lists
-from fastcompat.corpus.turns import storable
+from fastcompat.corpus.values import storable
 
 Rewards: TypeAlias = tuple[tuple[str, float], ...]
 RewardsOf: TypeAlias = Callable[[Record], Rewards]

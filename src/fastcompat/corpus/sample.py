@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from fastcompat.corpus.records import NumberList, Record
 from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, filled_key, looks_like_turns, unrolled
+from fastcompat.corpus.values import UnfitError
+from fastcompat.message import masking_key
 
 # A part's columns, the likeliest first: the first that has a value in a record is read. A file's first records need
 # not have them all, since later ones may.
@@ -33,6 +35,11 @@ RESPONSES = (
 INPUTS = ("input", "context")
 TASKS = ("instruction", "question", "prompt")
 SYSTEMS = ("system", "system_prompt", "system_message")
+# The turns before an instruction (Alpaca's layout of a longer conversation), and the tools that it could call.
+HISTORIES = ("history",)
+TOOLS = ("tools", "functions")
+# Reasoning beside a response. Columns called `reasoning` or `thinking` may be a judge's: those the user has to name.
+REASONINGS = ("reasoning_content",)
 GENERATORS = (
     *("generator", "model", "model_name", "generation_model", "source_model", "generator_model", "response_model"),
     *("generator_name", "model_id"),
@@ -51,7 +58,7 @@ PREFERENCES = (
 )
 # Keys of one completion, besides those of RESPONSES.
 COMPLETION_TEXTS = ("response", "content", "text", *RESPONSES[1:])
-NOT_GENERATORS = frozenset((*PROMPTS, *RESPONSES, *SYSTEMS, *GENERATORS, "metadata", "meta", "message"))
+NOT_GENERATORS = frozenset((*PROMPTS, *RESPONSES, *SYSTEMS, *GENERATORS, *TOOLS, "metadata", "meta", "message"))
 
 
 # Names of columns that are no text for a response, whatever type they have.
@@ -127,14 +134,35 @@ class Sample:
         return tuple(path for path in paths if path in found)
 
     def unused(self, used: Sequence[str]) -> tuple[str, ...]:
-        """Columns of text, objects or lists of them that are none of `used`; not those that are plain bookkeeping."""
+        """Columns with a value that are none of `used`: what may have been meant first, plain bookkeeping last."""
         roots = {path if path in self.names else path.partition(".")[0].partition("[")[0] for path in used}
-        forms = {"text", "turns", "texts", "parts", "objects", "object"}
-        return tuple(
-            str(name)
-            for name in self.names
-            if name not in roots and not _BOOKKEEPING.fullmatch(str(name)) and self.forms(str(name)) & forms
-        )
+        left = [str(name) for name in self.names if name not in roots and self.forms(str(name)) - {"null"}]
+        texts = {"text", "turns", "texts", "parts", "objects", "object", "list"}
+
+        def order(name: str) -> int:
+            return 2 if _BOOKKEEPING.fullmatch(name) else 0 if self.forms(name) & texts else 1
+
+        return tuple(sorted(left, key=order))
+
+    def can_be(self, path: str, reads: Callable[[Any], object]) -> bool:
+        """Whether `reads` takes a value of the column, and raises no UnfitError, or there is none so far."""
+        values = [value for value in self.values(path) if value not in (None, "", [])]
+        for value in values:
+            try:
+                reads(value)
+            except UnfitError:
+                continue
+            return True
+        return not values
+
+    def masks(self, path: str) -> tuple[str, ...]:
+        """The keys by which turns in the column are left out of the loss."""
+        found: dict[str, None] = {}
+        for value in self.values(path):
+            for turn in rows_of_lists(value) if isinstance(value, dict) else value if isinstance(value, list) else ():
+                if isinstance(turn, dict) and (key := masking_key(turn)):
+                    found[key] = None
+        return tuple(found)
 
     def answered(self, path: str) -> bool:
         """Whether any conversation in the column has an assistant turn."""

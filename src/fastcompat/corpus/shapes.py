@@ -10,25 +10,25 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from fastcompat.corpus.beside import history_of, plain, said_in, tools_of
 from fastcompat.corpus.records import Record
 from fastcompat.corpus.rewards import RewardColumn, Rewards, no_rewards, rewards_at, rewards_of_each
 from fastcompat.corpus.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, Columns, getter, rows_of_lists
 from fastcompat.corpus.turns import (
     Reading,
     Tally,
-    UnfitError,
     answer,
     conversation,
     empty,
     filled_key,
     hh_turns,
     invalid,
-    kind_of,
     prompt_of,
-    storable,
     turns_of,
 )
-from fastcompat.response import Message
+from fastcompat.corpus.values import UnfitError, kind_of, storable
+from fastcompat.message import REASONING_KEYS, Message, dumped
+from fastcompat.response import Status
 
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]
 
@@ -118,6 +118,7 @@ def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]
     place = columns["prompt"][0]
     has_system = "system" in columns
     has_input = "input" in columns
+    earlier_of = _earlier_turns(columns)
 
     def read(record: Record, tally: Tally) -> list[Message]:
         value = value_of(record)
@@ -129,10 +130,26 @@ def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]
             if context is not None and not isinstance(context, str):
                 raise UnfitError(f"{columns['input'][0]} is {kind_of(context)}, not text")
             if context and not context.isspace():
-                messages[-1] = Message(messages[-1].role, f"{messages[-1].content}\n\n{context}")
-        if has_system and (not messages or messages[0].role != "system"):
+                messages[-1] = messages[-1]._replace(content=f"{messages[-1].content}\n\n{context}")
+        if earlier := earlier_of(record, tally):
+            messages = earlier + messages
+        if has_system and (not messages or messages[0].role not in ("system", "developer")):
             messages = _system_turn(system_of(record)) + messages
         return messages
+
+    return read
+
+
+def _earlier_turns(columns: Columns) -> Callable[[Record, Tally], list[Message]]:
+    """The turns of a conversation whose last instruction stands in a column of its own. Raises UnfitError."""
+    if "history" not in columns:
+        return lambda record, tally: []
+    value_of = _optional(columns, "history")
+    place = columns["history"][0]
+
+    def read(record: Record, tally: Tally) -> list[Message]:
+        value = value_of(record)
+        return history_of(value, place, lambda turns: turns_of(turns, place, tally)) if value else []
 
     return read
 
@@ -166,6 +183,29 @@ def _with_rewards(read: Read, rewards: Sequence[RewardColumn]) -> Read:
     return read_both
 
 
+def with_tools(read: Read, columns: Columns) -> Read:
+    """The reader of any shape, with the tools that a record names for all of its responses."""
+    if "tools" not in columns:
+        return read
+    value_of = _optional(columns, "tools")
+    place = columns["tools"][0]
+
+    def read_both(record: Record, tally: Tally) -> list[Reading]:
+        readings = read(record, tally)
+        value = value_of(record)
+        if not value:
+            return readings
+        try:
+            tools = tools_of(value, place, null_is_absent=tally.null_is_absent)
+            tools.encode()
+        except (UnfitError, UnicodeEncodeError) as error:
+            why = str(error) if isinstance(error, UnfitError) else f"an unpaired surrogate in {place}"
+            return [reading._replace(status=Status.INVALID, detail=storable(why)) for reading in readings]
+        return [reading._replace(tools=tools) for reading in readings] if tools else readings
+
+    return read_both
+
+
 def read_turns(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """One conversation per record; its last assistant turn is the response."""
     field = "messages" if "messages" in columns else "conversations"
@@ -181,7 +221,7 @@ def read_turns(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
             raise MissingColumnError(place, empty([], generator, f"{place} is null"))
         try:
             messages = turns_of(value, place, tally)
-            if not messages or messages[0].role != "system":
+            if not messages or messages[0].role not in ("system", "developer"):
                 messages = _system_turn(system_of(record)) + messages
         except UnfitError as error:
             return [invalid(str(error), generator)]
@@ -195,18 +235,21 @@ def read_pair(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     prompt_in = _prompt_reader(columns)
     response_in = _required(columns, "response")
     generator_of = _optional(columns, "generator", named)
+    reasoning_of = _optional(columns, "reasoning")
     place = columns["response"][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
         value = response_in(record)
         generator = generator_of(record)
+        reasoning = reasoning_of(record)
+        said = dumped({REASONING_KEYS[0]: plain(reasoning)}) if reasoning else ""
         try:
             prompt = prompt_in(record, tally)
         except UnfitError as error:
             return [invalid(str(error), generator)]
         if type(value) is list and value and type(value[0]) is str:
             return [invalid(f"{place} is a list of strings; read it with --map generations={place}", generator, prompt)]
-        return [answer(prompt, value, generator, place, tally)]
+        return [answer(prompt, value, generator, place, tally, said)]
 
     return _with_rewards(read, rewards)
 
@@ -217,7 +260,8 @@ def _read_several(
     rewards: Sequence[RewardColumn],
     each: Callable[[list[Any]], list[tuple[Any, object, str]]],
 ) -> Read:
-    """Several responses per record: `each` gives (response, its own generator, place) of every one.
+    """Several responses per record: `each` gives (response, its own generator, place) of every one. A response that is
+    an object's text may have reasoning and calls beside it.
 
     The generator column names one for all, or is a list with one for each.
     """
@@ -247,14 +291,15 @@ def _read_several(
             unnamed = f"the generator column names {len(names)}, but {column} has {len(values)} responses"
             names = [None] * len(values)
         readings = []
-        for (value, generator, place), name_beside in zip(each(values), names, strict=True):
+        for item, (value, generator, place), name_beside in zip(values, each(values), names, strict=True):
             name = named(name_beside) or named(generator)
             if flaw:
                 readings.append(invalid(flaw, name))
             elif isinstance(value, UnfitError):
                 readings.append(invalid(str(value), name, prompt))
             else:
-                reading = answer(prompt, value, name, place, tally)
+                said = said_in(item, null_is_absent=tally.null_is_absent) if isinstance(item, dict) else ""
+                reading = answer(prompt, value, name, place, tally, said)
                 readings.append(reading._replace(detail=unnamed) if unnamed and not reading.detail else reading)
         return list(map(_rewarded, readings, rewards_of(record, values)))
 
@@ -322,7 +367,8 @@ def read_structs(columns: Columns, structs: tuple[str, ...], rewards: Sequence[R
             elif not isinstance(value, dict) or "content" not in value:
                 readings.append(invalid(f"{name} is {kind_of(value)}, without content", own or name, prompt))
             else:
-                reading = answer(prompt, value["content"], own or name, f"{name}.content", tally)
+                said = said_in(value, null_is_absent=tally.null_is_absent)
+                reading = answer(prompt, value["content"], own or name, f"{name}.content", tally, said)
                 readings.append(_rewarded(reading, rewards_of(value)))
         return readings
 

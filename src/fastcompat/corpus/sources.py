@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
+from fastcompat.corpus.content import STAND_IN_BYTES, StandIn, stand_in
 from fastcompat.corpus.filenames import (
+    COMPRESSION_SUFFIXES,
     KNOWN_SUFFIXES,
     generator_name,
     has_known_suffix,
@@ -70,7 +72,7 @@ def find_sources(
     """The files behind `inputs`, each once, in the order given.
 
     `filesystem` replaces the hub's fsspec filesystem for hf:// inputs. Raises CorpusError for an input that names
-    nothing, with the nearest names there are.
+    nothing, with the nearest names there are, and for files of which there is only what stands for them.
     """
     return find_inputs(inputs, filesystem=filesystem).sources
 
@@ -94,6 +96,7 @@ def find_inputs(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     if not found:
         raise CorpusError("no input was named: give files, directories, globs or hf://datasets/ids.")
     sources = _named(list(found.values()))
+    _refuse_stand_ins(sources)
     named = {source.label for source in sources}
     return Found(sources, tuple(label for label in left_out if label not in named))
 
@@ -168,10 +171,10 @@ def _local_sources(text: str) -> Found:
     if os.path.isdir(text):
         files, others = _divided(_walk(text, set()))
         if not files:
-            known = " ".join((*KNOWN_SUFFIXES, "(.gz and .zst of the JSON ones)"))
+            known = " ".join((*KNOWN_SUFFIXES, f"(and {' '.join(COMPRESSION_SUFFIXES)} of the JSON ones)"))
             raise CorpusError(f"the directory {text} holds no corpus file; known endings: {known}.")
-    elif os.path.exists(text):
-        if not os.path.isfile(text):
+    elif os.path.lexists(text):
+        if not _is_file(text):
             raise CorpusError(
                 f"{text} is not a regular file; write it to a file first, since it is read more than once."
             )
@@ -201,7 +204,7 @@ def _local_source(path: str) -> Source:
         status = os.stat(path)
         size, mtime_ns = status.st_size, status.st_mtime_ns
     except OSError:
-        # Named by a data set's state.json but not there: reading it gives one `unreadable` row that says so.
+        # A link to nothing, or named by a data set's state.json but not there: `_refuse_stand_ins` says so.
         size, mtime_ns = 0, 0
     return Source(label=label, path=path, generator="", size=size, mtime_ns=mtime_ns)
 
@@ -226,8 +229,13 @@ def _walk(directory: str, visited: set[str]) -> Iterator[str]:
             continue
         if os.path.isdir(path):
             yield from _walk(path, visited)
-        elif not is_bookkeeping(name) and os.path.isfile(path):
+        elif not is_bookkeeping(name) and _is_file(path):
             yield path
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a regular file, or a link to one that is not there."""
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _saved_files(directory: str) -> list[str] | None:
@@ -242,7 +250,7 @@ def _saved_files(directory: str) -> list[str] | None:
 
 def _glob(pattern: str) -> tuple[list[str], list[str]]:
     matches = sorted(glob.glob(pattern, recursive=True))
-    matched = [path for path in matches if os.path.isfile(path) and not is_bookkeeping(os.path.basename(path))]
+    matched = [path for path in matches if _is_file(path) and not is_bookkeeping(os.path.basename(path))]
     # A directory is entered only where no deeper pattern (**) already lists what is in it.
     directories = [path for path in matches if os.path.isdir(path)] if "**" not in pattern else []
     files, others = _divided(matched)
@@ -268,6 +276,42 @@ def _no_such_file(text: str) -> str:
     return f"{text} does not exist." + (
         f" Did you mean {' or '.join(shown)}?" if shown else f" {parent} holds no similar name."
     )
+
+
+# --- files that are not the data
+
+
+def _refuse_stand_ins(sources: Sequence[Source]) -> None:
+    """Raises CorpusError that lists the files of this machine of which there is only what stands for them."""
+    found = [(source.label, instead) for source in sources if (instead := _stand_in(source)) is not None]
+    if not found:
+        return
+    files = "1 file is" if len(found) == 1 else f"{len(found):,} files are"
+    lines = [f"  {label}: {instead.what}" for label, instead in found]
+    remedies = dict.fromkeys(instead.remedy for _, instead in found)
+    do = "; ".join(remedies)
+    raise CorpusError("\n".join([f"{files} not the data that was meant:", *lines, f"{do[0].upper()}{do[1:]}."]))
+
+
+def _stand_in(source: Source) -> StandIn | None:
+    # The hub gives the files themselves.
+    if source.remote:
+        return None
+    try:
+        with source.open() as file:
+            return stand_in(file.read(STAND_IN_BYTES))
+    except FileNotFoundError:
+        if not os.path.islink(source.path):
+            return StandIn("missing, though state.json names it", "copy the whole directory again")
+        target = os.readlink(source.path)
+        if "annex/objects" in target.replace(os.sep, "/"):
+            return StandIn("a git-annex link without its content", "fetch the files with `git annex get`")
+        return StandIn(
+            f"a link to {_storable(target)}, which is not there", "mend the links, or fetch what they lead to"
+        )
+    except OSError:
+        # Reading it gives one `unreadable` row that says so.
+        return None
 
 
 # --- the hub's files

@@ -25,7 +25,7 @@ class FileSummary:
     """One input file. `size` in bytes; `sha256` of its bytes as they lie on disk ("" where it cannot be opened, the
     hub's id of the content for remote columnar files); `mapping` is "" where no known shape was found, and `problem`
     says why that is, or why the file could not be read to its end. `reasons` counts what the rows' details say, the
-    most frequent first.
+    most frequent first; `late_columns` are those that nobody reads and that the first records did not have.
     """
 
     label: str
@@ -41,6 +41,7 @@ class FileSummary:
     dropped_turns: int = 0
     unknown_roles: Mapping[str, int] = field(default_factory=dict)
     other_shapes: Mapping[str, int] = field(default_factory=dict)
+    late_columns: tuple[str, ...] = ()
     problem: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
 
@@ -105,7 +106,9 @@ class CorpusSummary:
     def from_json(cls, value: Mapping[str, Any]) -> CorpusSummary:
         """The inverse of `to_json`."""
         return cls(
-            files=tuple(FileSummary(**file) for file in value["files"]),
+            files=tuple(
+                FileSummary(**{**file, "late_columns": tuple(file.get("late_columns", ()))}) for file in value["files"]
+            ),
             shards=tuple(ShardSummary(**{**shard, "units": tuple(shard["units"])}) for shard in value["shards"]),
             generators=value["generators"],
             rewards=value.get("rewards", {}),

@@ -2,21 +2,26 @@
 
 A turn is `{"role", "content"}`, `{"from", "value"}` or a mixture; a text is a string or a list of text parts. Roles
 of all dialects become system, user, assistant and tool; a role that is none of these is kept as it is and counted.
+What a turn holds beside its text is carried as it is (`beside` reads it).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fastcompat.response import Message, Status
+from fastcompat.corpus.beside import CALL_ROLES, message_of
+from fastcompat.corpus.records import from_json
+from fastcompat.corpus.values import UnfitError, kind_of, storable, text_of
+from fastcompat.message import SAID_KEYS, Message, says_something
+from fastcompat.response import Response, Status
 
 ROLES = {
     "system": "system",
+    "developer": "developer",
     "user": "user",
     "human": "user",
     "prompter": "user",
@@ -32,82 +37,58 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
 }
 ROLE_KEYS = ("role", "from", "author", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "message")
 
 _ASSISTANT = "assistant"
+_SYSTEMS = ("system", "developer")
 _COUNTED_ROLES = 256
 _EMPTY_TURN = Message(_ASSISTANT, "")
 # Anthropic's HH data keeps a whole conversation in one string.
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-class UnfitError(Exception):
-    """A value that is not what its place asks for; the message becomes the row's detail."""
-
-
 class Reading(NamedTuple):
-    """One response of a record. `generator` is None where the record does not name one; `rewards` are (name, value)."""
+    """One response of a record. `generator` is None where the record does not name one; `rewards` are (name, value);
+    `tools` is JSON."""
 
     messages: tuple[Message, ...]
     generator: str | None
     status: Status = Status.OK
     detail: str = ""
     rewards: tuple[tuple[str, float], ...] = ()
+    tools: str = ""
+
+    def response(self, *, generator: str, source: str, row_index: int, response_index: int) -> Response:
+        """The row; `generator` is the name of one that names none itself."""
+        return Response(
+            messages=self.messages,
+            generator=self.generator or generator,
+            source=source,
+            row_index=row_index,
+            response_index=response_index,
+            status=self.status,
+            detail=self.detail,
+            rewards=self.rewards,
+            tools=self.tools,
+        )
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was changed on the way from records to rows, counted per file."""
+    """What was changed on the way from records to rows, counted per file.
 
+    null_is_absent: the file is columnar: every object in it has every key that any of them has, null where it has not.
+    """
+
+    null_is_absent: bool = False
     dropped_turns: int = 0
     unknown_roles: Counter[str] = field(default_factory=Counter)
     other_shapes: Counter[str] = field(default_factory=Counter)
-
-
-def kind_of(value: object) -> str:
-    """A value's type in a reader's words: "null", "a number", "an object", ..."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, dict):
-        return "an object" + (f" with the keys {', '.join(map(str, list(value)[:8]))}" if value else "")
-    if isinstance(value, list | tuple):
-        return f"a list of {kind_of(value[0]).split(' with ')[0].split(' ')[-1]}s" if value else "an empty list"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, bytes):
-        return "bytes that are not UTF-8"
-    return (
-        repr(value) if type(value).__repr__ is not object.__repr__ and len(repr(value)) < 40 else type(value).__name__
-    )
-
-
-def text_of(value: object, place: str) -> str:
-    """A string, or the joined texts of a list of `{"type": "text", "text": ...}` parts; UnfitError for all else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            pass
-    elif isinstance(value, list) and value:
-        texts = []
-        for part in value:
-            text = part.get("text") if isinstance(part, dict) else None
-            if not isinstance(text, str) or part.get("type", "text") != "text":
-                what = (
-                    f"a part of type {part['type']!r}" if isinstance(part, dict) and part.get("type") else kind_of(part)
-                )
-                raise UnfitError(f"{place} has {what} where only text can be scored")
-            texts.append(text)
-        return "".join(texts)
-    raise UnfitError(f"{place} is {kind_of(value)}, not text")
 
 
 def looks_like_turns(value: object) -> bool:
@@ -129,6 +110,7 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
         raise UnfitError(f"{place} is {kind_of(value)}, not a list of turns")
     messages = []
     for index, turn in enumerate(value):
+        role_key, content_key = "role", "content"
         try:
             role, content = turn["role"], turn["content"]
         except (KeyError, TypeError):
@@ -136,30 +118,40 @@ def turns_of(value: Any, place: str, tally: Tally) -> list[Message]:
         if role is None or content is None:
             if index == 0 and (turns := unrolled(value)):
                 return turns_of(turns, place, tally)
-            role, content = _role_and_content(turn, f"{place}[{index}]")
+            role_key, content_key = _keys_of(turn, f"{place}[{index}]")
+            role, content = turn[role_key], turn.get(content_key)
         known = ROLES.get(role) if type(role) is str else None
         if known is None:
             known = _role(role, f"{place}[{index}]", tally)
-        if type(content) is not str:
-            # An assistant that only calls a tool says nothing.
-            content = "" if content is None and known == _ASSISTANT else text_of(content, f"{place}[{index}]")
-        messages.append(Message(known, content))
+        # Most turns are a role and a text and nothing else.
+        if type(content) is str and len(turn) == 2 and role not in CALL_ROLES:
+            messages.append(Message(known, content))
+            continue
+        others = {str(key): item for key, item in turn.items() if key not in (role_key, content_key)}
+        messages.append(
+            message_of(
+                known,
+                content,
+                others,
+                f"{place}[{index}]",
+                is_call=role.strip().lower() in CALL_ROLES,
+                null_is_absent=tally.null_is_absent,
+            )
+        )
     return messages
 
 
 def unrolled(value: object) -> list[dict[str, Any]] | None:
     """The turns of conversations with another layout, None for all else: texts by turns (LIMA), `{"input", "output"}`
-    exchanges (Capybara), and turns as JSON text."""
+    exchanges (Capybara), and turns as JSON text, all in one or each for itself."""
     if isinstance(value, str):
-        if not value.startswith("[{"):
-            return None
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-        return parsed if looks_like_turns(parsed) else None
+        return _parsed_turns([value], lambda parsed: parsed[0]) if value.lstrip().startswith("[") else None
     if not isinstance(value, list) or not value:
         return None
+    if isinstance(value[0], str) and value[0].lstrip().startswith("{") and all(isinstance(text, str) for text in value):
+        turns = _parsed_turns(value, lambda parsed: parsed)
+        if turns is not None:
+            return turns
     if len(value) > 1 and all(isinstance(text, str) for text in value):
         return [{"role": ("user", _ASSISTANT)[index % 2], "content": text} for index, text in enumerate(value)]
     if all(isinstance(turn, dict) and "input" in turn and "output" in turn for turn in value):
@@ -168,6 +160,14 @@ def unrolled(value: object) -> list[dict[str, Any]] | None:
         sides = (("user", "input"), (_ASSISTANT, "output"))
         return [{"role": role, "content": turn[key]} for turn in value for role, key in sides]
     return None
+
+
+def _parsed_turns(texts: list[str], turns_in: Callable[[list[Any]], Any]) -> list[dict[str, Any]] | None:
+    try:
+        turns = turns_in([from_json(text) for text in texts])
+    except (ValueError, RecursionError):
+        return None
+    return turns if looks_like_turns(turns) else None
 
 
 def filled_key(item: dict[str, Any], keys: Sequence[str]) -> str | None:
@@ -196,8 +196,17 @@ def hh_turns(text: str) -> list[Message]:
     return [Message(role, content.strip()) for role, content in zip(roles, pieces[2::2], strict=True)]
 
 
-def answer(prompt: list[Message], value: object, generator: str | None, place: str, tally: Tally) -> Reading:
-    """The response `value` to `prompt`: a text, turns that go on from the prompt, or the whole conversation."""
+def answer(
+    prompt: list[Message], value: object, generator: str | None, place: str, tally: Tally, said: str = ""
+) -> Reading:
+    """The response `value` to `prompt`: a text, turns that go on from the prompt, or the whole conversation.
+
+    said: what the response says beside a text, as the `extra` of its turn.
+    """
+    if said and (value is None or type(value) is str):
+        turn = Message(_ASSISTANT, value or "", said)
+        if says_something(turn):
+            return checked((*prompt, turn), generator)
     if type(value) is str:
         if not value or value.isspace():
             return empty(prompt, generator, f"{place} is empty" if not value else f"{place} has only white space")
@@ -208,10 +217,12 @@ def answer(prompt: list[Message], value: object, generator: str | None, place: s
         if looks_like_turns(value):
             turns = turns_of(value, place, tally)
             # Turns that begin before the answer repeat the prompt.
-            whole = turns and turns[0].role in ("system", "user")
-            system = prompt[:1] if whole and turns[0].role != "system" and prompt and prompt[0].role == "system" else []
+            whole = turns and turns[0].role in (*_SYSTEMS, "user")
+            system = (
+                prompt[:1] if whole and turns[0].role not in _SYSTEMS and prompt and prompt[0].role in _SYSTEMS else []
+            )
             return conversation([*system, *turns] if whole else [*prompt, *turns], generator, place, tally)
-        return answer(prompt, text_of(value, place), generator, place, tally)
+        return answer(prompt, text_of(value, place), generator, place, tally, said)
     except UnfitError as error:
         return invalid(str(error), generator, prompt)
 
@@ -226,7 +237,7 @@ def conversation(messages: list[Message], generator: str | None, place: str, tal
     if last < len(messages) - 1:
         tally.dropped_turns += len(messages) - 1 - last
         del messages[last + 1 :]
-    if not messages[last].content or messages[last].content.isspace():
+    if not says_something(messages[last]):
         return empty(messages[:last], generator, f"the last assistant turn of {place} is empty")
     return checked(tuple(messages), generator)
 
@@ -237,8 +248,9 @@ def checked(
     """The reading, or an invalid one with storable texts where something has an unpaired surrogate."""
     for message in messages:
         # isascii() is a flag of the string: almost every text costs nothing here.
-        if not (message.content.isascii() and message.role.isascii()) and not _storable(message):
-            texts = tuple(Message(storable(role), storable(content)) for role, content in messages)
+        role, content, extra = message
+        if not (content.isascii() and role.isascii() and extra.isascii()) and not _storable(message):
+            texts = tuple(Message(*map(storable, turn)) for turn in messages)
             place = f"the {storable(message.role)} turn"
             return Reading(
                 texts, generator, Status.INVALID, f"an unpaired surrogate, or bytes that are not UTF-8, in {place}"
@@ -257,21 +269,16 @@ def invalid(detail: str, generator: str | None = None, prompt: list[Message] | N
     return reading._replace(status=Status.INVALID, detail=storable(detail))
 
 
-def storable(text: str) -> str:
-    """The text with U+FFFD for what UTF-8 cannot hold."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 def _storable(message: Message) -> bool:
     try:
-        message.content.encode()
-        message.role.encode()
+        "".join(message).encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
-def _role_and_content(turn: object, place: str) -> tuple[object, object]:
+def _keys_of(turn: object, place: str) -> tuple[str, str]:
+    """The keys of a turn's role and of its text."""
     if not isinstance(turn, dict):
         raise UnfitError(f"{place} is {kind_of(turn)}, not a turn with a role and a text")
     role_key = filled_key(turn, ROLE_KEYS)
@@ -279,11 +286,11 @@ def _role_and_content(turn: object, place: str) -> tuple[object, object]:
     if role_key is None:
         raise UnfitError(f"{place} names no role (looked for {', '.join(ROLE_KEYS)})")
     if content_key is None:
-        # Tool calls may come without any content.
-        if "tool_calls" in turn:
-            return turn[role_key], None
+        # A turn may come without any text where it calls a tool, or has only been thought.
+        if any(turn.get(key) for key in (*SAID_KEYS[1:], "function_call")):
+            return role_key, CONTENT_KEYS[0]
         raise UnfitError(f"{place} has no text (looked for {', '.join(CONTENT_KEYS)})")
-    return turn[role_key], turn[content_key]
+    return role_key, content_key
 
 
 def _role(role: object, place: str, tally: Tally) -> str:

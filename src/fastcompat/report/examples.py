@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fastcompat.message import Message, spoken
 from fastcompat.report.reading import UNIT
-from fastcompat.store import Run, ScorerStore
+from fastcompat.scorer_store import ScorerStore
+from fastcompat.store import Run
 
 # Bytes of texts on a page as HTML, shared out among the responses that are shown; a token's mark costs as many.
 BUDGET = 250_000
@@ -136,11 +138,11 @@ def _read(run: Run, rows: pa.Table, by: str, car: NDArray[np.float64], n_bytes: 
 def _tokens(store: ScorerStore, run: Run, index: int, wanted: pa.Array) -> dict[str, list[tuple[str, float]]]:
     unit = run.units[index]
     columns = ["row_key", "token_nll", "token_text"]
-    if not set(columns) <= set(store.schema.names) or not store.part(unit).exists():
+    if not set(columns) <= set(store.schema.names):
         return {}
-    part = store.read(unit, columns)
+    scored = store.rows(unit, columns)
     kept = {}
-    for row in part.filter(pc.is_in(part["row_key"], wanted)).to_pylist():
+    for row in scored.filter(pc.is_in(scored["row_key"], wanted)).to_pylist():
         if row["token_nll"] and row["token_text"] and len(row["token_nll"]) == len(row["token_text"]):
             kept[row["row_key"]] = list(zip(row["token_text"], row["token_nll"], strict=True))
     return kept
@@ -154,9 +156,9 @@ def _example(
     tokens: Mapping[str, Sequence[tuple[str, float]]],
     n_bytes: int,
 ) -> Example:
-    *before, last = messages or [{"role": "assistant", "content": ""}]
+    *before, last = messages or [{"role": "assistant", "content": "", "extra": ""}]
     prompt = next((turn["content"] or "" for turn in reversed(before) if turn["role"] == "user"), "")
-    text = last["content"] or ""
+    response = text = spoken(Message(**last))
     own = tokens.get(row["row_key"])
     prompt_shown = prompt[: _fitting(list(prompt[:PROMPT_BYTES]), PROMPT_BYTES)]
     if own:
@@ -173,7 +175,7 @@ def _example(
         n_turns=len(before),
         text=text,
         tokens=kept,
-        cut=len(kept) < len(own) if own and kept is not None else len(text) < len(last["content"] or ""),
+        cut=len(kept) < len(own) if own and kept is not None else len(text) < len(response),
         n_tokens=row["n_tokens"],
         loss=row["loss"],
         reward=row["reward"],

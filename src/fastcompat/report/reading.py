@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from fastcompat.response import ROW_SCHEMA, SCORED_STATUSES
 from fastcompat.schemas import SCORES_SCHEMA, as_scores, with_reward
-from fastcompat.store import Run, Unit
+from fastcompat.scorer_store import Unit
+from fastcompat.store import Run
 
 # The index in `Run.units` of the unit that a row lies in.
 UNIT = "_unit"
@@ -27,13 +28,14 @@ SHOWN_FILES = 40
 
 def scores_with_units(run: Run) -> pa.Table:
     """`run.scores()` without list columns, in the order of the units, and with the column `UNIT`, int32."""
-    labels = run.labels()
+    stores = run.current_scorers()
+    labels = run.labels(stores)
+    index_of = {unit: index for index, unit in enumerate(run.units)}
     tables = [SCORES_SCHEMA.empty_table().append_column(UNIT, pa.array([], pa.int32()))]
-    for store in run.current_scorers():
+    for store in stores:
         columns = [field.name for field in store.schema if not pa.types.is_list(field.type)]
-        finished = store.finished()
-        done = [(index, unit) for index, unit in enumerate(run.units) if unit.name in finished]
-        parts = _read(partial(store.read, columns=columns), done)
+        done = [(index_of[unit], unit) for unit in store.with_rows(run.units)]
+        parts = _read(partial(store.rows, columns=columns), done)
         if parts:
             tables.append(as_scores(pa.concat_tables(parts), store.kind, labels[store.name]))
     if run.reward_columns:
