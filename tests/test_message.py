@@ -68,7 +68,10 @@ def test_without_reasoning() -> None:
         ({"mask": 1}, "mask"),
         ({"mask": False}, None),
         ({"mask": "User"}, None),
-        ({"weight": "0"}, None),
+        ({"weight": "0"}, "weight"),
+        ({"train": "False"}, "train"),
+        ({"loss_mask": 0}, "loss_mask"),
+        ({"weight": "heavy"}, None),
         ({}, None),
     ],
 )

@@ -118,9 +118,10 @@ def template_of(source: str) -> ChatTemplate:
 
 
 def theirs(template: ChatTemplate, turns: list[dict[str, Any]], tools: object) -> str | None:
-    """What `apply_chat_template` gives, None where it refuses."""
+    """What `apply_chat_template` gives, None where it refuses. It takes keys out whose value is None."""
+    given = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     try:
-        texts, _ = render_jinja_template(conversations=[turns], tools=tools, chat_template=template.source, **VARIABLES)
+        texts, _ = render_jinja_template(conversations=[given], tools=tools, chat_template=template.source, **VARIABLES)
     except Exception:
         return None
     return texts[0]
