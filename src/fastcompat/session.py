@@ -200,5 +200,6 @@ def score_corpus(
     finally:
         seconds = {"total": round(progress.seconds, 6)} | progress.timings.seconds()
         names = [store.name for store in stores]
-        run.log("stop", scorers=names, rows=progress.n_rows, tokens=progress.n_tokens, seconds=seconds)
+        tokens = {"tokens": progress.n_tokens, "unshared_tokens": progress.n_unshared_tokens}
+        run.log("stop", scorers=names, rows=progress.n_rows, **tokens, seconds=seconds)
     return stores

@@ -7,20 +7,24 @@ from collections.abc import Mapping as AbstractMapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from fastcompat.corpus.beside import tools_of
+from fastcompat.corpus.records import Record
 from fastcompat.corpus.rewards import RewardColumn
 from fastcompat.corpus.sample import Columns
 from fastcompat.corpus.shapes import (
     Read,
+    optional,
     read_completions,
     read_generations,
     read_pair,
     read_preference,
     read_structs,
     read_turns,
-    with_tools,
 )
-from fastcompat.corpus.values import storable
+from fastcompat.corpus.turns import Reading, Tally
+from fastcompat.corpus.values import UnfitError, storable
 from fastcompat.errors import UsageError
+from fastcompat.response import Status
 
 Overrides: TypeAlias = AbstractMapping[str, str]
 # What may stand beside a conversation, in the order in which it is said.
@@ -140,7 +144,7 @@ class Mapping:
             read = read_structs(self.columns, self.structs, self.rewards)
         else:
             read = _READERS[self.shape](self.columns, self.rewards)
-        return with_tools(read, self.columns)
+        return _with_tools(read, self.columns)
 
 
 _READERS = {
@@ -151,6 +155,29 @@ _READERS = {
     "conversations": read_turns,
     "prompt + response": read_pair,
 }
+
+
+def _with_tools(read: Read, columns: Columns) -> Read:
+    """The reader of any shape, with the tools that a record names for all of its responses."""
+    if "tools" not in columns:
+        return read
+    value_of = optional(columns, "tools")
+    place = columns["tools"][0]
+
+    def read_both(record: Record, tally: Tally) -> list[Reading]:
+        readings = read(record, tally)
+        value = value_of(record)
+        if not value:
+            return readings
+        try:
+            tools = tools_of(value, place, null_is_absent=tally.null_is_absent)
+            tools.encode()
+        except (UnfitError, UnicodeEncodeError) as error:
+            why = str(error) if isinstance(error, UnfitError) else f"an unpaired surrogate in {place}"
+            return [reading._replace(status=Status.INVALID, detail=storable(why)) for reading in readings]
+        return [reading._replace(tools=tools) for reading in readings] if tools else readings
+
+    return read_both
 
 
 def _alternatives(paths: Sequence[str]) -> str:

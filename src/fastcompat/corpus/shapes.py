@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from fastcompat.corpus.beside import history_of, plain, said_in, tools_of
+from fastcompat.corpus.beside import history_of, plain, said_in
 from fastcompat.corpus.records import Record
 from fastcompat.corpus.rewards import RewardColumn, Rewards, no_rewards, rewards_at, rewards_of_each
 from fastcompat.corpus.sample import COMPLETION_TEXTS, GENERATORS, NOT_GENERATORS, Columns, getter, rows_of_lists
@@ -28,7 +28,6 @@ from fastcompat.corpus.turns import (
 )
 from fastcompat.corpus.values import UnfitError, kind_of, storable
 from fastcompat.message import REASONING_KEYS, Message, dumped
-from fastcompat.response import Status
 
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]
 
@@ -58,7 +57,7 @@ def _nothing(record: Record) -> None:
     return None
 
 
-def _optional(columns: Columns, part: str, tells: Callable[[Any], Any] | None = None) -> Callable[[Record], Any]:
+def optional(columns: Columns, part: str, tells: Callable[[Any], Any] | None = None) -> Callable[[Record], Any]:
     """The first value in the part's columns that is not null, nor is what `tells` makes of it; else None."""
     paths = columns.get(part, ())
     if not paths:
@@ -94,7 +93,7 @@ def _optional(columns: Columns, part: str, tells: Callable[[Any], Any] | None = 
 def _required(columns: Columns, part: str) -> Callable[[Record], Any]:
     path, *others = columns[part]
     get = getter(path)
-    instead = _optional({part: tuple(others)}, part)
+    instead = optional({part: tuple(others)}, part)
 
     def read(record: Record) -> Any:
         try:
@@ -110,8 +109,8 @@ def _required(columns: Columns, part: str) -> Callable[[Record], Any]:
 
 def _prompt_reader(columns: Columns) -> Callable[[Record, Tally], list[Message]]:
     """System, prompt and (for instruction data) input -> the messages before the response. Raises UnfitError."""
-    system_of = _optional(columns, "system")
-    input_of = _optional(columns, "input")
+    system_of = optional(columns, "system")
+    input_of = optional(columns, "input")
     if "prompt" not in columns:
         return lambda record, tally: _system_turn(system_of(record))
     value_of = _required(columns, "prompt")
@@ -144,7 +143,7 @@ def _earlier_turns(columns: Columns) -> Callable[[Record, Tally], list[Message]]
     """The turns of a conversation whose last instruction stands in a column of its own. Raises UnfitError."""
     if "history" not in columns:
         return lambda record, tally: []
-    value_of = _optional(columns, "history")
+    value_of = optional(columns, "history")
     place = columns["history"][0]
 
     def read(record: Record, tally: Tally) -> list[Message]:
@@ -183,35 +182,12 @@ def _with_rewards(read: Read, rewards: Sequence[RewardColumn]) -> Read:
     return read_both
 
 
-def with_tools(read: Read, columns: Columns) -> Read:
-    """The reader of any shape, with the tools that a record names for all of its responses."""
-    if "tools" not in columns:
-        return read
-    value_of = _optional(columns, "tools")
-    place = columns["tools"][0]
-
-    def read_both(record: Record, tally: Tally) -> list[Reading]:
-        readings = read(record, tally)
-        value = value_of(record)
-        if not value:
-            return readings
-        try:
-            tools = tools_of(value, place, null_is_absent=tally.null_is_absent)
-            tools.encode()
-        except (UnfitError, UnicodeEncodeError) as error:
-            why = str(error) if isinstance(error, UnfitError) else f"an unpaired surrogate in {place}"
-            return [reading._replace(status=Status.INVALID, detail=storable(why)) for reading in readings]
-        return [reading._replace(tools=tools) for reading in readings] if tools else readings
-
-    return read_both
-
-
 def read_turns(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """One conversation per record; its last assistant turn is the response."""
     field = "messages" if "messages" in columns else "conversations"
     turns_in = _required(columns, field)
-    system_of = _optional(columns, "system")
-    generator_of = _optional(columns, "generator", named)
+    system_of = optional(columns, "system")
+    generator_of = optional(columns, "generator", named)
     place = columns[field][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
@@ -234,8 +210,8 @@ def read_pair(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> Read:
     """One prompt and one response."""
     prompt_in = _prompt_reader(columns)
     response_in = _required(columns, "response")
-    generator_of = _optional(columns, "generator", named)
-    reasoning_of = _optional(columns, "reasoning")
+    generator_of = optional(columns, "generator", named)
+    reasoning_of = optional(columns, "reasoning")
     place = columns["response"][0]
 
     def read(record: Record, tally: Tally) -> list[Reading]:
@@ -267,7 +243,7 @@ def _read_several(
     """
     prompt_in = _prompt_reader(columns)
     list_in = _required(columns, part)
-    generators_of = _optional(columns, "generator")
+    generators_of = optional(columns, "generator")
     rewards_of = rewards_of_each(rewards)
     column = columns[part][0]
 
@@ -339,7 +315,7 @@ def read_generations(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> 
 def read_structs(columns: Columns, structs: tuple[str, ...], rewards: Sequence[RewardColumn] = ()) -> Read:
     """Magpie-100K-Generator-Zoo: one struct column per generator, with the response in its `content`."""
     prompt_in = _prompt_reader(columns)
-    generator_of = _optional(columns, "generator", named)
+    generator_of = optional(columns, "generator", named)
     rewards_of = rewards_at(rewards, "field")
     # JSON lines may bring a generator that the first records did not have.
     known = {*structs, *NOT_GENERATORS, *(path for paths in columns.values() for path in paths)}
@@ -379,9 +355,9 @@ def read_preference(columns: Columns, rewards: Sequence[RewardColumn] = ()) -> R
     """A chosen and a rejected response: texts after a prompt, whole conversations, or HH strings."""
     sides = ("chosen", "rejected")
     values_in = [_required(columns, side) for side in sides]
-    generators_of = [_optional(columns, f"{side}_generator", named) for side in sides]
+    generators_of = [optional(columns, f"{side}_generator", named) for side in sides]
     rewards_of = [rewards_at(rewards, side) for side in sides]
-    generator_of = _optional(columns, "generator", named)
+    generator_of = optional(columns, "generator", named)
     prompt_in = _prompt_reader(columns)
     places = [columns[side][0] for side in sides]
     # PKU's `response_0` and `response_1` are named after the column: neither is said to be the better.
