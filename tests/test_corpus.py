@@ -426,7 +426,7 @@ def test_a_record_with_a_list_is_no_document() -> None:
         "c.json",
         json.dumps({"train": [{"prompt": "a", "response": "b"}], "test": [{"prompt": "a", "response": "b"}]}).encode(),
     )
-    with pytest.raises(SchemaError, match=r"in several places: the list `train` \(1 records\), the list `test`"):
+    with pytest.raises(SchemaError, match=r"in several places: the list `train` \(1 record\), the list `test`"):
         prepare("c.json", "out")
 
 

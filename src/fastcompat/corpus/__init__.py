@@ -1,7 +1,9 @@
 """From files of responses to normalised rows. The way of a row, one module a step:
 
-    sources       what a user names -> the files behind it (filenames: what their names say)
-    containers    a file -> its records (bytestream: compressed and cut-off bytes; jsonrecords: JSON and JSON lines)
+    sources       what a user names -> the files behind it (filenames: what their names say; content: what their first
+                  bytes say that are no records)
+    containers    a file -> its records (bytestream, decompression: bytes, compressed and cut off; jsonrecords,
+                  jsondocuments: JSON lines and documents, of jsonvalues; parquetfiles, arrowfiles: of arrowvalues)
     detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape;
                   rewards: the columns of the rewards that the corpus brings)
     formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages)

@@ -50,10 +50,11 @@ def _inside(document: Record, fits: Fits, names: tuple[str, ...]) -> Iterator[In
         if table and fits(table):
             yield Inside(f"a table of columns{place and f' in{place}'}", list(table))
             return
-    # Bookkeeping may stand beside the records.
+    # Bookkeeping may stand beside the records; then one object alone is bookkeeping too.
+    fewest = 1 if len(document) == 1 else 2
     under_keys = [value for value in document.values() if isinstance(value, dict)]
     if not any(isinstance(value, list) for value in document.values()):
-        if (len(under_keys) > 1 or len(document) == 1) and fits(under_keys):
+        if len(under_keys) >= fewest and fits(under_keys):
             yield Inside(f"the objects under each key{place and f' of{place}'}", list(under_keys))
             return
         if (table := _indexed_columns(document)) and fits(table):

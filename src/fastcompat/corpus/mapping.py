@@ -96,14 +96,15 @@ class Mapping:
         more = f" and {len(self.unused) - _SHOWN} more" if len(self.unused) > _SHOWN else ""
         unused = f"; not used: {', '.join(self.unused[:_SHOWN])}{more}" if self.unused else ""
         inside = f"{self.inside}: " if self.inside else ""
-        return f"{inside}{self._parts()}{beside}{masks}; generator from {self._generator()}{self._rewards()}{unused}"
+        generator = f"; generator from {self._generator()}"
+        return storable(f"{inside}{self._parts()}{beside}{masks}{generator}{self._rewards()}{unused}")
 
     def _rewards(self) -> str:
         told = list(dict.fromkeys(column.path for column in self.rewards if column.told))
         if told:
             columns = ", ".join(f"`{path}`" for path in told[:4])
             more = f" and {len(told) - 4} more" if len(told) > 4 else ""
-            return storable(f"; rewards from column{'s' if len(told) > 1 else ''} {columns}{more}")
+            return f"; rewards from column{'s' if len(told) > 1 else ''} {columns}{more}"
         # One that is asked for may come later.
         awaited = next((column.name for column in self.rewards if column.asked), "")
         return f"; rewards from column `{awaited}` (nothing in the first records)" if awaited else ""

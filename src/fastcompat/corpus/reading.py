@@ -86,7 +86,7 @@ class SourceRows:
             statuses={str(status): count for status, count in sorted(self._statuses.items())},
             dropped_turns=reader.tally.dropped_turns,
             unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
-            other_shapes=dict(sorted(reader.tally.other_shapes.items())),
+            other_shapes={storable(names): count for names, count in sorted(reader.tally.other_shapes.items())},
             late_columns=tuple(self._late),
             problem=self._problem(reader, reasons),
             reasons=reasons,
@@ -104,19 +104,22 @@ class SourceRows:
             return "the file holds no record"
         if reader.mapping is None:
             return reader.problem if self.n_valid else "not one of its records can be read"
-        if Status.OK not in self._statuses:
+        if Status.OK not in self._statuses and reasons:
             reason, count = next(iter(reasons.items()))
             return f"not one of its rows can be scored: {reason} ({count:,} of {self._statuses.total():,})"
         return ""
 
-    def _reader_for(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
-        self.n_valid = len(sample)
-        reader = RecordReader(
+    def _new_reader(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
+        return RecordReader(
             sample[:SAMPLE_RECORDS],
             overrides=self._overrides,
             label=f"{self._source.label}, {inside}," if inside else self._source.label,
             more_columns=self._container.container.startswith("json"),
         )
+
+    def _reader_for(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
+        self.n_valid = len(sample)
+        reader = self._new_reader(sample, inside)
         self._names = {name for record in sample[:SAMPLE_RECORDS] for name in record}
         if reader.mapping:
             reader.mapping = replace(reader.mapping, inside=inside)
@@ -132,8 +135,7 @@ class SourceRows:
         only = [record for records, _ in held for record in records]
         if len(only) != 1 or type(only[0]) is not dict:
             return held
-        found = records_inside(only[0], lambda records: self._reader_for(records).mapping is not None)
-        self.n_valid = 1
+        found = records_inside(only[0], lambda records: self._new_reader(records).mapping is not None)
         if len(found) == 1:
             sample = [record for record in found[0].records if type(record) is dict]
             self.reader = self._reader_for(sample, found[0].where)
@@ -183,5 +185,7 @@ class SourceRows:
 
 
 def _which_is_meant(found: Sequence[Inside]) -> str:
-    places = ", ".join(f"{inside.where} ({len(inside.records):,} records)" for inside in found)
+    places = ", ".join(
+        f"{inside.where} ({len(inside.records):,} record{'s' * (len(inside.records) > 1)})" for inside in found
+    )
     return f"the document holds records in several places: {places}; write what is meant to files of its own"
