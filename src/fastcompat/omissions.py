@@ -203,7 +203,7 @@ def _arguments(call: Any) -> Any:
 def _with(value: Any, mark: str) -> Any:
     """A value of the same type with the mark in it."""
     if isinstance(value, dict):
-        return value | {mark: mark}
+        return value | {"said": mark}
     if isinstance(value, list):
         return [*value, mark]
     if isinstance(value, str):

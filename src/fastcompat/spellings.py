@@ -52,7 +52,7 @@ class Spellings:
                 calls.add(form)
         answers = set()
         calling = _calling(min(calls)) if calls else _calling(CallForm("empty", False, False))
-        for content in ({_MARK: 1}, [{_MARK: 1}]):
+        for content in ({"said": _MARK}, [{"said": _MARK}]):
             answer = {"role": "tool", "name": _MARK[:9], "tool_call_id": "call00000", "content": content}
             # Once more without it: the call itself may be shown again beside its answer.
             bare = render([user, calling, answer | {"content": "x"}], None)
