@@ -175,7 +175,7 @@ def _tar() -> bytes:
     [
         (b"PK\x03\x04rest", "this is a zip archive; unpack it and name the files in it"),
         (_tar(), "this is a tar archive; unpack it and name the files in it"),
-        (gzip.compress(_tar()), "this is a tar archive; unpack it and name the files in it"),
+        (gzip.compress(_tar(), mtime=0), "this is a tar archive; unpack it and name the files in it"),
         (b"7z\xbc\xaf\x27\x1crest", "this is a 7z archive; unpack it"),
         (b"\x04\x22\x4d\x18rest", "this is lz4 data; unpack it (lz4 -d FILE)"),
         (b"SQLite format 3\0", "this is an SQLite database; export its table as JSON lines"),
@@ -188,7 +188,10 @@ def _tar() -> bytes:
         (GOOD.decode().encode("utf-16"), "the text is UTF-16; save it as UTF-8"),
         (GOOD.decode().encode("utf-16-le"), "the text is UTF-16; save it as UTF-8"),
         (GOOD.decode().encode("utf-16-be"), "the text is UTF-16; save it as UTF-8"),
-        (gzip.compress(b"PAR1 and so on", mtime=0), "a compressed Parquet or Arrow file cannot be read in pieces; unpack it"),
+        (
+            gzip.compress(b"PAR1 and so on", mtime=0),
+            "a compressed Parquet or Arrow file cannot be read in pieces; unpack it",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz"])
