@@ -77,12 +77,10 @@ _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _EVERY_HEAD = {"num_key_value_heads": 4}
 # What a type needs beside smaller numbers, because its default lacks it or because its parts must agree.
 _CHANGES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "mistral4", "youtu"), _EVERY_HEAD
-    ),
+    **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), _EVERY_HEAD),
     "bart": {"is_decoder": True, "is_encoder_decoder": False},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": _EVERY_HEAD | {"num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
@@ -109,6 +107,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "expand": 2, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8},
+    "mistral4": _EVERY_HEAD | {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,

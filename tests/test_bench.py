@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from corpora import save_small_model
+from every_model import build
 from families import small_model
+from reward_makers import edit_config
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -25,7 +27,7 @@ from fastcompat.benchmark.subjects import SHAPES, model_subject
 from fastcompat.benchmark.table import rendered
 from fastcompat.benchmark.workloads import WORKLOADS, Lengths, Workload
 from fastcompat.cli import app
-from fastcompat.errors import UsageError
+from fastcompat.errors import ModelError, UsageError
 from fastcompat.forest import pack_forest
 from fastcompat.model import wrap
 
@@ -136,6 +138,17 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch, m
     message = refused("--base-model", model)
     assert "two copies" in message
     assert "--shape" in message
+
+
+def test_a_model_that_cannot_be_scored_is_one_sentence(tmp_path):
+    build("causal", "mpt", tmp_path / "mpt")
+    odd = save_small_model(tmp_path / "odd")
+    edit_config(odd, hidden_act="unheard of")
+    for directory, why in ((tmp_path / "mpt", "packed sequences"), (odd, "no model can be made of its config.json")):
+        error = bench("--base-model", directory, "--prompts", 1, "--rounds", 1).exception
+        assert isinstance(error, ModelError)
+        assert why in str(error)
+        assert "\n" not in str(error)
 
 
 def test_the_help_and_the_readme_know_every_choice():

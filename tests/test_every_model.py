@@ -28,6 +28,7 @@ REFUSED = (
     ("causal", "bert", "bidirectional attention"),
     ("causal", "blt", "how many layers it has"),
     ("causal", "gemma4_assistant", "cannot be read"),
+    ("causal", "hrm_text", "4 layers call attention 16 times"),
     ("causal", "llama4_text", "layers of type chunked_attention"),
     ("causal", "mllama", "no head on a body of its own"),
     ("causal", "modernbert-decoder", "between its body and its loss"),

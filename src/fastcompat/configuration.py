@@ -262,7 +262,7 @@ def model_lengths(config: Any) -> tuple[int | None, int | None]:
     original context has no one value: it ends there.
     """
     text = text_config(config)
-    context = largest(text, "max_position_embeddings", "n_positions", "max_target_positions")
+    context = largest(text, "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
     parameters = read(text, "rope_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

@@ -184,6 +184,11 @@ LAYER_WEIGHT = re.compile(r"(layers|\bh|blocks)\.\d+\.(?!.*(inv_freq|masked_bias
 
 
 def _own_attention(n_calls: int, n_layers: int | None) -> str:
+    if n_layers is not None and n_calls > n_layers:
+        return (
+            f"its {n_layers} layers call attention {n_calls} times, and what they do with it is not known; it is not "
+            "supported"
+        )
     counted = "" if n_layers is None else f"{n_calls} of {n_layers} attention layers went through the interface; "
     return (
         f"{counted}this architecture computes attention by itself instead of through transformers' attention "

@@ -174,6 +174,9 @@ def measure(subject: Subject[CausalLM], settings: Settings) -> Iterator[Measurem
     Losses in float32 come first, for all workloads, so that this copy of the model is gone before the others come.
     """
     subject.refuse_too_large()
+    if subject.weights != "random":
+        subject.load_ours()  # refused here, in one sentence, and not where a loop breaks on it
+        release()
     problems = [Problem.create(subject, workload, settings.n_prompts) for workload in settings.workloads]
     for problem in problems:
         settings.tell(problem.described())

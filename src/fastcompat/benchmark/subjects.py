@@ -17,11 +17,12 @@ import torch
 from fastcompat.budget import free_memory
 from fastcompat.checkpoint import (
     ModelSettings,
+    first_sentence,
     resolve_device,
     weight_files,
 )
 from fastcompat.configuration import load_config, refuse_unsupported, resolve_dtype
-from fastcompat.errors import UsageError
+from fastcompat.errors import ModelError, UsageError
 from fastcompat.model import CausalLM, load_causal_lm, wrap
 from fastcompat.packed_model import PackedModel
 
@@ -183,11 +184,19 @@ class Subject(Generic[Packed]):
         return self.plain().float()
 
     def refuse_too_large(self) -> None:
-        """UsageError where two copies, or one in float32, do not fit into the device's memory."""
+        """UsageError where two copies, or one in float32, do not fit into the device's memory.
+
+        ModelError where transformers cannot make a model of the configuration.
+        """
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
+        try:
+            with torch.device("meta"):
+                n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(self.config).parameters())
+        except Exception as error:  # classes fail as they like, some for want of a package
+            raise ModelError(
+                f"{self.name}: no model can be made of its config.json: {first_sentence(error)}"
+            ) from error
         needed = n_parameters * max(4, 2 * self.dtype.itemsize)
         free = free_memory(self.device)
         if needed > free:
