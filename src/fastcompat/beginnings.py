@@ -20,8 +20,6 @@ from fastcompat.durable import write_table
 from fastcompat.errors import RunError
 from fastcompat.response import SCORED_STATUSES
 
-_SCORED = pa.array([str(status) for status in SCORED_STATUSES])
-
 
 class Packing(NamedTuple):
     """How the unit's sequences were packed: other packs could not be taken up where these end.
@@ -88,6 +86,7 @@ def read_beginning(
         raise RunError(f"{unusable}: it has other rows or columns than its part will have")
     if its_scorer != scorer:
         raise RunError(f"{unusable}: it is another scorer's")
-    unscored = pc.invert(pc.is_in(table["status"], value_set=_SCORED))
+    scored = pa.array([str(status) for status in SCORED_STATUSES])
+    unscored = pc.invert(pc.is_in(table["status"], value_set=scored))
     done = pc.or_(pc.is_valid(table[figure]), unscored)
     return Beginning(table=table.select(wanted).replace_schema_metadata(None), done=done, packing=packing)
