@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    with TemporaryDirectory() as directory:  # what every process needs is loaded here, once
+        outcome("causal", "llama", Path(directory))
     found = []
     for task in chosen.task:
         for model_type in chosen.type or types_of(task):

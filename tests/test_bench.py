@@ -306,12 +306,16 @@ def test_useful_flops_are_those_of_the_definition():
     # D 48, MLP 80, 4 heads and 2 key heads of width 12 or 16, norms of 48; V 320.
     llama = 3 * (48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80 + 2 * 48) + 48
     gemma = 4 * (48 * 64 + 2 * 48 * 32 + 64 * 48 + 3 * 48 * 80 + 4 * 48) + 48
+    # Two layers with a window, heads of width 16; two without, heads of width 40, one key head, which is the value too.
+    of_window, whole = 48 * 64 + 2 * 48 * 32 + 64 * 48 + 2 * 16, 48 * 160 + 48 * 40 + 160 * 48 + 2 * 40
+    gemma4 = 2 * (of_window + whole) + 4 * (3 * 48 * 80 + 4 * 48) + 48
     head = 320 * 48
     scored = len(forest.scored)
     for family, body, attention in (
         ("Llama", llama, 3 * every * 48),
         ("SmolLM2 (tied head)", llama, 3 * every * 48),
         ("Gemma-2", gemma, 2 * (every + windowed) * 64),
+        ("Gemma-4 (a head width per layer)", gemma4, 2 * every * 160 + 2 * windowed * 64),
     ):
         model = wrap(family, small_model(family))
         assert useful_flops(model, forests) == 2 * body * forest.n_tokens + 2 * head * scored + 4 * attention, family

@@ -91,6 +91,11 @@ print(peak() - before, 4096 * token_bytes(full.config, {dtype}), head_bytes(torc
         ("Llama", "torch.bfloat16", SHAPE),
         ("GPT-2", "torch.float32", dict(n_embd=512, n_head=8, n_positions=8192)),  # GELU, operation by operation
         ("gpt-oss (sinks)", "torch.float32", SHAPE),  # a mixture of experts
+        (
+            "Gemma-4 (shared keys, inputs per layer)",
+            "torch.float32",
+            SHAPE | dict(head_dim=64, global_head_dim=128, hidden_size_per_layer_input=64),
+        ),
     ],
 )
 def test_activations_take_no_more_than_estimated(family, dtype, shape):

@@ -156,7 +156,7 @@ def test_what_a_hub_or_a_compressed_file_holds_is_a_row() -> None:
     summary = prepare("hf://datasets/org/name", "out", filesystem=filesystem)
     assert summary.statuses == {"ok": 5, "unreadable": 1}
     assert summary.files[0].problem.startswith("this is a web page (of a login or an error?); download them again")
-    (source,) = find_sources(write("c.jsonl.gz", gzip.compress(LFS)))
+    (source,) = find_sources(write("c.jsonl.gz", gzip.compress(LFS, mtime=0)))
     (marker,) = (record for batch in SourceReader(source) for record in batch.records)
     assert marker == Unreadable("this is a Git LFS pointer; fetch the files with `git lfs pull`")
 
@@ -175,7 +175,7 @@ def _tar() -> bytes:
     [
         (b"PK\x03\x04rest", "this is a zip archive; unpack it and name the files in it"),
         (_tar(), "this is a tar archive; unpack it and name the files in it"),
-        (gzip.compress(_tar()), "this is a tar archive; unpack it and name the files in it"),
+        (gzip.compress(_tar(), mtime=0), "this is a tar archive; unpack it and name the files in it"),
         (b"7z\xbc\xaf\x27\x1crest", "this is a 7z archive; unpack it"),
         (b"\x04\x22\x4d\x18rest", "this is lz4 data; unpack it (lz4 -d FILE)"),
         (b"SQLite format 3\0", "this is an SQLite database; export its table as JSON lines"),
@@ -188,7 +188,10 @@ def _tar() -> bytes:
         (GOOD.decode().encode("utf-16"), "the text is UTF-16; save it as UTF-8"),
         (GOOD.decode().encode("utf-16-le"), "the text is UTF-16; save it as UTF-8"),
         (GOOD.decode().encode("utf-16-be"), "the text is UTF-16; save it as UTF-8"),
-        (gzip.compress(b"PAR1 and so on"), "a compressed Parquet or Arrow file cannot be read in pieces; unpack it"),
+        (
+            gzip.compress(b"PAR1 and so on", mtime=0),
+            "a compressed Parquet or Arrow file cannot be read in pieces; unpack it",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz"])
@@ -200,7 +203,7 @@ def test_formats_that_are_not_read(name: str, content: bytes, reason: str) -> No
 
 
 def test_what_gives_nothing_is_shown_first(capsys: pytest.CaptureFixture[str]) -> None:
-    write("d/cut.jsonl.gz", gzip.compress(GOOD * 9000)[:-20])
+    write("d/cut.jsonl.gz", gzip.compress(GOOD * 9000, mtime=0)[:-20])
     write("d/good.jsonl", GOOD + b'{"prompt": "p", "response": null}\n' * 3 + b"{broken\n")
     write("d/null.jsonl", b'{"prompt": "p", "response": null}\n' * 4)
     write("d/empty.jsonl", b"")

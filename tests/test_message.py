@@ -7,6 +7,7 @@ import pytest
 
 from fastcompat.message import (
     Message,
+    dumped,
     inline_reasoning,
     is_masked,
     masking_key,
@@ -68,7 +69,10 @@ def test_without_reasoning() -> None:
         ({"mask": 1}, "mask"),
         ({"mask": False}, None),
         ({"mask": "User"}, None),
-        ({"weight": "0"}, None),
+        ({"weight": "0"}, "weight"),
+        ({"train": "False"}, "train"),
+        ({"loss_mask": 0}, "loss_mask"),
+        ({"weight": "heavy"}, None),
         ({}, None),
     ],
 )
@@ -144,3 +148,23 @@ def test_shards_without_the_later_columns_are_read() -> None:
     assert from_table(with_later_columns(old.slice(2), ROW_SCHEMA.names)) == [row]
     with pytest.raises(KeyError):
         with_later_columns(old.drop_columns("status"), ROW_SCHEMA.names)
+
+
+def test_prompts_are_the_same_however_they_are_spelt() -> None:
+    def of(**others: object) -> str:
+        return prompt_id([Message("user", "a"), Message("assistant", "b", dumped(others))])
+
+    def called(**own: object) -> dict[str, object]:
+        return {"tool_calls": [{"type": "function", **own}]}
+
+    function = {"name": "f", "arguments": {"x": 1, "y": 2}}
+    spelt = [
+        called(function=function),
+        called(function=function, id="1", index=0),
+        called(function={"arguments": {"y": 2, "x": 1}, "name": "f"}, id="2"),
+        called(function={"name": "f", "arguments": '{"x": 1, "y": 2}'}),
+    ]
+    assert len({of(**each) for each in spelt}) == 1
+    assert len({of(**{key: "hm"}) for key in ("reasoning_content", "thinking", "reasoning")}) == 1
+    assert of(reasoning_content="", name="", tool_calls=[]) == of()
+    assert of(**called(function={"name": "f", "arguments": {"x": 2}})) != of(**spelt[0])

@@ -118,9 +118,10 @@ def template_of(source: str) -> ChatTemplate:
 
 
 def theirs(template: ChatTemplate, turns: list[dict[str, Any]], tools: object) -> str | None:
-    """What `apply_chat_template` gives, None where it refuses."""
+    """What `apply_chat_template` gives, None where it refuses. It takes keys out whose value is None."""
+    given = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     try:
-        texts, _ = render_jinja_template(conversations=[turns], tools=tools, chat_template=template.source, **VARIABLES)
+        texts, _ = render_jinja_template(conversations=[given], tools=tools, chat_template=template.source, **VARIABLES)
     except Exception:
         return None
     return texts[0]
@@ -270,3 +271,92 @@ def test_masked_turns_are_not_scored() -> None:
         with pytest.raises(ConversationRefusedError) as refusal:
             template.scored_text(turns, masked={3})
         assert refusal.value.status is Status.MASKED
+
+
+# --- what a review found
+
+
+QWEN3 = (TEMPLATES / "qwen3.jinja").read_text()
+
+
+def test_the_verdict_on_a_row_does_not_depend_on_the_rows_before() -> None:
+    template = template_of((TEMPLATES / "llama3.jinja").read_text())
+    blank = row_of([ASKS, turn("assistant", "Seven.", reasoning_content="")])
+    thinks = row_of([ASKS, turn("assistant", "Seven.", reasoning_content="Six and one.")])
+    assert template.whole_text(blank.messages)
+    with pytest.raises(ConversationRefusedError, match="leaves out the reasoning"):
+        template.whole_text(thinks.messages)
+    assert template.whole_text(blank.messages)
+
+
+@pytest.mark.parametrize("content", [{"t": "RES1"}, [{"t": "RES1"}]], ids=["object", "list"])
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "gemma4_v5", "lfm2_2_5", "qwen2_5"])
+def test_an_answer_that_is_no_text_shows(name: str, content: object) -> None:
+    template = template_of((TEMPLATES / f"{name}.jinja").read_text())
+    turns = [ASKS, turn("assistant", "", tool_calls=[call()]), turn("tool", content, name="weather")]
+    row = row_of([*turns, turn("assistant", "Seven.")], TOOLS)
+    found = found_or_refused(template, row)
+    assert isinstance(found, ConversationRefusedError) or "RES1" in found.text
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_8", "lfm2_v2", "nemotron_3_nano", "qwen3"])
+def test_arguments_show_by_whatever_name_they_go(name: str) -> None:
+    template = template_of((TEMPLATES / f"{name}.jinja").read_text())
+    for given in ({"parameters": {"c": "ARG1"}}, {"arguments": {"c": "ARG1"}}, {"arguments": ["ARG1"]}):
+        called = {"type": "function", "function": {"name": "weather", **given}}
+        found = found_or_refused(template, row_of([ASKS, turn("assistant", "", tool_calls=[called])]))
+        assert isinstance(found, ConversationRefusedError) or "ARG1" in found.text[slice(*found.spans[0])]
+
+
+@pytest.mark.parametrize("name", ["gemma4_v5", "qwen3", "glm4moe", "gptoss"])
+def test_answers_are_never_scored_with_all_turns(name: str) -> None:
+    template = template_of((TEMPLATES / f"{name}.jinja").read_text())
+    row = row_of(
+        [ASKS, turn("assistant", "", tool_calls=[call()]), turn("tool", "RES1"), turn("assistant", "AONE")], TOOLS
+    )
+    found = template.scored_text(row.messages, tools=row.tools, turns="all")
+    assert all("RES1" not in found.text[slice(*span)] for span in found.spans)
+    assert "AONE" in found.text[slice(*found.spans[-1])]
+
+
+def test_stretches_around_a_think_tag_are_told() -> None:
+    template = template_of(QWEN3)
+    for text in ("First I say this. <think>x</think> Then that.", "<think>a</think> middle </think> end"):
+        with pytest.raises(ConversationRefusedError, match="leaves out the text of turn 1"):
+            template.whole_text(row_of([ASKS, turn("assistant", text)]).messages)
+
+
+def test_reasoning_that_is_no_text() -> None:
+    template = template_of(QWEN3)
+    for thought in ([{"type": "thinking", "thinking": "abc"}], ["abc"], {"text": "abc"}):
+        found = template.scored_text(row_of([ASKS, turn("assistant", "Seven.", reasoning_content=thought)]).messages)
+        assert found.text[slice(*found.spans[0])] == "<think>\nabc\n</think>\n\nSeven.<|im_end|>"
+
+
+def test_no_call_is_made_of_nothing() -> None:
+    for nothing in (
+        {"function_call": {"name": None, "arguments": None}},
+        {"tool_calls": "None"},
+        {"tool_calls": "null"},
+    ):
+        row = row_of([ASKS, turn("assistant", "Seven.", **nothing)])
+        assert row.messages[-1] == Message("assistant", "Seven.")
+    for calls in ([json.dumps(call())], call(), json.dumps([call()])):
+        assert row_of([ASKS, turn("assistant", "", tool_calls=calls)]).messages[-1].others["tool_calls"] == [call()]
+
+
+def test_bare_tools_and_calls_go_into_a_function_where_only_that_shows() -> None:
+    template = template_of((TEMPLATES / "gptoss.jinja").read_text())
+    bare = {"name": "weather", "arguments": {"city": "Graz"}}
+    tools = [tool["function"] for tool in TOOLS]
+    row = row_of([ASKS, turn("assistant", "", tool_calls=[bare])], tools)
+    found = template.scored_text(row.messages, tools=row.tools)
+    assert "Gives the weather." in found.text
+    assert "Graz" in found.text[slice(*found.spans[0])]
+
+
+def test_built_in_templates_give_no_arguments_an_empty_object() -> None:
+    template = template_of(BUILT_IN_TEMPLATES["chatml"])
+    called = {"type": "function", "function": {"name": "now", "arguments": ""}}
+    text = template.whole_text(row_of([ASKS, turn("assistant", "", tool_calls=[called])]).messages)
+    assert '{"name": "now", "arguments": {}}' in text

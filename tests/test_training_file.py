@@ -17,6 +17,7 @@ from corpora import prepare_small_units, save_small_model, write_corpus, write_j
 
 from fastcompat import selection, training_file
 from fastcompat.errors import RunError, UsageError
+from fastcompat.message import Message
 from fastcompat.response import from_table
 from fastcompat.selection import METADATA_KEY, select
 from fastcompat.store import Run, open_run
@@ -283,3 +284,19 @@ def test_the_card_notes_what_a_reader_might_miss(tmp_path, run, scores):
     assert "3 chosen responses were longer than the scorer's limit" in text
     assert "`loss` (lower is better)" in text
     assert "beta" not in text
+
+
+def test_keys_of_turns_have_one_type_in_parquet() -> None:
+    kinds = [
+        training_file._common(None, 1),
+        training_file._common(pa.int64(), 0.5),
+        training_file._common(pa.bool_(), 1),
+    ]
+    assert kinds == [pa.int64(), pa.float64(), pa.string()]
+    assert training_file._common(None, 2**70) == pa.string()
+    assert training_file._common(pa.string(), {"a": 1}) == pa.string()
+    form = training_file._ParquetForm(
+        turn=pa.struct([("role", pa.string()), ("content", pa.string()), ("n", pa.string())]), has_tools=False
+    )
+    assert form._fields(Message("user", "a", '{"n":{"x":1}}')) == {"role": "user", "content": "a", "n": '{"x": 1}'}
+    assert form._fields(Message("user", "a", '{"n":"t"}')) == {"role": "user", "content": "a", "n": "t"}

@@ -28,7 +28,9 @@ def figures() -> str:
         "",
         f"Of {check['responses']} responses the loss was computed again the plain way. Largest relative error: "
         f"{check['largest_relative_error_float32']:.1e} in float32, {check['largest_relative_error_of_the_run']:.1e} "
-        f"in the run's {score['dtype']}. Their median loss is {check['median_loss']:.2f} nats a token, and the model "
+        f"in the run's {score['dtype']}; of the loss that transformers returns, with a log-softmax in float32, "
+        f"{check['largest_relative_error_of_transformers_loss']:.1e}. Their median loss is "
+        f"{check['median_loss']:.2f} nats a token, and the model "
         f"answers “{check['question']}” with “{check['answer']}”.",
         "",
         f"The report is {result['report_bytes'] / 1e6:.1f} MB, `select` chose {result['selected']:,} responses.",

@@ -213,13 +213,13 @@ def checked(run: Run, check_run: Run, sample: Path) -> dict[str, Any]:
     failures = [] if ANSWER in answer else [f"{QUESTION} {answer}"]
     rows = {path.name: [json.loads(line) for line in lines_of(path)] for path in sample.iterdir()}
     of_run = {(loss["generator"], loss["prompt_id"]): loss for loss in losses_of(run)}
-    in_float32, in_run, plain_losses, without = [], [], [], Counter[str]()
+    in_float32, in_run, of_transformers, plain_losses, without = [], [], [], [], Counter[str]()
     for loss in losses_of(check_run):
         where = f"{Path(loss['source']).name}#{loss['row_index']}"
         if loss["loss"] is None:
             without[loss["status"]] += 1
             continue
-        expected, n_tokens = plain.loss(messages_of(rows[Path(loss["source"]).name][loss["row_index"]]))
+        expected, of_loss, n_tokens = plain.loss(messages_of(rows[Path(loss["source"]).name][loss["row_index"]]))
         error = abs(loss["loss"] / expected - 1)
         if loss["n_tokens"] != n_tokens or error > LARGEST_RELATIVE_ERROR:
             failures.append(
@@ -228,6 +228,7 @@ def checked(run: Run, check_run: Run, sample: Path) -> dict[str, Any]:
             )
         plain_losses.append(expected)
         in_float32.append(error)
+        of_transformers.append(abs(of_loss / expected - 1))
         in_run.append(abs(of_run[loss["generator"], loss["prompt_id"]]["loss"] / expected - 1))
     if statistics.median(plain_losses) > LARGEST_MEDIAN_LOSS:
         failures.append(f"median loss {statistics.median(plain_losses):.2f}: the weights cannot be right")
@@ -239,6 +240,7 @@ def checked(run: Run, check_run: Run, sample: Path) -> dict[str, Any]:
         "without_a_loss": without,
         "largest_relative_error_float32": float(f"{max(in_float32):.2g}"),
         "largest_relative_error_of_the_run": float(f"{max(in_run):.2g}"),
+        "largest_relative_error_of_transformers_loss": float(f"{max(of_transformers):.2g}"),
         "failures": failures,
     }
 

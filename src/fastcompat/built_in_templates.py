@@ -21,7 +21,8 @@ _SAID = """\
 {%- if message['content'] or not loop.first -%}{{- '\\n' -}}{%- endif -%}
 {%- set call = call['function'] or call -%}
 {{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
-{{- call['arguments'] if call['arguments'] is string else (call['arguments'] | tojson) -}}
+{%- if call['arguments'] is string -%}{{- call['arguments'] if call['arguments'] | trim else '{}' -}}
+{%- else -%}{{- call['arguments'] | tojson -}}{%- endif -%}
 {{- '}\\n</tool_call>' -}}
 {%- endfor -%}
 {%- endmacro -%}
@@ -33,57 +34,55 @@ _SAID = """\
 """
 
 # Plain text for base models that have never seen a chat: prompt, blank line, response, end of sequence.
-_PLAIN = (
-    _SAID
-    + """\
-{%- if tools -%}{{- listed(tools) + '\\n\\n' -}}{%- endif -%}
+_PLAIN = """\
 {%- for message in messages -%}
-{{- said(message) -}}
+{{- message['content'] -}}
 {%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
 {%- if not loop.last or add_generation_prompt -%}{{- '\\n\\n' -}}{%- endif -%}
 {%- endfor -%}
 """
-)
 
 # ChatML, the format of OpenAI's chat models as Qwen and others adopted it; no default system message.
-_CHATML = (
-    _SAID
-    + """\
-{%- if tools -%}{{- '<|im_start|>system\\n' + listed(tools) + '<|im_end|>\\n' -}}{%- endif -%}
+_CHATML = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + said(message) + '<|im_end|>' + '\\n' -}}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-)
 
 # Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca). A system message takes the preamble's place.
-_ALPACA = (
-    _SAID
-    + """\
+_ALPACA = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
 {{- messages[0]['content'] -}}
 {%- else -%}
 {{- 'Below is an instruction that describes a task. ' -}}
 {{- 'Write a response that appropriately completes the request.' -}}
 {%- endif -%}
-{%- if tools -%}{{- '\\n\\n' + listed(tools) -}}{%- endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{{- '\\n\\n### Response:\\n' + said(message) -}}{{- eos_token -}}
+{{- '\\n\\n### Response:\\n' + message['content'] -}}{{- eos_token -}}
 {%- elif message['role'] == 'user' -%}
-{{- '\\n\\n### Instruction:\\n' + said(message) -}}
+{{- '\\n\\n### Instruction:\\n' + message['content'] -}}
 {%- elif message['role'] != 'system' -%}
-{{- '\\n\\n### Input:\\n' + said(message) -}}
+{{- '\\n\\n### Input:\\n' + message['content'] -}}
 {%- elif not loop.first -%}
-{{- '\\n\\n' + said(message) -}}
+{{- '\\n\\n' + message['content'] -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
 """
-)
 
-BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+_TEXTS = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+# Where the tools stand: before everything, in a system turn or as text.
+_TOOLS = {
+    "chatml": "{%- if tools -%}{{- '<|im_start|>system\\n' + listed(tools) + '<|im_end|>\\n' -}}{%- endif -%}\n",
+    **dict.fromkeys(("alpaca", "plain"), "{%- if tools -%}{{- listed(tools) + '\\n\\n' -}}{%- endif -%}\n"),
+}
+BUILT_IN_TEMPLATES: Mapping[str, str] = {
+    name: _SAID + _TOOLS[name] + text.replace("message['content']", "said(message)") for name, text in _TEXTS.items()
+}
+# What a fingerprint has of them: conversations of texts alone are what they were before there was more to say.
+IDENTITIES: Mapping[str, str] = {BUILT_IN_TEMPLATES[name]: text for name, text in _TEXTS.items()}
 
 
 def template_source(name: str, own_template: str | None) -> tuple[str, str]:

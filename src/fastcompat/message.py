@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -86,8 +87,8 @@ def without_reasoning(message: Message) -> Message:
 
 
 def is_masked(message: Message) -> bool:
-    """Whether the corpus leaves a turn out of the loss: weight 0 (OpenAI, Axolotl), train or training false (Axolotl),
-    loss false or 0 (ms-swift), mask true."""
+    """Whether the corpus leaves a turn out of the loss: weight 0 (OpenAI, Axolotl), train, training or trainable false
+    (Axolotl), loss false or 0 (ms-swift), loss_mask 0, mask true; also as texts."""
     if not message.extra:
         return False
     return masking_key(message.others) is not None
@@ -95,10 +96,16 @@ def is_masked(message: Message) -> bool:
 
 def masking_key(fields: dict[str, Any]) -> str | None:
     """The key that takes a turn out of the loss, None where none does."""
-    for key in ("weight", "train", "training", "loss"):
-        if isinstance(fields.get(key), bool | int | float) and not fields[key]:
+    for key in ("weight", "train", "training", "trainable", "loss", "loss_mask"):
+        if _said_as_number(fields.get(key)) == 0:
             return key
-    return "mask" if fields.get("mask") is True or fields.get("mask") == 1 else None
+    return "mask" if _said_as_number(fields.get("mask")) == 1 else None
+
+
+def _said_as_number(value: Any) -> float | None:
+    if isinstance(value, str):
+        return {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}.get(value.strip().lower())
+    return float(value) if isinstance(value, bool | int | float) else None
 
 
 def spoken(message: Message) -> str:
@@ -127,6 +134,25 @@ _quoted = json.encoder.encode_basestring_ascii
 
 
 def _said(extra: str) -> str:
-    others = json.loads(extra)
-    said = {key: others[key] for key in SAID_KEYS if key in others}
-    return f",{dumped(said)}" if said else ""
+    """What of a turn's other keys tells prompts apart, however it is spelt: neither ids nor the order of keys."""
+    others: dict[str, Any] = json.loads(extra)
+    calls = others.get("tool_calls")
+    said = {
+        "name": others.get("name"),
+        "reasoning": reasoning_of(others),
+        "calls": [_called(call) for call in calls] if isinstance(calls, list) else calls,
+    }
+    kept = {key: value for key, value in said.items() if value not in (None, "", [])}
+    return f",{json.dumps(kept, ensure_ascii=False, sort_keys=True)}" if kept else ""
+
+
+def _called(call: Any) -> Any:
+    """A call's name and arguments."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        return function
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    return [function.get("name"), arguments]

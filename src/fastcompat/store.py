@@ -62,6 +62,7 @@ _TELLING = (
     "turn_masks",
     "revision",
 )
+_LATER = {"template_options": {}, "reasoning": "keep", "tools": "keep", "turn_masks": "honour"}
 
 
 class Run:
@@ -164,6 +165,8 @@ class Run:
         labels = {}
         for (_, model), stores in groups.items():
             settings = [store.record["settings"] for store in stores]
+            # Those of older versions lack what could not be chosen.
+            settings = [_LATER | own for own in settings]
             differing = [key for key in _TELLING if len({str(own.get(key)) for own in settings}) > 1]
             for store, own in zip(stores, settings, strict=True):
                 labels[store.name] = " · ".join([model, *(f"{key} {own.get(key)}" for key in differing)])

@@ -23,11 +23,12 @@ from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any, Literal
 
-from fastcompat.call_forms import CallForms
+from fastcompat.built_in_templates import IDENTITIES
 from fastcompat.errors import TemplateError
 from fastcompat.message import REASONING_KEYS, Message, reasoning_of
 from fastcompat.omissions import find_omission, structure
 from fastcompat.response import Status
+from fastcompat.spellings import Spellings
 
 # Llama-3.2's, Mistral's and others' templates print today's date. A run that is resumed tomorrow must give the same
 # ids, so the date is that which Llama-3's own template falls back to.
@@ -85,7 +86,8 @@ class ChatTemplate:
 
     `variables` are the names that a template can use beside the messages (`bos_token`, `enable_thinking`, ...);
     `special_tokens` the strings among which a turn's end marker is looked for. Raises `TemplateError` where `source` is
-    not valid Jinja, with the line, or where today's date in it cannot be pinned.
+    not valid Jinja, with the line, or where today's date in it cannot be pinned. `identity` is what a fingerprint has
+    of it.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.source, n_dates = _DATE_CALL.subn(_pinned_date, source)
+        self.identity = IDENTITIES.get(source, self.source)
         self.description = description
         if _OTHER_DATE.search(_COMMENT.sub("", self.source)):
             raise TemplateError(
@@ -200,7 +203,9 @@ class ChatTemplate:
         frame = self._frame(messages[:index], tools, frames)
         is_last = index == len(messages) - 1
         before, after = (frame.before, frame.after) if is_last else self._surroundings(messages, tools, index)
-        if after is not None and text.endswith(after):
+        # Without its calls a turn may lose the answers to them, and what follows it is told too short.
+        answers = [m.content.strip() for m in messages[index + 1 :] if m.role == "tool" and messages[index].extra]
+        if after is not None and text.endswith(after) and all(content in after for content in answers):
             end_of_content = len(text) - len(after)
             marker = frame.end_marker
             end = end_of_content + (len(marker) if score_eos and after.startswith(marker) else 0)
@@ -303,7 +308,7 @@ class ChatTemplate:
         with _RECORDING_BLOCKS if self._has_generation_blocks else nullcontext():
             texts, blocks = self._render_jinja(
                 conversations=[[self._fields(message) for message in messages]],
-                tools=_parsed(tools) if tools else None,
+                tools=self._spellings.tools(_parsed(tools)) if tools else None,
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=self._has_generation_blocks,
@@ -315,11 +320,15 @@ class ChatTemplate:
         """What a template reads of a turn."""
         fields: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.extra:
-            fields |= message.others
+            # As `apply_chat_template` does: a key that is null is none.
+            fields = {key: value for key, value in (fields | message.others).items() if value is not None}
             if (reasoning := reasoning_of(fields)) is not None:
                 fields = {"thinking": reasoning, **fields, REASONING_KEYS[0]: reasoning}
             if fields.get("tool_calls"):
-                fields = self._call_forms.fitting(fields)
+                fields = self._spellings.call(fields)
+            content = fields.get("content")
+            if isinstance(content, dict | list) and not self._spellings.shows_answer(content):
+                fields["content"] = message.content  # its JSON
         if message.role == _DEVELOPER and not self._knows_developers:
             fields["role"] = "system"
         return fields
@@ -327,20 +336,22 @@ class ChatTemplate:
     @cached_property
     def _knows_developers(self) -> bool:
         """Whether a developer's turn shows."""
-        return _SENTINEL in self._tried(
-            {"role": _DEVELOPER, "content": _SENTINEL}, {"role": "user", "content": "Hello"}
-        )
+        developer = {"role": _DEVELOPER, "content": _SENTINEL}
+        return _SENTINEL in self._tried([developer, {"role": "user", "content": "Hello"}], None)
 
     @cached_property
-    def _call_forms(self) -> CallForms:
-        user = {"role": "user", "content": "Hello"}
-        return CallForms.shown_by(lambda turn: self._tried(user, turn))
+    def _spellings(self) -> Spellings:
+        return Spellings.shown_by(self._tried)
 
-    def _tried(self, *turns: Mapping[str, Any]) -> str:
+    def _tried(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
         """The render of these turns, "" where the template refuses them."""
         try:
             texts, _ = self._render_jinja(
-                conversations=[turns], chat_template=self.source, add_generation_prompt=False, **self._variables
+                conversations=[turns],
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=False,
+                **self._variables,
             )
         except Exception:  # a template raises anything
             return ""

@@ -204,7 +204,7 @@ class ConversationTokenizer:
         named = [(name, getattr(settings, name)) for name in later if getattr(settings, name) != getattr(usual, name)]
         choices += [[name, dict(value) if isinstance(value, Mapping) else value] for name, value in named]
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        digest = hashlib.sha256(json.dumps([choices, special, self.template.source]).encode())
+        digest = hashlib.sha256(json.dumps([choices, special, self.template.identity]).encode())
         for part in self._tokenizer_content():
             digest.update(b"\0" + part)
         return digest.hexdigest()

@@ -46,11 +46,12 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
     is there is replaced. Every row has `messages` (a list of role, content and whatever else the corpus says of a
     turn), `tools` where the corpus names some, `prompt_id`, `generator`, `row_key`, the values that it was chosen by,
     loss and reward where they are known, and its `rank` within the prompt. In Parquet, whose columns have one type,
-    a turn's keys are columns of their own, null where it has not, and `tools` is JSON text, as TRL reads it. The card
+    a turn's keys are columns of their own, null where it has not, objects as JSON text; so are `tools`, as TRL reads
+    them. The card
     is `path` with ".md" after it. Both are written whole or not at all; few conversations are in memory at once.
 
-    Raises UsageError: another suffix, no rows, rows that are not the run's, turns with objects (tool calls) for a
-    Parquet file; RunError: a damaged shard, a full disk.
+    Raises UsageError: another suffix, no rows, rows that are not the run's, tool calls for a Parquet file; RunError: a
+    damaged shard, a full disk.
     """
     path = Path(path)
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
@@ -173,17 +174,29 @@ class _ParquetForm:
             extras = pc.unique(pc.struct_field(own["messages"].combine_chunks().flatten(), "extra"))
             for extra in extras.to_pylist():
                 for key, value in (json.loads(extra) if extra else {}).items():
-                    kind = _SCALARS.get(type(value)) if value is not None else types.get(key, pa.null())
-                    if kind is None or types.get(key, kind) not in (kind, pa.null()):
-                        what = "objects" if kind is None else "values of several types"
+                    if key == "tool_calls":
                         raise UsageError(
-                            f"{path}: turns have {what} under {key!r}, and a Parquet column has one type; write a file "
-                            "whose name ends in .jsonl"
+                            f"{path}: turns call tools, whose arguments have no one type, as a Parquet column has; "
+                            "write a file whose name ends in .jsonl"
                         )
-                    types[key] = kind
+                    types[key] = _common(types.get(key), value)
         types.pop("content", None)  # null, where a turn has no text
         known = [pa.field(key, pa.string() if kind == pa.null() else kind) for key, kind in types.items()]
         return cls(turn=pa.struct([("role", pa.string()), ("content", pa.string()), *known]), has_tools=has_tools)
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        """A turn as a row of that type: what is no value of its key's type is JSON text."""
+        fields = message.fields
+        if fields["content"] is not None:
+            fields["content"] = message.content
+        for key in message.others:
+            if (
+                key != "content"
+                and self.turn.field(key).type == pa.string()
+                and not isinstance(fields[key], str | None)
+            ):
+                fields[key] = json.dumps(fields[key], ensure_ascii=False)
+        return fields
 
     @contextmanager
     def writer(self, path: Path, suffix: str) -> Iterator[Write]:
@@ -193,7 +206,7 @@ class _ParquetForm:
 
             def write(conversations: pa.Table, values: pa.Table) -> None:
                 turns = [
-                    [Message(**turn).fields for turn in conversation]
+                    [self._fields(Message(**turn)) for turn in conversation]
                     for conversation in conversations["messages"].to_pylist()
                 ]
                 columns = {"messages": pa.array(turns, pa.list_(self.turn))}
@@ -206,6 +219,18 @@ class _ParquetForm:
                 writers[0].write_table(rows)
 
             yield write
+
+
+def _common(known: pa.DataType | None, value: Any) -> pa.DataType:
+    """The type of a key's column once this value is in it too; text, as JSON, for what has no other."""
+    if value is None:
+        return known or pa.null()
+    kind = _SCALARS.get(type(value), pa.string())
+    if kind == pa.int64() and not -(2**63) <= value < 2**63:
+        kind = pa.string()
+    if known in (None, pa.null(), kind):
+        return kind
+    return pa.float64() if {known, kind} == {pa.int64(), pa.float64()} else pa.string()
 
 
 def _count_unusual(messages: pa.ListArray) -> int:

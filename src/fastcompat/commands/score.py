@@ -110,6 +110,9 @@ def score(
     reward_reasoning: Annotated[
         Carried, typer.Option(rich_help_panel=REWARDS, help="As --reasoning, of reward models.")
     ] = Carried.keep,
+    reward_tools: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --tools, of reward models.")
+    ] = Carried.keep,
     reward_max_length: Annotated[
         int | None,
         typer.Option(
@@ -186,7 +189,7 @@ def score(
         max_length=reward_max_length,
         truncate=truncate,
         reasoning=reward_reasoning.value,
-        tools=tools.value,
+        tools=reward_tools.value,
         read_out=reward_read_out.value,
         revision=revision,
         token_ids=token_ids.value,

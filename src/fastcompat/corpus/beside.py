@@ -19,6 +19,8 @@ from fastcompat.message import REASONING_KEYS, SAID_KEYS, Message, dumped
 
 # Roles of turns whose text is a call, as JSON.
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+# Texts by which frames write that there is nothing.
+_NOTHING = frozenset(("", "none", "null", "nan"))
 # Where a part of a content that is the assistant's thinking has its text, by the part's type.
 _THINKING_PARTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text", "content")}
 
@@ -32,6 +34,9 @@ def message_of(
     something else that this role may have for one.
     """
     own = {key: plain(value, null_is_absent) for key, value in others.items() if value is not None}
+    for key in REASONING_KEYS:
+        if not isinstance(own.get(key, ""), str):
+            own[key] = _thought(own[key])
     text = content
     if role == "assistant":
         _put_calls_right(own)
@@ -64,7 +69,7 @@ def said_in(item: dict[str, Any], *, null_is_absent: bool = False) -> str:
 def tools_of(value: Any, place: str, *, null_is_absent: bool = False) -> str:
     """The JSON array of the tools that a record names, "" where it names none. UnfitError for what cannot be tools."""
     if isinstance(value, str):
-        value = _parsed(value, place) if value.strip() else None
+        value = None if value.strip().lower() in _NOTHING else _parsed(value, place)
     if isinstance(value, dict):
         value = [value]
     if not value:
@@ -73,7 +78,8 @@ def tools_of(value: Any, place: str, *, null_is_absent: bool = False) -> str:
         raise UnfitError(f"{place} is {kind_of(value)}, not a list of tools")
     tools = [_parsed(tool, place) if isinstance(tool, str) else tool for tool in value]
     for tool in tools:
-        if not isinstance(tool, dict):
+        named = isinstance(tool, dict) and (_is_named(tool) or isinstance(tool.get("type"), str))
+        if not (named or (isinstance(tool, dict) and isinstance(tool.get("function"), dict))):
             raise UnfitError(f"{place} holds {kind_of(tool)}, not a tool with a name and parameters")
     tools = [plain(tool, null_is_absent) for tool in tools]
     if place.rpartition(".")[2] == "functions":
@@ -124,15 +130,15 @@ def plain(value: Any, null_is_absent: bool = False) -> Any:
 
 def _put_calls_right(own: dict[str, Any]) -> None:
     """`tool_calls` that are JSON text become what they say, none at all no key, a `function_call` one of them."""
-    calls = own.get("tool_calls")
-    if isinstance(calls, str):
-        with suppress(ValueError, RecursionError):
-            own["tool_calls"] = calls = from_json(calls)
-    if not calls:
+    calls = _read(own.get("tool_calls"))
+    if calls:
+        calls = [_call(_read(call)) for call in (calls if isinstance(calls, list) else [calls])]
+        own["tool_calls"] = calls
+    else:
         own.pop("tool_calls", None)
     if own.get("function_call") and not calls:
-        call = own.pop("function_call")
-        own["tool_calls"] = _calls_in(call) or [{"type": "function", "function": call}]
+        if called := _calls_in(own.pop("function_call")):
+            own["tool_calls"] = called
     elif "function_call" in own and not own["function_call"]:
         del own["function_call"]
 
@@ -145,9 +151,53 @@ def _calls_in(value: Any) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             return []
     calls = value if isinstance(value, list) else [value]
-    if not all(isinstance(call, dict) and ("name" in call or "function" in call) for call in calls):
+    if not all(isinstance(call, dict) and (_is_named(call) or "function" in call) for call in calls):
         return []
-    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    return [_call(call if "function" in call else {"type": "function", "function": call}) for call in calls]
+
+
+def _read(value: Any) -> Any:
+    """What a JSON text says, or a word for nothing; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in _NOTHING:
+        return None
+    with suppress(ValueError, RecursionError):
+        return from_json(value)
+    return value
+
+
+def _call(call: Any) -> Any:
+    """A call whose function is no text, and whose arguments go by that name."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), str):
+        call = call | {"function": _read(call["function"])}
+    own = call["function"] if isinstance(call.get("function"), dict) else call
+    if "parameters" in own and "arguments" not in own:
+        own = {"arguments" if key == "parameters" else key: value for key, value in own.items()}
+        call = call | {"function": own} if isinstance(call.get("function"), dict) else own
+    return call
+
+
+def _is_named(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("name"), str) and bool(value["name"].strip())
+
+
+def _thought(value: Any) -> str:
+    """Reasoning that is no text, as one: the texts of its parts, or its JSON."""
+    if not value:
+        return ""
+    parts = value if isinstance(value, list) else [value]
+    texts = [part if isinstance(part, str) else _text_of_thought(part) for part in parts]
+    if all(text is not None for text in texts):
+        return "\n\n".join(str(text) for text in texts)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _text_of_thought(part: Any) -> str | None:
+    keys = ("thinking", "reasoning", "text", "content")
+    return next((part[key] for key in keys if isinstance(part.get(key), str)), None) if isinstance(part, dict) else None
 
 
 def _text_and_reasoning(parts: list[Any], place: str) -> tuple[str, str]:
@@ -157,6 +207,8 @@ def _text_and_reasoning(parts: list[Any], place: str) -> tuple[str, str]:
         kind = part.get("type") if isinstance(part, dict) else None
         keys = _THINKING_PARTS.get(kind, ()) if isinstance(kind, str) else ()
         thought = next((part[key] for key in keys if isinstance(part.get(key), str)), None)
+        if keys and thought is None and not any(part.get(key) for key in keys):
+            continue  # nothing was thought
         if thought is None:
             texts.append(part)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Of the parts of a content; the last two are those of OpenAI's responses.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
 
 class UnfitError(Exception):
     """A value that is not what its place asks for; the message becomes the row's detail."""
@@ -41,7 +44,7 @@ def text_of(value: object, place: str) -> str:
         texts = []
         for part in value:
             text = part.get("text") if isinstance(part, dict) else None
-            if not isinstance(text, str) or part.get("type", "text") != "text":
+            if not isinstance(text, str) or part.get("type", "text") not in _TEXT_PARTS:
                 what = (
                     f"a part of type {part['type']!r}" if isinstance(part, dict) and part.get("type") else kind_of(part)
                 )
