@@ -335,6 +335,7 @@ def labels(*inputs: str) -> list[str]:
 def test_labels_are_paths_as_given(tmp_path: Path) -> None:
     for name in ("d/b.jsonl", "d/a.jsonl", "d/x/c.parquet", "d/x/.git/z.jsonl", "d/state.json", "d/readme.md"):
         write(name, b"{}")
+    write("d/_delta_log/00000000000000000000.json", b'{"commitInfo": {}}')
     assert labels("d") == ["d/a.jsonl", "d/b.jsonl", "d/x/c.parquet"]
     assert labels("d/x/../a.jsonl") == ["d/x/../a.jsonl"]
     assert labels("d/b.jsonl", "d/a.jsonl") == ["d/b.jsonl", "d/a.jsonl"]
@@ -426,6 +427,10 @@ def test_no_inputs() -> None:
         ("gA/train-0.jsonl", "gA"),
         ("gpt4/train.jsonl", "gpt4"),
         ("gpt4/responses.jsonl.gz", "gpt4"),
+        ("gA/part-00000.snappy.parquet", "gA"),
+        ("gA/384f2db278544945a92fc1b5dd715431-0.parquet", "gA"),
+        ("gA/split=train/384f2db278544945a92fc1b5dd715431-0.parquet", "gA"),
+        ("all/model=Qwen%2FQwen3/part-0.parquet", "Qwen/Qwen3"),
     ],
 )
 def test_generator_names(label: str, name: str) -> None:

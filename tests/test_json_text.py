@@ -119,6 +119,8 @@ def test_names_twice_are_looked_for_all_the_way_where_the_beginning_has_them() -
         f"[{ROW},\n{ROW},{ROW},]",
         f"\ufeff{ROW}\n\ufeff{ROW}\n\ufeff{ROW}\n",
         f"\ufeff[{ROW},{ROW},{ROW}]",
+        f"[{ROW},{ROW}][{ROW}]",
+        f"[{ROW}]\n[{ROW}]\n[{ROW}]\n",
         f"\x1e{ROW}\n\x1e{ROW}\n\x1e{ROW}\n",
         "\n".join(ROW.replace("{", "{\n") for _ in range(3)),
     ],

@@ -22,7 +22,7 @@ class Status(StrEnum):
     TRUNCATED = "truncated"  # scored, but cut at the length limit: the figure is that of the kept tokens
     EMPTY = "empty"  # the response is null, missing or has no characters
     INVALID = "invalid"  # the record cannot be read as a response: broken JSON, wrong type, unpaired surrogate
-    UNREADABLE = "unreadable"  # stands for the rest of a file that ends early or cannot be opened
+    UNREADABLE = "unreadable"  # stands for the rest of a file (or of a row group) that cannot be read
     TEMPLATE = "template"  # the chat template refuses the conversation, or leaves out something that is said in it
     MASKED = "masked"  # the corpus leaves every turn that would be scored out of the loss
     PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no token of the response

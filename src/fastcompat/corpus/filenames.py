@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import PurePath, PurePosixPath
+from urllib.parse import unquote
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
@@ -19,7 +20,12 @@ _NOTES = re.compile(r"(readme|licen[cs]e|_success).*|.*\.(md|rst|txt|py|lock|log
 # Numbers that are certainly those of shards: `-00000-of-00002`, with the content's hash in older exports of the hub,
 # and Spark's `part-00000-...`. A bare number at the end may as well be a version (gpt-4-0613) or a step.
 _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+(-[0-9a-f]+)?$")
-_SPARK_PART = re.compile(r"part-\d+(-.*)?")
+_SPARK_PART = re.compile(r"part-\d+([-.].*)?")
+# What pyarrow calls the files of a data set: a number of 128 bits, and which of a partition's it is.
+_UNIQUE = re.compile(r"[0-9a-f]{32}-\d+")
+# Directories of a table that is partitioned by a column: the column's name and its value.
+_PARTITION = re.compile(r"(?P<column>\w+)=(?P<value>.+)")
+_GENERATOR_COLUMNS = frozenset(("generator", "model", "model_name", "model_id"))
 _NUMBERED = re.compile(r"(?P<base>.+)[-_.](?P<number>\d+)")
 # Names that say which part of a data set a file is, or that it is one, never who generated it.
 _PART_NAMES = frozenset(
@@ -58,6 +64,11 @@ def is_bookkeeping(name: str) -> bool:
     return bool(_BOOKKEEPING.fullmatch(name))
 
 
+def is_log(directory: str) -> bool:
+    """Whether a directory of this name holds what a writer of tables keeps for itself, never data."""
+    return directory in ("_delta_log", "_temporary", "_spark_metadata")
+
+
 def may_be_data(name: str) -> bool:
     """Whether a file of this name, whatever its ending, may have been meant as data: no hidden file, no README."""
     return not (name.startswith(".") or _BOOKKEEPING.fullmatch(name) or _NOTES.fullmatch(name))
@@ -73,6 +84,10 @@ def generator_name(label: str, siblings: Callable[[], Iterable[str]] = tuple) ->
     base = _without_number(stem, siblings)
     parents = [name.partition("@")[0] for name in reversed(path.parts[:-1]) if name.strip("./~")]
     for name in (base, *parents):
+        if partition := _PARTITION.fullmatch(name):
+            if partition["column"].lower() in _GENERATOR_COLUMNS:
+                return unquote(partition["value"])
+            continue
         if name and not name.isdigit() and name.lower() not in _PART_NAMES:
             return name
     return parents[0] if parents else base or stem
@@ -81,7 +96,7 @@ def generator_name(label: str, siblings: Callable[[], Iterable[str]] = tuple) ->
 def _without_number(stem: str, siblings: Callable[[], Iterable[str]]) -> str:
     if shard := _SHARD.search(stem):
         return stem[: shard.start()]
-    if _SPARK_PART.fullmatch(stem):
+    if _SPARK_PART.fullmatch(stem) or _UNIQUE.fullmatch(stem):
         return "part"
     numbered = _NUMBERED.fullmatch(stem)
     if numbered is None:

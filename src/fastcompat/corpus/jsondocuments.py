@@ -72,12 +72,15 @@ class DocumentRecords:
     def _records(self) -> Iterator[Record | Broken]:
         """Raises ValueError with the reason why there are no more."""
         text = self._text
-        if text.next_character() == "[":
-            yield from self._elements()
-            if text.next_character():
-                raise ValueError("there is more text after the array's end")
-            return
+        after_array = False
         while character := text.next_character(_BLANKS_AND_COMMAS):
+            if character == "[":
+                # Arrays may be joined, or stand one to a line.
+                yield from self._elements()
+                after_array = True
+                continue
+            if after_array and character != "{":
+                raise ValueError("there is more text after the array's end")
             try:
                 yield _record(self._next_record(large=character == "{" and text.count == 0))
             except _LargeObjectError:

@@ -25,6 +25,7 @@ from fastcompat.corpus.filenames import (
     generator_name,
     has_known_suffix,
     is_bookkeeping,
+    is_log,
     may_be_data,
 )
 from fastcompat.errors import CorpusError
@@ -228,7 +229,8 @@ def _walk(directory: str, visited: set[str]) -> Iterator[str]:
         if name.startswith("."):
             continue
         if os.path.isdir(path):
-            yield from _walk(path, visited)
+            if not is_log(name):
+                yield from _walk(path, visited)
         elif not is_bookkeeping(name) and _is_file(path):
             yield path
 
@@ -249,7 +251,9 @@ def _saved_files(directory: str) -> list[str] | None:
 
 
 def _glob(pattern: str) -> tuple[list[str], list[str]]:
-    matches = sorted(glob.glob(pattern, recursive=True))
+    matches = [
+        path for path in sorted(glob.glob(pattern, recursive=True)) if not any(map(is_log, PurePath(path).parts))
+    ]
     matched = [path for path in matches if _is_file(path) and not is_bookkeeping(os.path.basename(path))]
     # A directory is entered only where no deeper pattern (**) already lists what is in it.
     directories = [path for path in matches if os.path.isdir(path)] if "**" not in pattern else []
