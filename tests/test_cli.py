@@ -502,7 +502,7 @@ def test_what_turns_hold_beside_texts_is_scored_ranked_and_selected(tmp_path, mo
         assert written[record["model"]]["messages"] == record["messages"]
         assert written[record["model"]]["tools"] == tools
     told = fail(UsageError, *select, "-o", tmp_path / "best.parquet")
-    assert "'tool_calls'" in told
+    assert "turns call tools" in told
     assert ".jsonl" in told
     succeed(
         "select",
