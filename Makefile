@@ -80,7 +80,7 @@ real: export FASTCOMPAT_REAL ?= $(CURDIR)/.real
 real: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement bench/real/requirements.txt
 	$(BIN)/python bench/real/material.py
-	$(BIN)/python -m pytest --quiet -p no:benchmark tests/test_real_tokenizers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -p no:benchmark --numprocesses auto tests/test_real_tokenizers.py
 	$(BIN)/python bench/real/run.py --prompts $(or $(PROMPTS),40) $(if $(RESPONSES),--responses $(RESPONSES))
 
 # Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: fails where registers spill.

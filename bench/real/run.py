@@ -101,7 +101,7 @@ def main() -> None:
     (directory / "result.json").write_text(text, encoding="utf-8")
     print(f"\n{json.dumps({name: result[name] for name in ('score', 'check')}, indent=1)}")
     if check["failures"]:
-        raise SystemExit(f"{len(check['failures'])} of {check['responses']} responses differ from the plain loss")
+        raise SystemExit("not what the plain loss says:\n" + "\n".join(check["failures"]))
     path = RESULTS / f"real-smollm2-{corpus.name}.json"
     path.write_text(text, encoding="utf-8")
     print(path)
