@@ -1,6 +1,6 @@
 """Writes the figures of docs/real.md from bench/results, so that none is from memory.
 
-python bench/real/page.py         # after `make real RESPONSES=DIR`; a test holds the page to it
+python bench/real/page.py         # after `make real RESPONSES=DIR`
 """
 
 from __future__ import annotations
