@@ -15,6 +15,8 @@ from fastcompat.interface import ATTENTION_NAME
 from fastcompat.model import CausalLM, wrap
 
 LAYER_NORM = ("GPT-NeoX", "GPT-2", "Cohere (logit scale)", "StarCoder2")
+# Norms without a weight, values that are normed, and a factor of the layer's own: only its MLP is a known one.
+GEMMA_4 = ("Gemma-4 (a head width per layer)", "Gemma-4 (shared keys, inputs per layer)")
 EXPERTS = ("Mixtral", "Qwen3-MoE", "gpt-oss (sinks)")
 
 
@@ -59,6 +61,8 @@ def test_what_is_fused_in_every_family(family):
     wanted = {"RMSNorm": True, "attention": True, "MLP": True, "layer": True}
     if family in LAYER_NORM:
         wanted |= {"RMSNorm": False, "layer": False, "attention": family == "StarCoder2", "MLP": "Cohere" in family}
+    if family in GEMMA_4:
+        wanted |= {"RMSNorm": False, "attention": False, "layer": False}
     if family in EXPERTS:
         wanted["MLP"] = False
     assert fused == wanted

@@ -179,10 +179,9 @@ def test_the_two_averages_of_the_loss():
 
 
 def test_car_refuses_what_would_turn_it_around():
-    for reward in (0.0, -2.5):
-        with pytest.raises(UsageError, match=r"rise with the loss.*--reward-shift"):
-            response_metrics.car(reward, 1.0)
-    with pytest.raises(UsageError, match=r"reward -2.5 .*2 of 3.*more than 2.5"):
+    with pytest.raises(UsageError, match=r"reward -2.5 is negative: .*rise with the loss.*--reward-shift"):
+        response_metrics.car(-2.5, 1.0)
+    with pytest.raises(UsageError, match=r"reward -2.5 .*2 of 3.*by 2.5 or more"):
         response_metrics.car([1.0, -2.5, -1.0], 1.0)
     with pytest.raises(UsageError, match=r"reward -3 \(with reward_shift 2\)"):
         response_metrics.car(-3.0, 1.0, reward_shift=2.0)
@@ -204,6 +203,8 @@ def test_car_at_its_edges():
     assert response_metrics.car(2.0, 0.0) == 2.0
     assert response_metrics.car(2.0, -1e-7) == 2.0, "a certain token's NLL, rounded"
     assert response_metrics.car(2.0, 7.0, beta=0) == 2.0
+    assert response_metrics.car([0.0, -2.5], [7.0, 7.0], reward_shift=0.0 + 2.5).tolist() == [2.5 / 22, 0.0]
+    assert response_metrics.car(0.0, 7.0) == 0, "alike for every loss: nothing is turned around"
     assert isinstance(response_metrics.car(2.0, 1.0), float)
     rewards = [1.0, NAN, 1.0, INF, 1.0, -5.0, None]
     losses = [1.0, 1.0, NAN, 1.0, INF, NAN, 1.0]

@@ -164,12 +164,12 @@ def test_a_loss_of_zero_and_one_generator_and_one_prompt():
     assert row["loss_low"] == row["loss"] == row["loss_high"] == 0.0
 
 
-def test_a_mean_reward_that_is_not_positive_is_refused_by_name():
+def test_a_negative_mean_reward_is_refused_by_name():
     rows = [("good", "p", 1.0, 1.0), ("bad", "p", -0.5, 1.0), ("worse", "p", -2.0, 1.0)]
-    with pytest.raises(UsageError, match=r"mean reward of worse, -2 is not positive.*more than 2 \(--reward-shift"):
+    with pytest.raises(UsageError, match=r"mean reward of worse, -2 is negative: .*by 2 or more \(--reward-shift"):
         rank(own(rows))
-    with pytest.raises(UsageError, match=r"bad, -0.5 \(with reward_shift 0.5\) is 0, not positive.*more than 0.5 \("):
-        rank(own(rows[:2]), reward_shift=0.5)
+    with pytest.raises(UsageError, match=r"bad, -0.5 \(with reward_shift 0.25\) is -0.25, negative.*by 0.5 or more \("):
+        rank(own(rows[:2]), reward_shift=0.25)
     shifted = rank(own(rows), reward_shift=3.0).to_pylist()
     assert [(row["generator"], row["reward"], row["car"]) for row in shifted] == [
         ("good", 1.0, 1.0),
@@ -528,3 +528,16 @@ def test_sensitivity_by_hand():
     rows = [("strong", "p", 8.0, 3.0), ("near", "p", 4.0, 1.0)]
     assert sensitivity(rank(own(rows), draws=1, reward_shift=1.0))[None, None][0].beta_to == pytest.approx(2 / 3)
     assert sensitivity(rank(own([("a", "p", None, 1.0)]))) == {}
+
+
+def test_a_mean_reward_of_0_is_a_car_of_0():
+    """Where a judge gives a generator nothing at all."""
+    rows = [(name, f"p{k}", float(k % 2) * good, 1.0 + k % 3) for name, good in (("a", 1), ("b", 0)) for k in range(30)]
+    ranking = rank(own(rows))
+    good, none = ranking.to_pylist()
+    assert (none["generator"], none["car"], none["car_low"], none["car_high"], none["rank"]) == ("b", 0, 0, 0, 2)
+    assert (good["generator"], good["rank"], good["p_best"]) == ("a", 1, 1)
+    assert [own.generator for own in sensitivity(ranking)[None, None]] == ["a"]
+    nothing = rank(own([(name, prompt, 0.0, loss) for name, prompt, _, loss in rows]))
+    assert [(row["car"], row["rank"]) for row in nothing.to_pylist()] == [(0, 1), (0, 1)]
+    assert sensitivity(nothing) == {}

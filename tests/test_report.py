@@ -227,11 +227,11 @@ def test_a_run_that_is_not_finished_says_so(tmp_path):
     assert own["n"] == rank(run, beta=BETAS, draws=200)["n"].to_pylist()
 
 
-def test_rewards_that_are_not_positive_leave_the_page_without_car(tmp_path):
+def test_negative_rewards_leave_the_page_without_car(tmp_path):
     run = make_run(tmp_path, ["g0", "g1"], 40, reward=lambda name, prompt: normal_rewards(name, prompt) - 5)
     add_scores(run, gamma_losses())
     document = written(run, tmp_path)
-    assert "not positive" in document.visible
+    assert "is negative" in document.visible
     assert "Ranking by loss" in document.visible
     (own,) = document.json_of("rankings")["rankings"]
     assert own["loss"] == rank(run, sort_by="loss", draws=200)["loss"].to_pylist()
@@ -258,7 +258,7 @@ def test_a_hundred_generators_and_many_pairs_stay_small(tmp_path):
 def test_no_examples_no_text(run, tmp_path):
     document = written(run, tmp_path, examples=0)
     assert "The answer of" not in document.visible
-    assert "least compatible responses" not in document.visible
+    assert "Responses at both ends" not in document.visible
 
 
 def test_tokens_are_shaded_by_their_nll(tmp_path):

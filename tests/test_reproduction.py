@@ -140,10 +140,10 @@ def test_figures_are_those_of_a_loop_over_the_runs_rows(zoo_run, reproduced):
             assert found[key] == pytest.approx(loop_rho(values, outcome), abs=1e-9), key
 
 
-def test_car_of_rewards_that_are_not_positive_is_refused_by_name(reproduced):
+def test_car_of_negative_rewards_is_refused_by_name(reproduced):
     refused = [row for row in reproduced.to_pylist() if row["metric"] == "car" and row["rho"] is None]
     assert [row["reward_model"] for row in refused] == [f"column {REWARDS[1]}"] * 2
-    assert all("not positive" in row["note"] for row in refused)
+    assert all("negative" in row["note"] for row in refused)
 
 
 def test_the_printed_table_has_a_line_for_each_figure(reproduced):

@@ -100,7 +100,7 @@ def test_sorted_by_something_else(run):
     assert "lowest loss" in succeed("rank", run, "--sort", "loss")
 
 
-def test_rewards_that_are_not_positive_are_refused_with_the_way_out(tmp_path, run, model):
+def test_negative_rewards_are_refused_with_the_way_out(tmp_path, run, model):
     other = tmp_path / "run"
     succeed("score", run.parent / "zoo.parquet", "--base-model", model, "-o", other, "--reward-column", "Skywork")
     assert "--reward-shift" in fail(UsageError, "rank", other)

@@ -270,7 +270,7 @@ def test_a_row_that_the_reward_model_has_not_reached_has_a_loss_but_no_car():
         ({"threshold": math.nan}, "threshold must be a finite number"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens 9 is above max_tokens 3"),
         ({"threshold": 1e9}, "nothing is chosen of 300 rows: .* car below the threshold"),
-        ({"reward_shift": -1.5}, r"not positive.*--reward-shift"),
+        ({"reward_shift": -1.5}, r"negative.*--reward-shift"),
         ({"base_model": "m"}, "there are none"),
     ],
     ids=str,

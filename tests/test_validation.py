@@ -191,7 +191,7 @@ def test_who_has_no_partner_is_listed_and_counts_nowhere():
 
 def test_a_metric_that_refuses_says_why_and_stops_no_other():
     rows = by_metric(validate(scores([-1.0, *REWARD[1:]], LOSS), against(REWARD)))
-    assert "not positive" in rows["car"]["note"]
+    assert "negative" in rows["car"]["note"]
     assert rows["car"]["rho"] is None
     assert rows["reward"]["rho"] == 1
     shifted = by_metric(validate(scores([-1.0, *REWARD[1:]], LOSS), against(REWARD), reward_shift=2.0))

@@ -43,12 +43,11 @@ LARGEST_MEDIAN_LOSS = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files of responses, one a generator, and options: of `score`, which give them rewards, and of `select`."""
+    """Files of responses, one a generator, and the options of `score` that give them rewards."""
 
     name: str
     files: list[Path]
     rewards: list[str | Path]
-    selection: list[str]
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
     ranking = json.loads(fastcompat("rank", run, "--format", "json"))
     fastcompat("rank", run)
     fastcompat("report", run, "-o", page)
-    fastcompat("select", run, *corpus.selection, "-o", chosen)
+    fastcompat("select", run, "-o", chosen)
     fastcompat("score", sample, "--base-model", model, "--dtype", "float32", "-o", check_run)
 
     check = checked(fc.open_run(run), fc.open_run(check_run), sample)
@@ -116,19 +115,13 @@ def corpus_of(responses: Path | None, directory: Path, n_prompts: int) -> Corpus
             "python bench/real/alpaca_eval.py CLONE DIR; make real RESPONSES=DIR\n"
         )
         files = write_corpus(directory, n_prompts=n_prompts)
-        return Corpus(name="demo", files=files, rewards=["--reward-model", reward_model_directory()], selection=[])
+        return Corpus(name="demo", files=files, rewards=["--reward-model", reward_model_directory()])
     files = sorted([*responses.glob("*.jsonl"), *responses.glob("*.jsonl.gz")])
     if not files:
         raise SystemExit(
             f"{responses} has no file NAME.jsonl or NAME.jsonl.gz: python bench/real/alpaca_eval.py makes them"
         )
-    # A preference may be 0, of which `select` takes no CAR.
-    return Corpus(
-        name="alpacaeval",
-        files=files,
-        rewards=["--reward-column", "preference"],
-        selection=["--reward-shift", "0.001"],
-    )
+    return Corpus(name="alpacaeval", files=files, rewards=["--reward-column", "preference"])
 
 
 def write_some(files: Sequence[Path], directory: Path, n_prompts: int) -> int:

@@ -270,7 +270,7 @@ def compute(name: str, table: pa.Table, **settings: float | None) -> FloatArray:
     table: paired scores (`pairing.paired`), or whatever has the columns in `METRICS[name].needs`. settings: those in
     `METRICS[name].settings`, for example `beta`. Metrics of tokens read a corpus whole: for s_ifd give the rows of one
     base model, because its threshold is the corpus's. Raises UsageError for an unknown metric or setting, a column that
-    is missing, and what the formula refuses (CAR of rewards that are not positive).
+    is missing, and what the formula refuses (CAR of negative rewards).
     """
     metric = _checked(name, table, settings)
     if metric.per_token:

@@ -19,7 +19,7 @@ from fastcompat.errors import UsageError
 from fastcompat.pairing import as_table, paired, rows_at
 from fastcompat.ranking_estimates import RankingSettings, all_betas, estimates_of, values_of
 from fastcompat.response import SCORED_STATUSES
-from fastcompat.response_metrics import not_positive
+from fastcompat.response_metrics import negative_reward
 from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
@@ -89,7 +89,7 @@ def rank(
 
     The order of the rows changes nothing but the rounding of sums. Raises UsageError for a column whose values cannot
     be ranked, options out of range, a negative loss, no prompt left by `leave_out="prompt"`, and a mean reward that is
-    not positive where CAR decides; sorted by another figure, its `car` is null.
+    negative where CAR decides; sorted by another figure, its `car` is null.
     """
     options = RankingSettings(
         betas=all_betas(beta),
@@ -136,7 +136,8 @@ def sensitivity(
 
     ranking: what `rank` returned, for any beta. by, reward_shift: None: as in that call; another shift asks what it
     would change. Point figures only: the intervals of neighbours may overlap on both sides of a change. Pairs of models
-    without CAR, be it for want of a figure or because a shifted mean reward is not positive, are not there.
+    without CAR, be it for want of a figure or because a shifted mean reward is negative, are not there, nor are those
+    whose rewards are all 0.
     """
     by = group_column(ranking) if by is None else by
     figures: dict[tuple[str | None, str | None], dict[str | None, tuple[float, float]]] = {}
@@ -145,7 +146,9 @@ def sensitivity(
             shift = row["reward_shift"] if reward_shift is None else reward_shift
             own = figures.setdefault((row["base_model"], row["reward_model"]), {})
             own[row[by]] = (row["reward"] + shift, row["loss"])
-    return {models: _winners(own) for models, own in figures.items() if min(own.values())[0] > 0}
+    # A reward of 0 is a CAR of 0, which any other one beats.
+    positive = {models: {name: figure for name, figure in own.items() if figure[0]} for models, own in figures.items()}
+    return {models: _winners(own) for models, own in positive.items() if own and min(own.values())[0] > 0}
 
 
 def _winners(figures: dict[str | None, tuple[float, float]]) -> list[BetaRange]:
@@ -302,9 +305,9 @@ def _whole_prompts(prompt: IntArray, group: IntArray, carries: BoolArray, names:
 
 def _check_rewards(reward: Estimate, names: list[str | None], shift: float) -> None:
     means = reward.value * reward.unit
-    if (means + shift <= 0).any():
+    if (means + shift < 0).any():
         lowest = int(np.nanargmin(means))
-        raise UsageError(not_positive(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
+        raise UsageError(negative_reward(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
 
 
 def _mean_tokens(n_tokens: pa.ChunkedArray, group: IntArray, n_groups: int) -> FloatArray:

@@ -70,12 +70,13 @@ def _title(*parts: str | None) -> str:
 def ranking_cells(rows: Sequence[Row], by: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one group; figures that no row has take no column."""
     figures = [name for name in _NAMES if any(row[name] is not None for row in rows)]
+    bounded = any(row[f"{name}_low"] is not None for name in figures for row in rows)
     left_out = any(row["n_left_out"] for row in rows)
     lacking = any(row["n_prompts"] < row["n_prompts_total"] for row in rows)
     sure = any(row["p_best"] is not None for row in rows)
     header = ["rank", by, "responses", *(["prompts"] if lacking else []), "tokens"]
     for name in figures:
-        header += [_NAMES[name], "95% interval"]
+        header += [_NAMES[name], *(["95% interval"] if bounded else [])]
     header += [*(["best"] if sure else []), *(["left out"] if left_out else [])]
     cells = []
     for row in rows:
@@ -85,8 +86,8 @@ def ranking_cells(rows: Sequence[Row], by: str) -> tuple[list[str], list[list[st
         for name in figures:
             digits = _digits(rows, name)
             low, high = (_text(row[name + end], digits) for end in ("_low", "_high"))
-            line += [_text(row[name], digits) or "none", f"{low} to {high}" if low else ""]
-        line += [_text(row["p_best"], ".0%")] if sure else []
+            line += [_text(row[name], digits) or "none", *([f"{low} to {high}" if low else ""] if bounded else [])]
+        line += ["" if row["p_best"] is None else percent(row["p_best"])] if sure else []
         line += [f"{row['n_left_out']:,}" if row["n_left_out"] else ""] if left_out else []
         cells.append(line)
     return header, cells
@@ -103,7 +104,7 @@ def what_the_figures_are(ranking: pa.Table, average: str, draws: int) -> list[st
         lines.append("reward: mean over responses.")
     lines += _formula(ranking)
     sure = f"95% intervals for new prompts; best: in how many of {draws:,} bootstrap draws of prompts."
-    rank = "rank: 1 + how many generators are clearly better, question by question."
+    rank = "rank: 1 + how many generators are clearly better, question by question, at 96% for all pairs together."
     return [" ".join(lines), sure, rank, *coverage_notes(ranking)]
 
 
@@ -208,7 +209,19 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 def _digits(rows: Sequence[Row], name: str) -> str:
     """Enough decimals to tell figures of this size apart."""
     largest = max((abs(row[name]) for row in rows if row[name] is not None), default=1.0)
-    return f".{min(6, max(2, 3 - math.floor(math.log10(largest or 1.0))))}f"
+    # z: what is rounded to 0 has no sign.
+    return f"z.{min(6, max(2, 3 - math.floor(math.log10(largest or 1.0))))}f"
+
+
+def percent(share: float | None) -> str:
+    """97%; a share that is not quite all or nothing is not rounded to it."""
+    if share is None:
+        return "–"
+    if 0 < share < 0.01:
+        return "<1%"
+    if 0.99 < share < 1:
+        return ">99%"
+    return f"{share:.0%}"
 
 
 def _text(value: float | None, format: str) -> str:

@@ -91,7 +91,7 @@ def estimates_of(
 ) -> dict[str | float, Estimate]:
     """The estimates of each figure under its name, and of CAR under its beta where there are both figures.
 
-    means, units: of what `values_of` gave. A generator whose shifted mean reward is not positive has no CAR: NaN.
+    means, units: of what `values_of` gave. A generator whose shifted mean reward is negative has no CAR: NaN.
     """
     figures = list(units)
     moments = means.moments()
@@ -114,7 +114,7 @@ def estimates_of(
     if len(figures) < 2:
         return estimates
     shift, (reward, loss) = settings.reward_shift / units["reward"], means.estimates
-    reward = np.where(reward + shift > 0, reward, np.nan)
+    reward = np.where(reward + shift >= 0, reward, np.nan)
     for beta in settings.betas:
         weight = beta * units["loss"]
         value = car(reward, loss, weight, reward_shift=shift)

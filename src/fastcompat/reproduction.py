@@ -50,7 +50,7 @@ CHOICES = {
     "would differ (Qwen has one, the others have none), and GPT-2 knows no markers",
     "the end of a response": "the end-of-sequence token is scored, as a trainer would train on it",
     "where responses are cut": f"after {MAX_LENGTH:,} tokens, the paper's length in training; GPT-2 after its 1,024",
-    "the reward model in CAR": "all three, side by side; one whose mean reward is not positive for some generator has "
+    "the reward model in CAR": "all three, side by side; one whose mean reward is negative for some generator has "
     "no CAR without a shift",
     "normalised rewards": "not normalised, not shifted",
     "IFD": "both, the ratio of losses and that of perplexities, averaged over responses",

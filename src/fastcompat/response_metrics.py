@@ -67,9 +67,10 @@ def car(reward: ArrayLike, loss: ArrayLike, beta: float = 3.0, *, reward_shift: 
     per token. beta = 3 is that of other people's code (arXiv 2502.11779): the paper's own is not published. beta = 0
     leaves the reward.
 
-    CAR is not invariant to a shift of the reward: where it is not positive, a *higher* loss would give a better CAR.
-    So UsageError where reward + reward_shift <= 0 (and the loss is known), as for a negative loss, and for a beta that
-    is negative or no number. Xu et al. 2024, "Stronger Models are NOT Stronger Teachers" (arXiv 2411.07133).
+    CAR is not invariant to a shift of the reward: where it is negative, a *higher* loss would give a better CAR. So
+    UsageError where reward + reward_shift < 0 (and the loss is known), as for a negative loss, and for a beta that is
+    negative or no number. A reward of 0 is a CAR of 0 whatever the loss. Xu et al. 2024, "Stronger Models are NOT
+    Stronger Teachers" (arXiv 2411.07133).
     """
     if finite(beta, "beta") < 0:
         raise UsageError(f"beta must not be negative, got {beta:g}")
@@ -77,19 +78,19 @@ def car(reward: ArrayLike, loss: ArrayLike, beta: float = 3.0, *, reward_shift: 
     rewards, losses = _figures(reward, loss)
     known = ~np.isnan(rewards) & ~np.isnan(losses)
     check_losses(losses[known])
-    refused = known & (rewards + reward_shift <= 0)
+    refused = known & (rewards + reward_shift < 0)
     if refused.any():
         among = f" ({refused.sum():,} of {known.sum():,})" if known.sum() > 1 else ""
-        raise UsageError(not_positive("reward", rewards[refused].min(), reward_shift, among))
+        raise UsageError(negative_reward("reward", rewards[refused].min(), reward_shift, among))
     return _plain((rewards + reward_shift) / (1 + beta * np.maximum(losses, 0)))
 
 
-def not_positive(whose: str, reward: float, reward_shift: float, among: str = "") -> str:
+def negative_reward(whose: str, reward: float, reward_shift: float, among: str = "") -> str:
     """Why there is no CAR of a reward (given without its shift), and which shift would mend it."""
     figure = f"{reward:g} (with reward_shift {reward_shift:g}) is {reward + reward_shift:g}," if reward_shift else ""
     return (
-        f"{whose} {figure or f'{reward:g} is'} not positive{among}: CAR = r / (1 + beta * L) would then rise with the "
-        f"loss; shift every reward by more than {-reward:g} (--reward-shift, reward_shift=), or go by loss or reward"
+        f"{whose} {figure or f'{reward:g} is'} negative{among}: CAR = r / (1 + beta * L) would then rise with the "
+        f"loss; shift every reward by {-reward:g} or more (--reward-shift, reward_shift=), or go by loss or reward"
     )
 
 

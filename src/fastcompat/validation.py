@@ -73,7 +73,7 @@ def generator_metrics(
     scores: any frame that `pairing.paired` takes; with several models CAR is there for every pair. metrics: names, or
     all that the scores have what it takes for. Each figure is over all responses that carry it (`n`), whatever the
     other generators have; a row whose status says that it was not scored carries none. A metric that refuses the
-    figures (CAR of rewards that are not positive) has null values and the reason in `note`.
+    figures (CAR of negative rewards) has null values and the reason in `note`.
 
     Raises UsageError: no such column or metric, a null in `by`, a beta out of range.
     """

@@ -39,7 +39,7 @@ def write_report(
     the page is about; betas: those that the rankings are compared under, `beta` joins them. examples: responses shown
     of the highest and of the lowest of each figure; 0 for none, so that the page has no text of the corpus.
 
-    The same run and options give the same bytes. Where a mean reward is not positive the page says so and ranks by
+    The same run and options give the same bytes. Where a mean reward is negative the page says so and ranks by
     loss. Raises UsageError for a run without scores and options out of range, RunError where the run is damaged,
     OSError where `path` cannot be written.
     """

@@ -12,8 +12,9 @@ from typing import Any
 
 import altair as alt
 
+from fastcompat.ranking_display import percent
 from fastcompat.report.data import N_BINS, Agreement, Distribution, Options, Section
-from fastcompat.report.headline import named, percent
+from fastcompat.report.headline import named
 from fastcompat.report.labels import placed_labels
 
 Spec = dict[str, Any]

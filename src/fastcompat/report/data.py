@@ -233,7 +233,7 @@ def _ranked(rows: pa.Table, options: Options) -> tuple[pa.Table, str]:
     try:
         return rank(rows, **settings), ""
     except UsageError as error:
-        # A mean reward is not positive; whatever else it may be is raised again here.
+        # A mean reward is negative; whatever else it may be is raised again here.
         return rank(rows, **settings | {"beta": options.beta}, sort_by="loss"), str(error)
 
 
@@ -344,7 +344,7 @@ def _agreement(
     """Of rows that have every metric; a metric that most rows lack is left out, as is one that never varies."""
     kept, refused = {}, []
     for name in names:
-        # CAR of single responses is refused where one reward is not positive.
+        # CAR of single responses is refused where one reward is negative.
         try:
             values = compute_one(name)
         except UsageError:

@@ -62,8 +62,8 @@ def find_examples(
 ) -> list[Examples]:
     """Those of the loss and of CAR, or of the reward where there is no loss.
 
-    rows: scored rows of one pair of models, with `reading.UNIT`. beta: None without CAR; responses whose reward is not
-    positive have no CAR of their own.
+    rows: scored rows of one pair of models, with `reading.UNIT`. beta: None without CAR; responses whose reward is
+    negative have no CAR of their own.
     """
     if not n_examples or not rows.num_rows:
         return []
@@ -71,8 +71,8 @@ def find_examples(
     reward, loss = (_floats(rows[name]) for name in ("reward", "loss"))
     car = np.full(rows.num_rows, np.nan)
     if beta is not None:
-        positive = reward + reward_shift > 0
-        car[positive] = (reward[positive] + reward_shift) / (1 + beta * loss[positive])
+        usable = reward + reward_shift >= 0
+        car[usable] = (reward[usable] + reward_shift) / (1 + beta * loss[usable])
     if np.isfinite(loss).any():
         figures["loss"] = loss
     if np.isfinite(car).any():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastcompat.ranking import MIN_PROMPTS, BetaRange
+from fastcompat.ranking_display import percent
 from fastcompat.report.data import Options, Section
 
 _WORDS = {"car": "CAR", "loss": "loss", "reward": "reward"}
@@ -53,7 +54,7 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
     # Without an interval, nobody was compared.
     compared = [row for row in others if row[f"{section.sort_by}_low"] is not None]
     if section.refused:
-        value = f"by loss alone, since a mean reward is not positive: {value}"
+        value = f"by loss alone, since a mean reward is negative: {value}"
     if low is None or not compared:
         return [name, f" comes first{at} ({value}), of too few prompts (below {MIN_PROMPTS}) to say how sure that is."]
     alike = [row for row in compared if row["rank"] == 1]
@@ -74,7 +75,7 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
 
 def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str]:
     if section.refused:
-        return ["There is no CAR here, because a mean reward is not positive; generators are ranked by loss."]
+        return ["There is no CAR here, because a mean reward is negative; generators are ranked by loss."]
     if section.sort_by == "loss":
         return [
             "Loss alone asks what is easy to predict, not what is right. It is half of the answer; a reward model "
@@ -102,17 +103,6 @@ def _span(own: BetaRange) -> str:
     if own.beta_from == 0:
         return f"below {end}"
     return f"above {begin}" if math.isinf(own.beta_to) else f"from {begin} to {end}"
-
-
-def percent(share: float | None) -> str:
-    """97%; a share that is not quite all or nothing is not rounded to it."""
-    if share is None:
-        return "–"
-    if 0 < share < 0.01:
-        return "<1%"
-    if 0.99 < share < 1:
-        return ">99%"
-    return f"{share:.0%}"
 
 
 def named(name: str | None, length: int = NAME_LENGTH) -> str:

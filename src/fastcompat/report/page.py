@@ -19,10 +19,11 @@ from markupsafe import Markup
 
 from fastcompat import __version__
 from fastcompat.metrics import METRICS
+from fastcompat.ranking_display import percent
 from fastcompat.report import charts
 from fastcompat.report.data import MAX_SECTIONS, QUANTILES, Agreement, Options, ReportData, Section
 from fastcompat.report.examples import Example
-from fastcompat.report.headline import Headline, Name, headline, named, percent, visible
+from fastcompat.report.headline import Headline, Name, headline, named, visible
 
 # Metrics' names where they are written out.
 METRIC_TITLES: Mapping[str, str] = {
