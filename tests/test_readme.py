@@ -21,6 +21,14 @@ def test_figures_come_from_the_results(monkeypatch):
     sys.modules.pop("readme")
 
 
+def test_the_page_on_real_responses_comes_from_its_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "real"))
+    import page
+
+    assert page.rendered() == (ROOT / "docs" / "real.md").read_text(), "run python bench/real/page.py"
+    sys.modules.pop("page")
+
+
 def test_every_command_and_option_in_the_readme_exists():
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"fastcompat (score|rank|status|verify|inspect|demo|[a-z]+) (?:RUN|my-data|YOUR)", text))
