@@ -59,7 +59,7 @@ bench-all: peers
 	$(PEERS)/python bench/rewards.py --workload generators context
 	$(PEERS)/python bench/fused_head.py
 	$(PEERS)/python bench/preparation_memory.py
-	$(PEERS)/python bench/readme.py
+	$(PEERS)/python docs/tools/figures.py
 
 # They stay out of .venv: the package needs none of them.
 PEERS := .venv-peers/bin
@@ -80,16 +80,16 @@ real: export FASTCOMPAT_REAL ?= $(CURDIR)/.real
 real: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement bench/real/requirements.txt
 	$(BIN)/python bench/real/material.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -p no:benchmark --numprocesses auto tests/test_real_tokenizers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -p no:benchmark --numprocesses auto tests/tokens/test_real_tokenizers.py
 	$(BIN)/python bench/real/run.py --prompts $(or $(PROMPTS),40) $(if $(RESPONSES),--responses $(RESPONSES))
 
 # Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: fails where registers spill.
 triton-report: install
-	$(BIN)/python bench/triton_report.py
+	$(BIN)/python bench/gpu/triton_report.py
 
 # On a machine with a GPU, torch and triton; installs nothing. One JSON, in $OUT or bench/results.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py --output $${OUT:-bench/results}
+	$(PYTHON) bench/gpu/gpu_check.py --output $${OUT:-bench/results}
 
 clean:
 	rm -rf .venv .venv-peers build *.egg-info src/*.egg-info

@@ -39,7 +39,7 @@ setup(
         "fastcompat": [
             "py.typed",
             *("demo/base-model/*", "demo/reward-model/*"),
-            *("paper/*.csv", "paper/README.md"),
+            *("decisions/validation/paper/*.csv", "decisions/validation/paper/README.md"),
             *("report/*.jinja", "report/*.css", "report/*.js"),
         ]
     },

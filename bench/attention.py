@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastcompat import reference
-from fastcompat.attention import AttentionPlan, forest_attention
 from fastcompat.benchmark.machine import machine
 from fastcompat.benchmark.workloads import WORKLOADS
-from fastcompat.forest import PrefixForest, pack_forest
+from fastcompat.ops import reference
+from fastcompat.ops.attention import AttentionPlan, forest_attention
+from fastcompat.tokens.forest import PrefixForest, pack_forest
 
 RESULT = Path(__file__).parent / "results" / "attention-cpu.json"
 HEADS = ((14, 2, 64), (9, 3, 64), (8, 2, 128))  # query heads, key heads, head width

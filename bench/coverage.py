@@ -2,7 +2,7 @@
 
     python bench/coverage.py [--simulations 1000] [--seed 0]
 
-Every corpus is drawn from a known distribution, ranked by `fastcompat.ranking.rank` as a user would, and its intervals
+Every corpus is drawn from a known distribution, ranked by `fastcompat.rank` as a user would, and its intervals
 are compared with the true means. Its two generators are equal, so a best one is a false one. Then one is made better,
 by three standard errors of the difference of their CARs: how often it is found is the power. Plain samples, one value a
 prompt, compare the methods that could have been chosen. Writes bench/results/coverage.json; a figure's `error` is its
@@ -26,8 +26,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastcompat.bootstrap import FALSE_DIFFERENCES, interval, skewness_corrected, student_t_quantile
-from fastcompat.ranking import rank
+from fastcompat.decisions.ranking.clustered_means import (
+    FALSE_DIFFERENCES,
+    interval,
+    skewness_corrected,
+    student_t_quantile,
+)
+from fastcompat.decisions.ranking.ranking import rank
 
 RESULTS = Path(__file__).parent / "results"
 GENERATORS = ("a", "b")

@@ -2,9 +2,9 @@
 
     python bench/every_model.py [--task causal reward] [--type gemma4_text ...]
 
-Each type is built, saved and scored in a process of its own (`tests/every_model.py`): "exact" where losses or rewards
-are those of its own class, one sequence at a time, "refused" where a ModelError says why in one sentence; all else
-("wrong", or whatever was raised) is a fault, and the exit code is 1. Writes bench/results/every_model.json; some
+Each type is built, saved and scored in a process of its own (`tests/helpers/every_model.py`): "exact" where losses or
+rewards are those of its own class, one sequence at a time, "refused" where a ModelError says why in one sentence; all
+else ("wrong", or whatever was raised) is a fault, and the exit code is 1. Writes bench/results/every_model.json; some
 minutes on one core.
 """
 

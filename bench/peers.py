@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastcompat.benchmark.loops import Loop, Losses, Sequences, by_length, in_order, longest
-from fastcompat.configuration import model_lengths
+from fastcompat.models.configuration import model_lengths
 
 HFLM_BATCH = 8
 CTRANSLATE2_TOKENS = 2048  # as the length-sorted loop

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcompat.benchmark.machine import machine
-from fastcompat.schemas import SCORES_SCHEMA
+from fastcompat.rows.columns import SCORES_SCHEMA
 
 RESULTS = Path(__file__).parent / "results"
 # The stated limits.

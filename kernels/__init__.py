@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AotCase:
-    """One kernel with everything that compiling it ahead of time needs; `bench/triton_report.py` compiles them all.
+    """One kernel with everything that compiling it ahead of time needs; `bench/gpu/triton_report.py` compiles them all.
 
     Every kernel's module, or one beside it, offers `aot_cases(arch) -> list[AotCase]`, arch 90 for sm_90: what its
     launcher starts there.

@@ -31,7 +31,7 @@ import fastcompat as fc
 from fastcompat.benchmark.machine import machine
 from fastcompat.demo import reward_model_directory
 from fastcompat.demo.corpus import write_corpus
-from fastcompat.store import Run
+from fastcompat.store.run import Run
 
 RESULTS = Path(__file__).parents[1] / "results"
 

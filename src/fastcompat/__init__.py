@@ -15,20 +15,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastcompat.errors import FastcompatError
-
-__version__ = "0.1.0"
+from fastcompat.version import __version__
 
 _HOMES = {
-    "RewardScorer": "fastcompat.reward_scorer",
+    "RewardScorer": "fastcompat.scoring",
     "Run": "fastcompat.store",
-    "Scorer": "fastcompat.scorer",
-    "car": "fastcompat.response_metrics",
-    "linear_nll": "fastcompat.nll",
+    "Scorer": "fastcompat.scoring",
+    "car": "fastcompat.metrics",
+    "linear_nll": "fastcompat.ops",
     "open_run": "fastcompat.store",
-    "packed_nll": "fastcompat.nll",
-    "rank": "fastcompat.ranking",
-    "select": "fastcompat.selection",
-    "write_selection": "fastcompat.training_file",
+    "packed_nll": "fastcompat.ops",
+    "rank": "fastcompat.decisions",
+    "select": "fastcompat.decisions",
+    "write_selection": "fastcompat.decisions",
 }
 
 __all__ = [
@@ -47,14 +46,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastcompat.nll import linear_nll, packed_nll
-    from fastcompat.ranking import rank
-    from fastcompat.response_metrics import car
-    from fastcompat.reward_scorer import RewardScorer
-    from fastcompat.scorer import Scorer
-    from fastcompat.selection import select
+    from fastcompat.decisions import rank, select, write_selection
+    from fastcompat.metrics import car
+    from fastcompat.ops import linear_nll, packed_nll
+    from fastcompat.scoring import RewardScorer, Scorer
     from fastcompat.store import Run, open_run
-    from fastcompat.training_file import write_selection
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,8 @@
-"""`fastcompat bench`: this machine against the loops that everybody writes around Hugging Face's models.
+"""This machine: what serves what (doctor), and how fast, beside the loops that everybody writes (bench).
 
+What users run; what we measure for ourselves is in bench/.
+
+    doctor.py        `fastcompat doctor`: what serves what on this machine, and why not something faster
     workloads.py     what is scored: seeded token ids, log-normal lengths
     subjects.py      on which models: real architectures with random weights, or a user's own model
     loops.py         by whom: plain loops and fastcompat, as functions from token sequences to mean losses

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcompat.budget import ACTIVE_EXPERTS
-from fastcompat.configuration import head_width, largest, layers, n_layers, windows
-from fastcompat.forest import PrefixForest
-from fastcompat.model import CausalLM
+from fastcompat.models import CausalLM, head_width, largest, layers, n_layers, windows
+from fastcompat.scoring import ACTIVE_EXPERTS
+from fastcompat.tokens import PrefixForest
 
 PRODUCT_TOKENS = 2048
 PRODUCT_REPEATS = 9

@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcompat.budget import token_bytes
-from fastcompat.configuration import largest, logit_scale, softcap
-from fastcompat.model import CausalLM
-from fastcompat.response_scores import score_sequences
-from fastcompat.tokenization import TokenSequence
+from fastcompat.models import CausalLM, largest, logit_scale, softcap
+from fastcompat.scoring import score_sequences, token_bytes
+from fastcompat.tokens import TokenSequence
 
 Losses = NDArray[np.float64]  # [N] mean NLL in nats over the scored tokens
 Sequences = Sequence[TokenSequence]

@@ -24,14 +24,11 @@ from fastcompat.benchmark.machine import machine
 from fastcompat.benchmark.rounds import LoopResult, run_in_turn
 from fastcompat.benchmark.subjects import Subject
 from fastcompat.benchmark.workloads import GPU_PROMPTS, WORKLOADS
-from fastcompat.budget import choose_token_budget, free_memory
-from fastcompat.configuration import largest, model_lengths
-from fastcompat.display import counted_noun
 from fastcompat.errors import FastcompatError
-from fastcompat.forest import PrefixForest
-from fastcompat.model import CausalLM, wrap
-from fastcompat.response_scores import ResponseScores
-from fastcompat.scoring import pack_sequences
+from fastcompat.models import CausalLM, largest, model_lengths, wrap
+from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
+from fastcompat.tokens import PrefixForest
+from fastcompat.wording import counted_noun
 
 # Sequences whose float32 loss the plain model computes too, and how far apart, in nats, the two may be.
 CHECKED_SEQUENCES = 4

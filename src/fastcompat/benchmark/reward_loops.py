@@ -16,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from fastcompat.benchmark.loops import Loop, Sequences, body_bytes, in_order, right_padded
-from fastcompat.configuration import read, text_config
-from fastcompat.response import Status
-from fastcompat.reward_model import RewardModel
-from fastcompat.reward_scoring import score_conversations
-from fastcompat.reward_tokenization import RewardSequence
+from fastcompat.models import RewardModel, read, text_config
+from fastcompat.rows import Status
+from fastcompat.scoring import score_conversations
+from fastcompat.tokens import RewardSequence
 
 Rewards = NDArray[np.float64]  # [N]
 Texts = Mapping[bytes, str]  # by the conversation's ids, as bytes

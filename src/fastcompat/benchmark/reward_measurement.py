@@ -37,12 +37,17 @@ from fastcompat.benchmark.reward_loops import (
 )
 from fastcompat.benchmark.rounds import LoopResult, run_in_turn
 from fastcompat.benchmark.subjects import SHAPES, Subject, draw_weights
-from fastcompat.budget import choose_token_budget, free_memory
-from fastcompat.checkpoint import ModelSettings, resolve_device
-from fastcompat.configuration import load_config, read, resolve_dtype, text_config
-from fastcompat.reward_model import RewardModel, load_reward_model
-from fastcompat.reward_scoring import RewardScores
-from fastcompat.scoring import pack_sequences
+from fastcompat.models import (
+    ModelSettings,
+    RewardModel,
+    load_config,
+    load_reward_model,
+    read,
+    resolve_device,
+    resolve_dtype,
+    text_config,
+)
+from fastcompat.scoring import RewardScores, choose_token_budget, free_memory, pack_sequences
 
 # Rewards of random weights are as far apart as those of real models: some units.
 REWARD_DEVIATION = 3.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcompat.benchmark.flops import product_rate
 from fastcompat.benchmark.loops import Loop, Losses, Sequences
-from fastcompat.budget import MEMORY_SHARE, free_memory, out_of_memory
+from fastcompat.scoring import MEMORY_SHARE, free_memory, out_of_memory
 
 
 @dataclass(kw_only=True)

@@ -14,17 +14,21 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastcompat.budget import free_memory
-from fastcompat.checkpoint import (
-    ModelSettings,
-    first_sentence,
-    resolve_device,
-    weight_files,
-)
-from fastcompat.configuration import load_config, refuse_unsupported, resolve_dtype
 from fastcompat.errors import ModelError, UsageError
-from fastcompat.model import CausalLM, load_causal_lm, wrap
-from fastcompat.packed_model import PackedModel
+from fastcompat.models import (
+    CausalLM,
+    ModelSettings,
+    PackedModel,
+    load_causal_lm,
+    load_config,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+    weight_files,
+    wrap,
+)
+from fastcompat.scoring import free_memory
+from fastcompat.wording import first_sentence
 
 # What fastcompat makes of a transformers model.
 Packed = TypeVar("Packed", bound=PackedModel)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastcompat.errors import UsageError
-from fastcompat.response import Status
-from fastcompat.tokenization import TokenSequence
+from fastcompat.rows import Status
+from fastcompat.tokens import TokenSequence
 
 # A GPU is busy for as long with this many times the prompts.
 GPU_PROMPTS = 8

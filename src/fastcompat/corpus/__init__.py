@@ -15,9 +15,12 @@ A record that cannot be read becomes a row with the reason (`response.Status`), 
 
 from fastcompat.corpus.formats import rows_from_records
 from fastcompat.corpus.preparation import PreparationProgress, iter_responses, prepare
+from fastcompat.corpus.rewards import number_of
+from fastcompat.corpus.sample import GENERATORS
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, InputDifference, ShardSummary, compare_inputs
 
 __all__ = [
+    "GENERATORS",
     "CorpusSummary",
     "FileSummary",
     "InputDifference",
@@ -25,6 +28,7 @@ __all__ = [
     "ShardSummary",
     "compare_inputs",
     "iter_responses",
+    "number_of",
     "prepare",
     "rows_from_records",
 ]

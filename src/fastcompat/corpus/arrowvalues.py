@@ -65,9 +65,6 @@ def _check(batch: pa.RecordBatch) -> None:
             _cast(column, _replaced(column.type, _bytes_of_text)).validate(full=True)
 
 
-# --- what rows unfold to
-
-
 def row_bytes(array: pa.Array) -> Sizes:
     """About how many bytes each of the array's values takes, what a dictionary or a run repeats counted in full."""
     kind = array.type
@@ -144,9 +141,6 @@ def _is_map(kind: pa.DataType) -> bool:
 
 def _is_json(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
-
-
-# --- values
 
 
 def _to_records(batch: pa.RecordBatch) -> Records:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastcompat.corpus.records import FromJson, NumberList, from_json
 from fastcompat.corpus.values import UnfitError, kind_of, text_of
-from fastcompat.message import REASONING_KEYS, SAID_KEYS, Message, dumped
+from fastcompat.rows import REASONING_KEYS, SAID_KEYS, Message, dumped
 
 # Roles of turns whose text is a call, as JSON.
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")

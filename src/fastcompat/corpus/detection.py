@@ -154,9 +154,6 @@ def _filled(mapping: Mapping, sample: Sample) -> bool:
     return bool(mapping.structs) or any(sample.forms(column) - {"null", "list"} for column in columns)
 
 
-# --- which columns each shape takes
-
-
 def _candidates(sample: Sample, given: Given, part: str, names: Sequence[str], forms: set[str]) -> Columns:
     """The part with its columns: the one that the user gave, else all that hold it or may come to."""
     paths = (given[part],) if part in given else tuple(name for name in names if sample.may_hold(name, forms))

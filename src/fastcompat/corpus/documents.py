@@ -80,9 +80,6 @@ def _in_list(values: Iterable[object], names: tuple[str, ...]) -> Inside:
     return Inside(f"the list `{'.'.join(names)}`", records)
 
 
-# --- tables
-
-
 def _columns(document: Record) -> list[Record] | None:
     columns = list(document.values())
     if len(columns) < 2 or not all(isinstance(column, list) for column in columns):

@@ -18,7 +18,7 @@ from fastcompat.corpus.shapes import MissingColumnError, Read
 from fastcompat.corpus.turns import Reading, Tally, invalid
 from fastcompat.corpus.values import kind_of, storable
 from fastcompat.errors import SchemaError
-from fastcompat.response import Response, Status
+from fastcompat.rows import Response, Status
 
 __all__ = [
     "SAMPLE_RECORDS",

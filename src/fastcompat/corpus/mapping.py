@@ -24,7 +24,7 @@ from fastcompat.corpus.shapes import (
 from fastcompat.corpus.turns import Reading, Tally
 from fastcompat.corpus.values import UnfitError, storable
 from fastcompat.errors import UsageError
-from fastcompat.response import Status
+from fastcompat.rows import Status
 
 Overrides: TypeAlias = AbstractMapping[str, str]
 # What may stand beside a conversation, in the order in which it is said.

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 
 from fastcompat.corpus.units import Indices, UnitSize, unit_bounds
 from fastcompat.errors import RunError
-from fastcompat.message import Message
-from fastcompat.response import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA
+from fastcompat.rows import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA, Message
 
 # A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
 _STAGED_SCHEMA = pa.schema(

@@ -27,8 +27,7 @@ from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.corpus.summary import CorpusSummary, FileSummary, ShardSummary
 from fastcompat.corpus.units import UnitSize
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.message import Message, prompt_id
-from fastcompat.response import ROW_SCHEMA, Response, Status
+from fastcompat.rows import ROW_SCHEMA, Message, Response, Status, prompt_id
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -130,9 +129,6 @@ def iter_responses(inputs: Inputs, *, overrides: Overrides | None = None, filesy
                 )
 
 
-# --- the first pass
-
-
 def _read(
     sources: list[Source], partition: Partition, overrides: Overrides | None, strict: bool, report: OnProgress
 ) -> tuple[list[FileSummary], dict[str, int], dict[str, int]]:
@@ -229,9 +225,6 @@ def _number_of_buckets(sources: list[Source], target_shard_bytes: int) -> int:
         suffix = os.path.splitext(source.label)[1].lower()
         text += source.size * _EXPANSION.get(suffix, 1)
     return min(_MAX_BUCKETS, max(1, -(-text // target_shard_bytes)))
-
-
-# --- the second pass
 
 
 def _write_shards(

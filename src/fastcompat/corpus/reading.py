@@ -16,7 +16,7 @@ from fastcompat.corpus.summary import FileSummary
 from fastcompat.corpus.turns import Reading
 from fastcompat.corpus.values import storable
 from fastcompat.errors import SchemaError
-from fastcompat.response import Status
+from fastcompat.rows import Status
 
 # Where records are large or broken, the mapping is chosen from what this many batches hold.
 _SAMPLE_BATCHES = 4

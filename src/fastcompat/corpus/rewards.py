@@ -91,9 +91,6 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-# --- which columns are rewards
-
-
 def find_rewards(
     sample: Sample, shape: str, columns: Columns, structs: Sequence[str], *, more_columns: bool
 ) -> tuple[RewardColumn, ...]:
@@ -227,9 +224,6 @@ def _values_at(holders: Iterable[Record], path: str) -> Iterator[Any]:
             continue
 
 
-# --- the two sides of a pair
-
-
 def _aliases(columns: Columns) -> list[tuple[str, str]]:
     """How the names of the sides' rewards tell them apart: by the columns, "chosen" and "rejected", 0 and 1."""
     chosen, rejected = (columns[side][0] for side in _SIDES)
@@ -282,9 +276,6 @@ def _asked_sides(sample: Sample, asked: str, aliases: Sequence[tuple[str, str]])
         if sample.has(path)
     ]
     return there or [RewardColumn(name, path, side) for side in _SIDES for path in _spellings(asked, side, "_")]
-
-
-# --- reading
 
 
 def no_rewards(holder: Record) -> Rewards:

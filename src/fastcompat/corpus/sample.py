@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from fastcompat.corpus.records import NumberList, Record
 from fastcompat.corpus.turns import CONTENT_KEYS, ROLE_KEYS, ROLES, filled_key, looks_like_turns, unrolled
 from fastcompat.corpus.values import UnfitError
-from fastcompat.message import masking_key
+from fastcompat.rows import masking_key
 
 # A part's columns, the likeliest first: the first that has a value in a record is read. A file's first records need
 # not have them all, since later ones may.

@@ -27,7 +27,7 @@ from fastcompat.corpus.turns import (
     turns_of,
 )
 from fastcompat.corpus.values import UnfitError, kind_of, storable
-from fastcompat.message import REASONING_KEYS, Message, dumped
+from fastcompat.rows import REASONING_KEYS, Message, dumped
 
 Read: TypeAlias = Callable[[Record, Tally], list[Reading]]
 
@@ -41,9 +41,6 @@ class MissingColumnError(Exception):
     def __init__(self, column: str, reading: Reading) -> None:
         super().__init__(column)
         self.reading = reading
-
-
-# --- parts that several shapes share
 
 
 def named(value: object) -> str | None:
@@ -159,9 +156,6 @@ def _system_turn(value: object) -> list[Message]:
     if not isinstance(value, str):
         raise UnfitError(f"the system prompt is {kind_of(value)}, not text")
     return [Message("system", value)] if value.strip() else []
-
-
-# --- the shapes
 
 
 def _rewarded(reading: Reading, rewards: Rewards) -> Reading:

@@ -164,9 +164,6 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-# --- this machine's files
-
-
 def _local_sources(text: str) -> Found:
     # An existing path is meant literally, whatever brackets or stars its name has.
     if os.path.isdir(text):
@@ -282,9 +279,6 @@ def _no_such_file(text: str) -> str:
     )
 
 
-# --- files that are not the data
-
-
 def _refuse_stand_ins(sources: Sequence[Source]) -> None:
     """Raises CorpusError that lists the files of this machine of which there is only what stands for them."""
     found = [(source.label, instead) for source in sources if (instead := _stand_in(source)) is not None]
@@ -316,9 +310,6 @@ def _stand_in(source: Source) -> StandIn | None:
     except OSError:
         # Reading it gives one `unreadable` row that says so.
         return None
-
-
-# --- the hub's files
 
 
 def _remote_sources(address: str, filesystem: Any) -> Found:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastcompat.corpus.containers import file_sha256
 from fastcompat.corpus.sources import Source, find_sources
-from fastcompat.response import Status
+from fastcompat.rows import Status
 
 # Raised when the same files come to give other rows: part of the fingerprint.
 NORMALISATION = 3

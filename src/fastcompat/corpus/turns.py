@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from fastcompat.corpus.beside import CALL_ROLES, message_of
 from fastcompat.corpus.records import from_json
 from fastcompat.corpus.values import UnfitError, kind_of, storable, text_of
-from fastcompat.message import SAID_KEYS, Message, says_something
-from fastcompat.response import Response, Status
+from fastcompat.rows import SAID_KEYS, Message, Response, Status, says_something
 
 ROLES = {
     "system": "system",

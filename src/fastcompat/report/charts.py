@@ -12,10 +12,10 @@ from typing import Any
 
 import altair as alt
 
-from fastcompat.ranking_display import percent
 from fastcompat.report.data import N_BINS, Agreement, Distribution, Options, Section
 from fastcompat.report.headline import named
 from fastcompat.report.labels import placed_labels
+from fastcompat.wording import percent
 
 Spec = dict[str, Any]
 Row = dict[str, Any]

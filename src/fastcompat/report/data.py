@@ -15,22 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.correlation import average_ranks
+from fastcompat.decisions import BetaRange, average_ranks, rank, sensitivity
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS, compute, compute_by_group, missing
-from fastcompat.pairing import paired
-from fastcompat.ranking import BetaRange, rank, sensitivity
 from fastcompat.report.examples import Examples, find_examples
-from fastcompat.report.reading import (
-    UNIT,
-    ScorerAccount,
-    account_of_scorers,
-    corpus_of,
-    scores_with_units,
-    settings_of_scorers,
-)
-from fastcompat.response import SCORED_STATUSES
-from fastcompat.store import Run
+from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
+from fastcompat.rows import SCORED_STATUSES, paired
+from fastcompat.store import UNIT, Run, scores_with_units
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -15,10 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.message import Message, spoken
-from fastcompat.report.reading import UNIT
-from fastcompat.scorer_store import ScorerStore
-from fastcompat.store import Run
+from fastcompat.rows import Message, spoken
+from fastcompat.store import UNIT, Run, ScorerStore
 
 # Bytes of texts on a page as HTML, shared out among the responses that are shown; a token's mark costs as many.
 BUDGET = 250_000

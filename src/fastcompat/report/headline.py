@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastcompat.ranking import MIN_PROMPTS, BetaRange
-from fastcompat.ranking_display import percent
+from fastcompat.decisions import FIGURE_NAMES, MIN_PROMPTS, beta_span
 from fastcompat.report.data import Options, Section
+from fastcompat.wording import percent, visible
 
-_WORDS = {"car": "CAR", "loss": "loss", "reward": "reward"}
 # Longer names are cut where people read them.
 NAME_LENGTH = 80
 
@@ -42,7 +40,7 @@ def headline(section: Section, options: Options) -> Headline:
 
 def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Options) -> list[str]:
     first, *others = rows
-    word = _WORDS[section.sort_by]
+    word = FIGURE_NAMES[section.sort_by]
     value = f"{word} {first[section.sort_by]:.4g}"
     low, high = first[f"{section.sort_by}_low"], first[f"{section.sort_by}_high"]
     if low is not None:
@@ -93,16 +91,9 @@ def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str
         return ["Its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."]
     parts: list[str] = ["The winner depends on β, the weight of the loss: "]
     for own in ranges:
-        parts += [Name(named(own.generator)), f" {_span(own)}, "]
+        parts += [Name(named(own.generator)), f" {beta_span(own)}, "]
     parts[-1] = parts[-1].removesuffix(", ") + "."
     return parts
-
-
-def _span(own: BetaRange) -> str:
-    begin, end = (f"{float(f'{beta:.2g}'):,g}" for beta in own[:2])  # two digits, and no exponent below a million
-    if own.beta_from == 0:
-        return f"below {end}"
-    return f"above {begin}" if math.isinf(own.beta_to) else f"from {begin} to {end}"
 
 
 def named(name: str | None, length: int = NAME_LENGTH) -> str:
@@ -110,11 +101,3 @@ def named(name: str | None, length: int = NAME_LENGTH) -> str:
     name = None if name is None else str(name)  # groups may be numbers
     text = "(no name)" if name is None or not name.strip() else " ".join(visible(name).split())
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def visible(text: str) -> str:
-    """Control characters as their pictures: they have no place in HTML, and would not be seen."""
-    return text.translate(_PICTURES)
-
-
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}

@@ -17,13 +17,13 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
-from fastcompat import __version__
 from fastcompat.metrics import METRICS
-from fastcompat.ranking_display import percent
 from fastcompat.report import charts
 from fastcompat.report.data import MAX_SECTIONS, QUANTILES, Agreement, Options, ReportData, Section
 from fastcompat.report.examples import Example
-from fastcompat.report.headline import Headline, Name, headline, named, visible
+from fastcompat.report.headline import Headline, Name, headline, named
+from fastcompat.version import __version__
+from fastcompat.wording import percent, visible
 
 # Metrics' names where they are written out.
 METRIC_TITLES: Mapping[str, str] = {

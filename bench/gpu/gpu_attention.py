@@ -1,0 +1,233 @@
+"""Attention over a prefix forest beside its peers.
+
+Dimension key: T packed tokens, H query heads, K key heads, C head width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gpu_layers import CHECKED, Contender, Contenders, Layer, draw, errors, layers
+from gpu_timing import Calls, Finding, in_turn
+from torch import Tensor
+
+from fastcompat.kernels.forest_attention import forest_attention, summarise
+from fastcompat.tokens.forest import PrefixForest, pack_forest
+
+FLEX_SECONDS = 70.0  # after these FlexAttention, which compiles for each case anew, is left out
+
+
+@torch.no_grad()
+def attention_beside_its_peers(device: str) -> Iterator[Finding]:
+    """bf16. Where a pack shares beginnings, peers that cannot are given every sequence whole.
+
+    TFLOP/s count 4 C H for each pair of a query and a key that it sees in the pack, for everybody.
+    """
+    began = time.monotonic()
+    for layer in layers(device):
+        for name, sequences in packs(device).items():
+            pack = Pack.create(sequences, layer, device)
+            flex = device != "cpu" and time.monotonic() - began < FLEX_SECONDS
+            contenders = attention_contenders(pack, device, flex=flex)
+            calls: Calls = {name: contender.call for name, contender in contenders.items()}
+            calls["summarise, once a pack"] = pack.summarise
+            timings = in_turn(calls, device)
+            for call, timing in timings.items():
+                if "ms" in timing and call in contenders:
+                    timing["TFLOP/s"] = 1e-12 * pack.flops / (1e-3 * timing["ms"])
+            heads = f"{layer.heads}/{layer.key_heads} heads of {layer.head_width}"
+            yield {
+                "case": f"attention, {name}: {pack.forest.n_tokens} tokens of {len(pack.whole)}, {heads}, bf16",
+                "timings": timings,
+                "errors": errors(contenders, pack.exact()),
+            }
+
+
+def packs(device: str) -> dict[str, list[np.ndarray]]:
+    """Token ids of the sequences of each pack; lengths as in the workloads `generators` and `context`."""
+    generator = np.random.default_rng(0)
+
+    def drawn(n: int, mu: float, sigma: float, longest: int) -> list[np.ndarray]:
+        lengths = generator.lognormal(mu, sigma, n).clip(8, longest).astype(int)
+        return [generator.integers(2**15, size=length) for length in lengths]
+
+    def unshared(n: int, length: int) -> list[np.ndarray]:
+        return list(generator.integers(2**15, size=(n, length)))
+
+    def shared(prompts: list[np.ndarray], n: int, *response: float) -> list[np.ndarray]:
+        return [np.concatenate([prompt, ids]) for prompt in prompts for ids in drawn(n, *response)]
+
+    if device == "cpu":
+        return {"1 x 21": unshared(1, 21), "2 prompts x 3 responses": shared(drawn(2, 2.5, 0.3, 40), 3, 2.5, 0.3, 40)}
+    return {
+        "1 x 2048": unshared(1, 2048),
+        "16 x 512": unshared(16, 512),
+        "3 prompts x 16 responses": shared(drawn(3, 3.6, 0.6, 400), 16, 5.3, 0.6, 900),
+        "4 contexts x 8 responses": shared(drawn(4, 7.2, 0.3, 2500), 8, 4.8, 0.5, 400),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """A forest with the attention's operands for it, and the same sequences whole, one after the other."""
+
+    forest: PrefixForest
+    query: Tensor  # [H, T, C]
+    key: Tensor  # [K, T, C]
+    value: Tensor  # [K, T, C]
+    position_ids: Tensor  # [T] int32
+    subtree_end: Tensor  # [T] int32
+    lengths: list[int]  # of the sequences, ascending
+    whole: Tensor  # [sum of the lengths] packed token of each token of each sequence
+
+    @classmethod
+    def create(cls, sequences: Sequence[np.ndarray], layer: Layer, device: str) -> Pack:
+        masks = [np.arange(len(ids)) > 0 for ids in sequences]
+        [forest] = pack_forest(sequences, masks, token_budget=sum(map(len, sequences)))
+        paths = sorted((path_to(forest, end) for end in forest.path_end.tolist()), key=len)
+        torch.manual_seed(0)
+        widths = (layer.heads, layer.key_heads, layer.key_heads)
+        joined = draw(forest.n_tokens, sum(widths), layer.head_width, device=device).transpose(0, 1)
+        query, key, value = joined.split(widths)
+        return cls(
+            forest=forest,
+            query=query,
+            key=key,
+            value=value,
+            position_ids=torch.tensor(forest.position_ids, dtype=torch.int32, device=device),
+            subtree_end=torch.tensor(forest.subtree_end, dtype=torch.int32, device=device),
+            lengths=[len(path) for path in paths],
+            whole=torch.tensor(np.concatenate(paths), device=device),
+        )
+
+    @property
+    def flops(self) -> float:
+        return 4.0 * float(self.forest.position_ids.sum() + self.forest.n_tokens) * self.query[:, 0].numel()
+
+    @property
+    def checked(self) -> Tensor:
+        """Packed tokens."""
+        n_tokens = self.forest.n_tokens
+        return torch.linspace(0, n_tokens - 1, min(CHECKED, n_tokens), device=self.query.device).long()
+
+    def summarise(self) -> Any:
+        return summarise(self.position_ids, self.subtree_end, sliding_window=None)
+
+    def exact(self) -> Tensor:
+        """[checked, H, C] float64."""
+        groups = len(self.query) // len(self.key)
+        query = self.query[:, self.checked].double()
+        key, value = (x.double().repeat_interleave(groups, dim=0) for x in (self.key, self.value))
+        token = torch.arange(self.forest.n_tokens, device=query.device)
+        seen = (token <= self.checked[:, None]) & (self.checked[:, None] < self.subtree_end)
+        z = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).masked_fill(~seen, float("-inf"))
+        return (z.softmax(dim=-1) @ value).transpose(0, 1)
+
+
+def path_to(forest: PrefixForest, end: int) -> np.ndarray:
+    path = [end]
+    while forest.parent[path[-1]] >= 0:
+        path.append(int(forest.parent[path[-1]]))
+    return np.array(path[::-1])
+
+
+def attention_contenders(pack: Pack, device: str, *, flex: bool) -> Contenders:
+    scaling = pack.query.shape[2] ** -0.5
+    summary = pack.summarise()
+    forest = partial(forest_attention, pack.query, pack.key, pack.value, pack.position_ids, pack.subtree_end, summary)
+    contenders = {
+        "forest_attention": Contender(call=partial(forest, scaling=scaling), checked=lambda out: out[pack.checked])
+    }
+    contenders |= whole_sequence_contenders(pack, device)
+    if flex:
+        attend = flex_attention(pack)
+        contenders["FlexAttention, compiled"] = Contender(
+            call=attend, checked=lambda out: out[0].transpose(0, 1)[pack.checked]
+        )
+    return contenders
+
+
+def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
+    """Causal attention over each sequence from its first token."""
+    # Where in the sequences, one after the other, a checked token first comes.
+    first_place = np.unique(pack.whole.cpu().numpy(), return_index=True)[1]
+    places = torch.tensor(first_place, device=device)[pack.checked]
+    query, key, value = (x[:, pack.whole].transpose(0, 1) for x in (pack.query, pack.key, pack.value))
+    # Sequences of one length are one batch.
+    counts = [pack.lengths.count(length) for length in sorted(set(pack.lengths))]
+    sizes = [length * count for length, count in zip(sorted(set(pack.lengths)), counts, strict=True)]
+    batches = [
+        tuple(x.unflatten(0, (count, -1)).transpose(1, 2).contiguous() for x in operands)
+        for count, *operands in zip(counts, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+    ]
+
+    def per_batch() -> list[Tensor]:
+        return [F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True) for batch in batches]
+
+    contenders = {
+        "scaled_dot_product_attention, every sequence whole": Contender(
+            call=per_batch,
+            checked=lambda found: torch.cat([out.transpose(1, 2).flatten(0, 1) for out in found])[places],
+        )
+    }
+    if device == "cpu":
+        return contenders
+    rows = tuple(x.contiguous() for x in (query, key, value))
+    ends = torch.tensor([0, *np.cumsum(pack.lengths)], dtype=torch.int32, device=device)
+    limits = (ends, ends, pack.lengths[-1], pack.lengths[-1])
+    options: dict[str, dict[str, Any]] = {
+        "torch.nn.attention.varlen": {"window_size": (-1, 0), "enable_gqa": True},
+        "flash_attn": {"causal": True},
+        "flash_attn_interface": {"causal": True},  # flash-attn 3
+        "flash_attn.cute": {"causal": True},  # flash-attn 4
+    }
+    for module, values in options.items():
+        if _installed(module):
+            contenders[f"{module}, every sequence whole"] = Contender(
+                call=partial(_varlen, module, rows, limits, values),
+                checked=lambda out: (out[0] if isinstance(out, tuple) else out)[places],
+            )
+    return contenders
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # of the package that it would be in
+        return False
+
+
+def _varlen(module: str, rows: tuple[Tensor, ...], limits: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    found = importlib.import_module(module)
+    function = found.varlen_attn if hasattr(found, "varlen_attn") else found.flash_attn_varlen_func
+    return function(*rows, *limits, **options)
+
+
+def flex_attention(pack: Pack) -> Callable[[], Tensor]:
+    """With the forest's rule as its mask, whose blocks are found once, as the summary is."""
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    subtree_end, n_tokens = pack.subtree_end, pack.forest.n_tokens
+
+    def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query < subtree_end[key])
+
+    @cache
+    def prepared() -> tuple[Callable[..., Tensor], Any]:
+        torch.compiler.reset()
+        mask = module.create_block_mask(seen, None, None, n_tokens, n_tokens, device=subtree_end.device)
+        return torch.compile(module.flex_attention, dynamic=False), mask
+
+    def attend() -> Tensor:
+        function, mask = prepared()
+        return function(pack.query[None], pack.key[None], pack.value[None], block_mask=mask, enable_gqa=True)
+
+    return attend

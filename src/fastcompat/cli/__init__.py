@@ -1,0 +1,14 @@
+"""What users type and what they see. `--help` loads neither torch nor pyarrow; everything heavy is imported late.
+
+application  the program: it registers the commands and ends with an exit code
+options      options that several commands have
+score        score
+decide       rank, report, select, reproduce
+runs         status, verify
+inspect      inspect: one row, its tokens, and what of them counts
+machine      doctor, bench
+demo         demo
+display      progress, and what was found
+tables       rankings
+inspection   a row
+"""

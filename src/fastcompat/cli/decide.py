@@ -1,0 +1,275 @@
+"""`fastcompat rank`, `select`, `report` and `reproduce`: what one decides with a run. They load no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.markup import escape
+
+from fastcompat.cli.display import console, errors, say
+from fastcompat.cli.options import Average, Beta, By, LeaveOut, RewardShift, RunDirectory, SortBy, TableFormat
+from fastcompat.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from fastcompat.store.run import Run
+
+
+def rank(
+    directory: RunDirectory,
+    by: By = "generator",
+    beta: Beta = None,
+    base_model: Annotated[str | None, typer.Option(help="Only its figures, as the ranking names it.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Only its figures, as the ranking names it.")] = None,
+    average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
+    sort: Annotated[SortBy, typer.Option(help="What decides; auto: CAR, without rewards the loss.")] = SortBy.auto,
+    leave_out: Annotated[
+        LeaveOut, typer.Option(help="Of what lacks a figure, leave out the response, or all responses to its prompt.")
+    ] = LeaveOut.response,
+    reward_shift: RewardShift = 0.0,
+    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|paper:BASE_MODEL",
+            help="Outcomes of training on each generator: how well does every metric predict them?",
+        ),
+    ] = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
+) -> None:
+    """Rank the generators of a run: by CAR where it has rewards and losses, the best teacher first.
+
+    With --against, every metric's rank correlation with outcomes that you know, or with the paper's.
+    """
+    from fastcompat.cli.tables import show_ranking, write_table
+    from fastcompat.decisions.ranking.ranking import Figure, sensitivity
+    from fastcompat.decisions.ranking.ranking import rank as rank_scores
+    from fastcompat.decisions.ranking.reading import readings, what_the_figures_are
+
+    run = _opened(directory)
+    if against is not None:
+        if (average, sort, leave_out) != (Average.response, SortBy.auto, LeaveOut.response):
+            raise UsageError("--against takes every metric as it is defined: leave --average, --sort, --leave-out away")
+        _validate(
+            _only(run.scores(), base_model=base_model, reward_model=reward_model),
+            against,
+            by,
+            beta or [3.0],
+            reward_shift,
+            format,
+        )
+        return
+    scores: Run | pa.Table = run
+    if base_model is not None or reward_model is not None:
+        scores = _only(run.scores(), base_model=base_model, reward_model=reward_model)
+    figure = None if sort is SortBy.auto else cast(Figure, sort.value)
+    ranking = rank_scores(
+        scores,
+        by=by,
+        beta=beta or [3.0],
+        average=average.value,
+        reward_shift=reward_shift,
+        leave_out=leave_out.value,
+        sort_by=figure,
+        draws=draws,
+    )
+    if format is not TableFormat.table:
+        write_table(ranking, format)
+    else:
+        show_ranking(ranking, by, what_the_figures_are(ranking, average.value, draws))
+        for title, lines in readings(ranking, sensitivity(ranking), figure):
+            say(f"\n[bold]{escape(title)}[/]: {escape(lines[0])}")
+            for line in lines[1:]:
+                say(escape(line))
+    _note_pending(run)
+
+
+def _validate(
+    scores: pa.Table, against: str, by: str, betas: list[float], reward_shift: float, format: TableFormat
+) -> None:
+    from fastcompat.cli.display import plain_table
+    from fastcompat.cli.tables import write_table
+    from fastcompat.decisions.validation.validation import formatted, notes, validate
+    from fastcompat.wording import markdown
+
+    table = validate(scores, against, betas=betas, reward_shift=reward_shift, by=by)
+    header, rows = formatted(table)
+    if format is TableFormat.table:
+        console.print(plain_table(header, rows))
+    elif format is TableFormat.md:
+        print(markdown(header, rows))
+    else:
+        write_table(table, format)
+    for note in notes(table):
+        if format is TableFormat.table:
+            say(f"[dim]{escape(note)}[/]")
+        else:  # who reads the table alone gets it without a foreign line
+            errors.print(escape(note), highlight=False, soft_wrap=True)
+
+
+def select(
+    directory: RunDirectory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Ends in .jsonl, .jsonl.gz or .parquet.")
+    ],
+    by: Annotated[
+        str, typer.Option(help="A metric (car, loss, reward, ifd_ppl ...) or a mixture: car=0.7,ifd_ppl=0.3.")
+    ] = "car",
+    beta: Annotated[float, typer.Option(help="Of CAR.")] = 3.0,
+    reward_shift: RewardShift = 0.0,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Responses to each prompt.", show_default="1; all with --threshold"),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Only responses at least as good as this.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts, those with the best responses.")
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at least so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at most so many tokens.")] = None,
+    drop_duplicates: Annotated[bool, typer.Option(help="Equal responses to a prompt count once.")] = True,
+    base_model: Annotated[str | None, typer.Option(help="Whose losses, where the run has several.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Whose rewards, where the run has several.")] = None,
+) -> None:
+    """Choose the best response to every prompt and write them as training data, with a card that says how."""
+    from fastcompat.decisions.selection.selection import select as select_rows
+    from fastcompat.decisions.selection.settings import parse_by
+    from fastcompat.decisions.selection.training_file import write_selection
+    from fastcompat.wording import counted_noun
+
+    run = _opened(directory)
+    chosen = select_rows(
+        run,
+        by=parse_by(by),
+        beta=beta,
+        reward_shift=reward_shift,
+        top=top,
+        threshold=threshold,
+        budget=budget,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        drop_duplicates=drop_duplicates,
+        base_model=base_model,
+        reward_model=reward_model,
+    )
+    card = write_selection(run, chosen, output)
+    counts = chosen["generator"].value_counts().to_pylist()
+    for count in sorted(counts, key=lambda count: -count["counts"]):
+        say(f"{count['counts']:>9,}  {escape(str(count['values']))}")
+    n_chosen = counted_noun(chosen.num_rows, "response")
+    say(f"{n_chosen} in [bold]{escape(str(output))}[/], described in {escape(str(card))}")
+    _note_pending(run)
+
+
+def report(
+    directory: RunDirectory,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
+    by: By = "generator",
+    beta: Beta = None,
+    average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
+    leave_out: Annotated[LeaveOut, typer.Option(help="As of rank.")] = LeaveOut.response,
+    reward_shift: RewardShift = 0.0,
+    draws: Annotated[int, typer.Option(min=10, help="Bootstrap draws.")] = 1000,
+    examples: Annotated[int, typer.Option(min=0, help="Responses shown of each end; 0: no text of the corpus.")] = 5,
+) -> None:
+    """Write one self-contained HTML page: the ranking, what it rests on, and examples."""
+    from fastcompat.report import write_report
+
+    run = _opened(directory)
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no directory {output.parent}; make it first")
+    betas = beta or [3.0]
+    path = write_report(
+        run,
+        output,
+        by=by,
+        beta=betas[0],
+        betas=tuple(dict.fromkeys([*betas, 0.0, 1.0, 3.0, 10.0])),
+        average=average.value,
+        reward_shift=reward_shift,
+        leave_out=leave_out.value,
+        draws=draws,
+        examples=examples,
+    )
+    say(f"[bold]{escape(str(path))}[/] ({path.stat().st_size / 1e6:.1f} MB)")
+    _note_pending(run)
+
+
+def reproduce(
+    base_model: Annotated[
+        list[str] | None,
+        typer.Option("--base-model", metavar="NAME", help="One of the paper's five. Repeatable.", show_default="all"),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN")] = Path("zoo"),
+    corpus: Annotated[
+        str | None, typer.Option(metavar="INPUT", help="A copy of the corpus.", show_default="the hub's")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
+) -> None:
+    """Score Magpie-100K-Generator-Zoo under the paper's base models and print Table 4 beside the published one.
+
+    Resumes like any run. It needs the hub, and days on a CPU; --dry-run prints what it would do.
+    """
+    from fastcompat.cli.application import app
+    from fastcompat.cli.display import plain_table
+    from fastcompat.decisions.validation.reproduction import CORPUS, formatted_table4, plan, table4, table4_notes
+    from fastcompat.store.run import open_run
+
+    for step in plan(base_model or (), corpus=corpus or CORPUS, output=output):
+        say(f"\n{escape(step.title)}: {escape(step.reason)}\n[bold]$ {escape(step.command)}[/]")
+        if not dry_run:
+            typer.main.get_command(app).main(list(step.arguments), standalone_mode=False)
+    if dry_run:
+        return
+    table = table4(open_run(output))
+    header, rows = formatted_table4(table)
+    console.print(plain_table(header, rows))
+    for note in table4_notes(table):
+        say(f"[dim]{escape(note)}[/]")
+
+
+def _only(scores: pa.Table, **models: str | None) -> pa.Table:
+    """Without the figures of other models of these kinds. UsageError for a model that there is not."""
+    import pyarrow.compute as pc
+
+    for kind, model in models.items():
+        if model is None:
+            continue
+        there = scores[kind].unique().drop_null().to_pylist()
+        if model not in there:
+            option = f"--{kind.replace('_', '-')}"
+            raise UsageError(f"{option} {model}: the run has {', '.join(there) or 'none'}")
+        scores = scores.filter(pc.fill_null(pc.equal(scores[kind], model), True))
+    return scores
+
+
+def _opened(directory: Path) -> Run:
+    """The run, which has something to decide with."""
+    from fastcompat.store.run import open_run
+
+    run = open_run(directory)
+    scored = (store.rows(unit, ["row_key"]).num_rows for store in run.scorers() for unit in store.with_rows(run.units))
+    if not run.reward_columns and not any(scored):
+        raise UsageError(
+            f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR "
+            "--reward-model ID_OR_DIR"
+        )
+    return run
+
+
+def _note_pending(run: Run) -> None:
+    from fastcompat.store.verification import pending_rows
+    from fastcompat.wording import counted_noun
+
+    stores = run.current_scorers()
+    labels = run.labels(stores)
+    for store in stores:
+        pending = pending_rows(run, store)
+        if pending.n_rows:
+            note = f"{counted_noun(pending.n_rows, 'response')} not scored yet under {labels[store.name]}"
+            if pending.n_split_prompts:
+                note += f"; {counted_noun(pending.n_split_prompts, 'prompt')} with only some responses scored"
+            errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,310 @@
+"""`fastcompat score`: a corpus and models in, a run directory out."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from fastcompat.cli.display import errors, say
+from fastcompat.cli.options import (
+    Bos,
+    Carried,
+    Device,
+    Dtype,
+    Map,
+    Masks,
+    MaxLength,
+    ReadOutRule,
+    Reasoning,
+    Template,
+    TemplateOption,
+    TokenBudget,
+    TokenIds,
+    Tokenizer,
+    Tools,
+    TurnMasks,
+    Turns,
+    parse_template_options,
+)
+from fastcompat.errors import Interrupted, UsageError
+
+REWARDS = "Rewards"
+
+if TYPE_CHECKING:
+    from fastcompat.corpus import PreparationProgress
+    from fastcompat.scoring.passes import Pass, Worker
+    from fastcompat.scoring.rewards import RewardScorer
+    from fastcompat.store.run import Run
+
+
+def score(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT...", help="Files, directories, globs or hf:// ids. None: resume RUN."),
+    ] = None,
+    base_model: Annotated[
+        list[str] | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Computes losses. Repeatable.")
+    ] = None,
+    reward_model: Annotated[
+        list[str] | None, typer.Option("--reward-model", metavar="ID_OR_DIR", help="Computes rewards. Repeatable.")
+    ] = None,
+    mapping: Map = None,
+    template: Template = "auto",
+    turns: Annotated[Turns, typer.Option(help="The assistant turns that are scored.")] = Turns.last,
+    score_eos: Annotated[bool, typer.Option(help="Score the end-of-turn token too.")] = True,
+    bos: Annotated[Bos, typer.Option(help="auto: as the tokenizer does; one: exactly one; none.")] = Bos.auto,
+    max_length: MaxLength = None,
+    template_option: TemplateOption = None,
+    reasoning: Reasoning = Carried.keep,
+    tools: Tools = Carried.keep,
+    turn_masks: TurnMasks = Masks.honour,
+    token_ids: Tokenizer = TokenIds.file,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    token_budget: TokenBudget = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the models on the hub.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Add INPUTs that RUN does not have yet.")] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="METRIC,...",
+            help="Compute what these need too: ifd, rsr, entropy ...",
+            show_default="car",
+        ),
+    ] = None,
+    keep_tokens: Annotated[
+        bool, typer.Option("--keep-tokens", help="Keep every token's NLL, and what --for needs of tokens.")
+    ] = False,
+    reward_column: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=REWARDS,
+            metavar="NAME",
+            help="Which of the corpus's own rewards to keep, or none.",
+            show_default="all",
+        ),
+    ] = None,
+    reward_output: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=REWARDS, metavar="NAME|INDEX", help="Which output of a reward model with several."
+        ),
+    ] = None,
+    reward_read_out: Annotated[
+        ReadOutRule,
+        typer.Option(
+            rich_help_panel=REWARDS, help="The token at which a reward is read; auto: as the model's own class."
+        ),
+    ] = ReadOutRule.auto,
+    reward_bos: Annotated[Bos, typer.Option(rich_help_panel=REWARDS, help="As --bos, of reward models.")] = Bos.auto,
+    reward_reasoning: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --reasoning, of reward models.")
+    ] = Carried.keep,
+    reward_tools: Annotated[
+        Carried, typer.Option(rich_help_panel=REWARDS, help="As --tools, of reward models.")
+    ] = Carried.keep,
+    reward_max_length: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=REWARDS,
+            help="Tokens; longer conversations have no reward.",
+            show_default="the model's context",
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate", rich_help_panel=REWARDS, help="Judge a longer conversation by its beginning instead."
+        ),
+    ] = False,
+    worker: Annotated[
+        str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
+    ] = "1/1",
+) -> None:
+    """Score a corpus: losses under base models, rewards of reward models, into a run directory.
+
+    The same command resumes a run that was interrupted, and adds another model, template or setting beside what is
+    finished. Rows that cannot be scored stay in the output with the reason. Rewards that the corpus has already come
+    along by themselves.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from fastcompat.cli.display import LiveDisplay, show_corpus
+    from fastcompat.corpus.formats import parse_overrides
+    from fastcompat.metrics.catalogue import extras_needed_by, metric_names
+    from fastcompat.scoring.losses import Scorer
+    from fastcompat.scoring.passes import passes_of
+    from fastcompat.store.preparing import CorpusSettings, prepare_run
+
+    if not base_model and not reward_model:
+        raise UsageError("name at least one model: --base-model ID_OR_DIR for losses, --reward-model for rewards")
+    of_rewards = {"--reward-output": reward_output, "--reward-max-length": reward_max_length, "--truncate": truncate}
+    idle = [option for option, value in of_rewards.items() if value]
+    if idle and not reward_model:
+        raise UsageError(f"{', '.join(idle)} is about reward models: name one with --reward-model")
+    transformers_logging.disable_progress_bar()
+    share = parse_worker(worker)
+    overrides = [*(mapping or []), *([] if reward_column is None else [f"reward={reward_column}"])]
+    settings = CorpusSettings(overrides=parse_overrides(overrides), strict=strict)
+    extras = extras_needed_by(metric_names(metrics) if metrics else (), keep_tokens=keep_tokens)
+    # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
+    bases = [
+        Scorer(
+            model,
+            device=device,
+            dtype=dtype,
+            token_budget=token_budget,
+            template=template,
+            turns=turns.value,
+            score_eos=score_eos,
+            bos=bos.value,
+            max_length=max_length,
+            template_options=parse_template_options(template_option or []),
+            reasoning=reasoning.value,
+            tools=tools.value,
+            turn_masks=turn_masks.value,
+            revision=revision,
+            token_ids=token_ids.value,
+            extras=extras.columns,
+        )
+        for model in base_model or []
+    ]
+    rewards = reward_scorers(
+        reward_model or [],
+        reward_output,
+        device=device,
+        dtype=dtype,
+        token_budget=token_budget,
+        bos=reward_bos.value,
+        max_length=reward_max_length,
+        truncate=truncate,
+        reasoning=reward_reasoning.value,
+        tools=reward_tools.value,
+        read_out=reward_read_out.value,
+        revision=revision,
+        token_ids=token_ids.value,
+    )
+    passes = passes_of(bases, rewards)
+    with stopping() as stop:
+        if extend or not (output / "manifest.json").exists():
+            _ = passes[0].scorers[0].model  # a checkpoint that lacks weights shows before hours of reading
+        display = LiveDisplay("corpus")
+
+        def preparing(progress: PreparationProgress) -> None:
+            display.preparing(progress)
+            if stop():
+                raise Interrupted("interrupted while the corpus was prepared; give the same command again")
+
+        with display.showing():
+            run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
+        if summary is not None:
+            show_corpus(summary, time.monotonic() - display.began)
+        for served in passes:
+            work_off(run, served, token_budget=token_budget, worker=share, stop=stop)
+            served.unload()  # the next model needs the room
+    say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
+
+
+def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -> list[RewardScorer]:
+    """A scorer for each reward model; `output` is for those that have it, and one of several must."""
+    from fastcompat.scoring.rewards import RewardScorer
+
+    scorers: list[RewardScorer] = []
+    refusals: list[UsageError] = []
+    for model in models:
+        try:
+            scorers.append(RewardScorer(model, output=output, **settings))
+        except UsageError as error:
+            if output is None:
+                raise
+            refusals.append(error)
+            scorers.append(RewardScorer(model, **settings))  # raises where an output must be chosen
+    if models and len(refusals) == len(models):
+        raise refusals[0]
+    return scorers
+
+
+def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]) -> None:
+    """One pass over the corpus, with its progress on the screen."""
+    from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_statuses
+    from fastcompat.scoring.engine import Progress
+    from fastcompat.scoring.passes import score_corpus
+    from fastcompat.store.verification import scorer_progress
+    from fastcompat.tokens.loading import THE_FILES
+    from fastcompat.wording import duration
+
+    say("")
+    for scorer in served.scorers:
+        say(
+            f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
+            f"template: {escape(scorer.tokenizer.description)}"
+        )
+        if scorer.tokenizer.token_ids != THE_FILES:
+            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
+    if len(served.scorers) > 1:
+        say("one body with two heads: one pass serves both")
+    display = LiveDisplay(served.name)
+    progress = Progress(notify=display.scoring)
+    try:
+        with display.showing():
+            stores = score_corpus(run, served, token_budget=token_budget, worker=worker, progress=progress, stop=stop)
+    except Interrupted:
+        say(figures_of(progress))
+        raise Interrupted(
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            "Give the same command again to go on."
+        ) from None
+    if not progress.n_rows:
+        say(
+            f"all {progress.n_rows_total:,} responses were scored before"
+            if progress.n_rows_total
+            else "nothing to score: this worker's share is empty"
+        )
+        return
+    say(
+        f"{progress.n_rows:,} responses in {duration(progress.seconds)} · "
+        f"{progress.n_tokens / progress.seconds:,.0f} tokens/s · "
+        f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
+        + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
+    )
+    for store in stores:
+        show_statuses(scorer_progress(run, store))
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a question that the engine asks after every pack; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        errors.print("finishing the pack at hand, then stopping (Ctrl-C again: at once)", highlight=False)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def parse_worker(text: str) -> Worker:
+    """--worker I/N."""
+    from fastcompat.scoring.passes import Worker
+
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal()):
+        raise UsageError(f"--worker {text}: write I/N, for example 1/4")
+    return Worker(index=int(first) - 1, count=int(second))

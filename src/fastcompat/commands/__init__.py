@@ -1,1 +1,0 @@
-"""Commands that stand apart from `cli.py`, and the options that commands share."""

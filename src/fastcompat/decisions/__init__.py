@@ -1,0 +1,28 @@
+"""A run, or any frame of scores, -> a decision. Three alcoves that do not know each other. No torch.
+
+ranking/     which generator, and how sure that is
+selection/   which responses to train on
+validation/  which metric to trust
+"""
+
+from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, BetaRange, rank, sensitivity
+from fastcompat.decisions.ranking.reading import FIGURE_NAMES, Row, beta_span, groups_of
+from fastcompat.decisions.selection.selection import select
+from fastcompat.decisions.selection.training_file import write_selection
+from fastcompat.decisions.validation.correlation import average_ranks
+from fastcompat.decisions.validation.validation import validate
+
+__all__ = [
+    "FIGURE_NAMES",
+    "MIN_PROMPTS",
+    "BetaRange",
+    "Row",
+    "average_ranks",
+    "beta_span",
+    "groups_of",
+    "rank",
+    "select",
+    "sensitivity",
+    "validate",
+    "write_selection",
+]

@@ -1,0 +1,153 @@
+"""What `ranking.rank` is told, and estimates from it: of reward, loss and CAR of every generator. No torch.
+
+Dimension key: N responses, F figures, G generators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Estimate, FloatArray, Moments
+from fastcompat.errors import UsageError
+from fastcompat.metrics import car, check_losses, finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankingSettings:
+    """Options of `ranking.rank`. UsageError for one out of range."""
+
+    betas: tuple[float, ...]
+    average: str
+    reward_shift: float
+    leave_out: str
+    sort_by: str | None
+    draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        finite(self.reward_shift, "reward_shift")
+        if self.average not in ("response", "token"):
+            raise UsageError(f"average must be 'response' or 'token', got {self.average!r}")
+        if self.leave_out not in ("response", "prompt"):
+            raise UsageError(f"leave_out must be 'response' or 'prompt', got {self.leave_out!r}")
+        if self.sort_by not in (None, "car", "loss", "reward"):
+            raise UsageError(f"sort_by must be 'car', 'loss' or 'reward', got {self.sort_by!r}")
+        for name, value, least in (("draws", self.draws, 1), ("seed", self.seed, 0)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def all_betas(beta: object) -> tuple[float, ...]:
+    """The different values of one or several betas, in their order. UsageError for what is no beta."""
+    try:
+        values = np.atleast_1d(np.asarray(beta))
+    except ValueError:  # lists within lists, of several lengths
+        values = np.empty(0)
+    numbers = values.ndim == 1 and len(values) > 0 and values.dtype.kind in "iuf"
+    if not numbers or not (np.isfinite(values) & (values >= 0)).all():
+        raise UsageError(f"beta must be one or more numbers of at least 0, got {beta!r}")
+    return tuple(dict.fromkeys(values.astype(np.float64).tolist()))
+
+
+def values_of(
+    used: pa.Table, figures: Sequence[str], average: str
+) -> tuple[list[tuple[FloatArray, FloatArray]], dict[str, float]]:
+    """(values, weights) [N] of each figure, whose means are wanted; and the unit that they are given in.
+
+    used: responses that carry all of the figures. The unit is a power of two, which changes no digit: figures are then
+    of size 1 at most, so that squares and cubes neither overflow nor vanish. UsageError for a negative loss, and for an
+    average over tokens whose numbers are not known.
+    """
+    ones = np.ones(used.num_rows)
+    pairs, units = [], {}
+    for figure in figures:
+        values, weights = used[figure].to_numpy(), ones
+        if figure == "loss":
+            check_losses(values)
+            if average == "token":
+                values, weights = _token_sums(used)
+                check_losses(values / np.maximum(weights, 1))
+        exponent = int(np.frexp(np.abs(values).max(initial=0.0))[1]) - 1
+        units[figure] = math.ldexp(1.0, exponent)
+        pairs.append((np.ldexp(values, -exponent), weights))
+    return pairs, units
+
+
+def _token_sums(used: pa.Table) -> tuple[FloatArray, FloatArray]:
+    """(NLL sums, tokens) [N]: their summed ratio is the loss averaged over tokens."""
+    if used["n_tokens"].null_count or used["nll_sum"].null_count:
+        raise UsageError("average='token' needs the columns n_tokens and nll_sum in every scored row")
+    return used["nll_sum"].to_numpy(), used["n_tokens"].to_numpy().astype(np.float64)
+
+
+def estimates_of(
+    means: ClusteredMeans, units: Mapping[str, float], settings: RankingSettings
+) -> dict[str | float, Estimate]:
+    """The estimates of each figure under its name, and of CAR under its beta where there are both figures.
+
+    means, units: of what `values_of` gave. A generator whose shifted mean reward is negative has no CAR: NaN.
+    """
+    figures = list(units)
+    moments = means.moments()
+    replicates = means.replicates(settings.draws, settings.seed)
+    estimates: dict[str | float, Estimate] = {}
+    for k, name in enumerate(figures):
+        sign = -1 if name == "loss" else 1
+        unit = np.eye(len(figures))[k]
+        deviation, acceleration = moments.of(np.repeat(unit[:, None], means.n_groups, axis=1))
+        estimates[name] = Estimate(
+            value=means.estimates[k],
+            deviation=deviation,
+            acceleration=acceleration,
+            freedom=means.freedom[k],
+            replicates=replicates[k],
+            sign=sign,
+            unit=units[name],
+            differences=partial(_differences, sign * means.estimates[k], moments, sign * unit),
+        )
+    if len(figures) < 2:
+        return estimates
+    shift, (reward, loss) = settings.reward_shift / units["reward"], means.estimates
+    reward = np.where(reward + shift >= 0, reward, np.nan)
+    for beta in settings.betas:
+        weight = beta * units["loss"]
+        value = car(reward, loss, weight, reward_shift=shift)
+        slopes = np.stack([1 / (1 + weight * loss), -weight * value / (1 + weight * loss)])
+        deviation, acceleration = moments.of(np.nan_to_num(slopes))
+        estimates[beta] = Estimate(
+            value=value,
+            deviation=deviation,
+            acceleration=acceleration,
+            freedom=np.minimum(*means.freedom),
+            replicates=(replicates[0] + shift) / (1 + weight * replicates[1]),
+            sign=1,
+            unit=units["reward"],
+            differences=partial(_car_differences, reward + shift, loss, weight, moments),
+        )
+    return estimates
+
+
+def _differences(
+    figure: FloatArray, moments: Moments, derivatives: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    return figure[:, None] - figure, *moments.of_differences(derivatives[:, None, None])
+
+
+def _car_differences(
+    reward: FloatArray, loss: FloatArray, beta: float, moments: Moments
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Two CARs are equal where `r - c * (1 + beta * L)` is, with c the CAR of both together.
+
+    That is linear in the means and treats both alike. The difference of the CARs themselves is not: their slope is
+    lower where the loss is higher, so that one huge loss would look surer than it is.
+    """
+    pooled = np.add.outer(reward, reward) / (2 + beta * np.add.outer(loss, loss))
+    difference = (reward[:, None] - reward) - pooled * beta * (loss[:, None] - loss)
+    slopes = np.stack([np.ones_like(pooled), -beta * pooled])
+    return difference, *moments.of_differences(np.nan_to_num(slopes))

@@ -1,0 +1,317 @@
+"""Generators ranked by CAR, reward or loss, with how sure that is. No torch.
+
+Dimension key: N responses, G generators, B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from fastcompat.decisions.ranking.clustered_means import BoolArray, ClusteredMeans, Estimate, FloatArray, IntArray
+from fastcompat.decisions.ranking.estimates import RankingSettings, all_betas, estimates_of, values_of
+from fastcompat.errors import UsageError
+from fastcompat.metrics import negative_reward
+from fastcompat.rows import SCORED_STATUSES, as_table, paired, rows_at
+from fastcompat.store import Run
+
+# A handful of prompts says nothing about the next prompt.
+MIN_PROMPTS = 10
+# Every pair of generators is compared.
+MAX_GROUPS = 1000
+_READ = ("row_key", "prompt_id", "base_model", "reward_model", "n_tokens", "nll_sum", "loss", "reward", "status")
+
+Figure = Literal["car", "loss", "reward"]
+
+_SCHEMA = pa.schema(
+    [
+        ("base_model", pa.string()),
+        ("reward_model", pa.string()),
+        ("beta", pa.float64()),
+        ("reward_shift", pa.float64()),
+        ("generator", pa.string()),
+        ("rank", pa.int32()),
+        ("n", pa.int64()),
+        ("n_prompts", pa.int64()),
+        ("n_prompts_total", pa.int64()),
+        ("n_left_out", pa.int64()),
+        ("mean_tokens", pa.float64()),
+        *((name + end, pa.float64()) for name in ("reward", "loss", "car") for end in ("", "_low", "_high")),
+        ("p_best", pa.float64()),
+    ]
+)
+# Columns that say nothing of whose a response is: scorers, keys, reasons, counts, and the ranking's own names.
+_NO_GROUPS = {"row_key", "prompt_id", "status", "detail", "row_index", "response_index"}
+_NO_GROUPS |= {"n_prompt_tokens", "n_tokens", "n_bytes", "greedy_matches", "unconditioned_n_tokens"}
+_NO_GROUPS |= {name for name in _SCHEMA.names if name != "generator"}
+
+
+def rank(
+    table: Any,
+    *,
+    by: str = "generator",
+    beta: float | Sequence[float] = 3.0,
+    average: Literal["response", "token"] = "response",
+    reward_shift: float = 0.0,
+    leave_out: Literal["response", "prompt"] = "response",
+    sort_by: Figure | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> pa.Table:
+    """One row per base model, reward model, beta and generator, the best of each first.
+
+    table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes; rows without a `prompt_id` are prompts
+    of their own. Columns: base_model, reward_model, beta and reward_shift (null without CAR), generator (or whatever
+    `by` names), rank, n, n_prompts, n_prompts_total, n_left_out, mean_tokens, and of reward, loss and car each with
+    `_low` and `_high`, p_best.
+
+    `reward` and `loss` (nats) are means over the same `n` responses to `n_prompts` prompts: those that carry every
+    figure that the pair of models has. `n_prompts_total` are the prompts that any generator has such a response to:
+    where one has fewer, it was asked other questions. With `leave_out="prompt"` only prompts count that every generator
+    answered and all of whose responses carry the figures (a generator that has no such response at all is not asked
+    for). `n_left_out` counts the responses that do not count. `loss` is averaged over responses, or over tokens with
+    `average="token"`; rewards always over responses. `car` is `(reward + reward_shift) / (1 + beta * loss)`.
+
+    Sorted and ranked by `sort_by`: CAR where there are both figures, else the one that there is. `_low` and `_high` are
+    95% intervals for new prompts, from the clustered variance by prompt with a correction for skewness
+    (`clustered_means.interval`; bench/coverage.py measures what they cover). `rank` is 1 + the number of generators
+    that are clearly better: those whose difference from this one, paired by prompt, has such an interval above zero, at
+    96% for all pairs together (Bonferroni). So a generator that few data say little of may have a better rank than one
+    above it. `p_best` is the share of `draws` bootstrap draws of prompts in which the generator is the best, equals
+    sharing a draw. Fewer than `MIN_PROMPTS` prompts give no interval and no `p_best`, and are compared with nobody.
+
+    The order of the rows changes nothing but the rounding of sums. Raises UsageError for a column whose values cannot
+    be ranked, options out of range, a negative loss, no prompt left by `leave_out="prompt"`, and a mean reward that is
+    negative where CAR decides; sorted by another figure, its `car` is null.
+    """
+    options = RankingSettings(
+        betas=all_betas(beta),
+        average=average,
+        reward_shift=reward_shift,
+        leave_out=leave_out,
+        sort_by=sort_by,
+        draws=draws,
+        seed=seed,
+    )
+    # What nobody reads here, per-token lists above all, is neither read nor joined.
+    needed = list(dict.fromkeys((*_READ, by)))
+    scores = table.scores(needed) if isinstance(table, Run) else as_table(table)
+    _check_groups(scores, by)
+    if "prompt_id" not in scores.column_names and scores.num_rows > 1:
+        logging.getLogger("fastcompat").warning(
+            "no column prompt_id: every row counts as a prompt of its own, so intervals are too narrow where prompts "
+            "repeat, and generators are not compared prompt by prompt; add prompt_id"
+        )
+    rows = paired(scores.select([name for name in scores.column_names if name in needed]))
+    parts = [_rank_pair(group, models, by, options) for models, group in _by_models(rows)]
+    names = [by if name == "generator" else name for name in _SCHEMA.names]
+    return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
+
+
+def group_column(ranking: pa.Table) -> str:
+    """The name of the column that `by` named."""
+    name: str = ranking.column_names[_SCHEMA.get_field_index("generator")]
+    return name
+
+
+class BetaRange(NamedTuple):
+    """The generator with the best CAR for every beta from `beta_from` to `beta_to` (infinity at the end)."""
+
+    beta_from: float
+    beta_to: float
+    generator: str | None
+
+
+def sensitivity(
+    ranking: pa.Table, *, by: str | None = None, reward_shift: float | None = None
+) -> dict[tuple[str | None, str | None], list[BetaRange]]:
+    """(base model, reward model) -> the winner under every beta of [0, inf), where it changes exactly.
+
+    ranking: what `rank` returned, for any beta. by, reward_shift: None: as in that call; another shift asks what it
+    would change. Point figures only: the intervals of neighbours may overlap on both sides of a change. Pairs of models
+    without CAR, be it for want of a figure or because a shifted mean reward is negative, are not there, nor are those
+    whose rewards are all 0.
+    """
+    by = group_column(ranking) if by is None else by
+    figures: dict[tuple[str | None, str | None], dict[str | None, tuple[float, float]]] = {}
+    for row in ranking.to_pylist():
+        if None not in (row["beta"], row["reward"], row["loss"]):
+            shift = row["reward_shift"] if reward_shift is None else reward_shift
+            own = figures.setdefault((row["base_model"], row["reward_model"]), {})
+            own[row[by]] = (row["reward"] + shift, row["loss"])
+    # A reward of 0 is a CAR of 0, which any other one beats.
+    positive = {models: {name: figure for name, figure in own.items() if figure[0]} for models, own in figures.items()}
+    return {models: _winners(own) for models, own in positive.items() if own and min(own.values())[0] > 0}
+
+
+def _winners(figures: dict[str | None, tuple[float, float]]) -> list[BetaRange]:
+    """1 / CAR = 1 / r + beta * L / r is a line in beta: the lower envelope of the generators' lines, from the left."""
+    lines = {name: (1 / reward, loss / reward) for name, (reward, loss) in figures.items()}
+    winner = min(lines, key=lambda name: lines[name])
+    ranges: list[BetaRange] = []
+    begin = 0.0
+    while True:
+        # Only a flatter line can go below, and the first to do so is the next winner; of several, the flattest.
+        height, slope = lines[winner]
+        crossings = [
+            ((other[0] - height) / (slope - other[1]), other[1], name)
+            for name, other in lines.items()
+            if other[1] < slope
+        ]
+        if not crossings:
+            return [*ranges, BetaRange(begin, float("inf"), winner)]
+        end, _, successor = min(crossings, key=lambda crossing: crossing[:2])
+        if end > begin:
+            ranges.append(BetaRange(begin, end, winner))
+        begin, winner = end, successor
+
+
+def _check_groups(scores: pa.Table, by: str) -> None:
+    groups = [
+        field.name
+        for field in scores.schema
+        if field.name not in _NO_GROUPS
+        and (field.name == "generator" or pa.types.is_string(field.type) or pa.types.is_integer(field.type))
+    ]
+    if by not in groups:
+        raise UsageError(f"--by {by}: not a column of groups; there are {', '.join(groups) or 'none'}")
+    if scores.num_rows and scores[by].null_count == scores.num_rows:
+        raise UsageError(f"--by {by}: every row's is null; name a column that says whose a response is")
+    count = pc.count_distinct(scores[by], mode="all").as_py()
+    if count > MAX_GROUPS:
+        raise UsageError(f"--by {by}: {count:,} different values are no groups to rank")
+
+
+def _by_models(rows: pa.Table) -> list[tuple[tuple[str | None, str | None], pa.Table]]:
+    """The rows of each pair of models, in order of first appearance."""
+    codes = [rows[name].combine_chunks().dictionary_encode("encode") for name in ("base_model", "reward_model")]
+    base, reward = (code.indices.to_numpy(zero_copy_only=False).astype(np.int64) for code in codes)
+    pair = base * len(codes[1].dictionary) + reward
+    found, first = np.unique(pair, return_index=True)
+    parts = []
+    for value in found[np.argsort(first)]:
+        own = rows_at(rows, pa.array(np.flatnonzero(pair == value)))
+        k, m = divmod(int(value), len(codes[1].dictionary))
+        parts.append(((codes[0].dictionary[k].as_py(), codes[1].dictionary[m].as_py()), own))
+    return parts
+
+
+def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: RankingSettings) -> pa.Table:
+    """The ranking of one base model and one reward model, under every beta."""
+    names, group = _coded(rows[by].cast(pa.string()))
+    figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
+    sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
+    if sort_by not in [*figures, *(["car"] if len(figures) == 2 else [])]:
+        raise UsageError(
+            f"cannot rank by {sort_by}: base model {models[0]} and reward model {models[1]} give only the {figures[0]}"
+        )
+    prompt = _prompts(rows)
+    carries = _carries(rows, figures)
+    if options.leave_out == "prompt":
+        carries = _whole_prompts(prompt, group, carries, names)
+    used = rows.select(["n_tokens", "nll_sum", "loss", "reward"]).filter(pa.array(carries))
+    n = np.bincount(group[carries], minlength=len(names))
+    values, units = values_of(used, figures, options.average)
+    means = ClusteredMeans(prompt[carries], group[carries], len(names), values)
+    known = means.n_prompts >= MIN_PROMPTS
+    estimates = estimates_of(means, units, options)
+    if sort_by == "car":
+        _check_rewards(estimates["reward"], names, options.reward_shift)
+    of_responses = {
+        "generator": np.array(names, dtype=object),
+        "n": n,
+        "n_prompts": means.n_prompts,
+        "n_left_out": np.bincount(group, minlength=len(names)) - n,
+        "mean_tokens": _mean_tokens(used["n_tokens"], group[carries], len(names)),
+    }
+    n_prompts_total = len(np.unique(prompt[carries]))
+    parts = []
+    for beta in options.betas if len(figures) == 2 else [None]:
+        by_name: dict[str, str | float] = {name: name for name in figures} | ({} if beta is None else {"car": beta})
+        ranked = estimates[by_name[sort_by]]
+        order, ranks = ranked.ranks(known)
+        by_generator: dict[str, NDArray[Any]] = of_responses | {"p_best": ranked.p_best(known)}
+        for name, key in by_name.items():
+            columns_of = (name, f"{name}_low", f"{name}_high")
+            by_generator |= dict(zip(columns_of, estimates[key].figures(known), strict=True))
+        columns: dict[str, Any] = {name: values[order] for name, values in by_generator.items()} | {"rank": ranks}
+        constants = {
+            "base_model": models[0],
+            "reward_model": models[1],
+            "beta": beta,
+            "reward_shift": None if beta is None else options.reward_shift,
+            "n_prompts_total": n_prompts_total,
+        }
+        for field in _SCHEMA:
+            columns.setdefault(field.name, [constants.get(field.name)] * len(names))
+        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in _SCHEMA]
+        parts.append(pa.table(arrays, schema=_SCHEMA))
+    return pa.concat_tables(parts)
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
+    """The different values, sorted, null last; and [N] which of them each is: whatever the order of the rows."""
+    encoded = column.combine_chunks().dictionary_encode("encode")
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    codes = np.argsort(order)[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+    return encoded.dictionary.take(pa.array(order)).to_pylist(), codes
+
+
+def _prompts(rows: pa.Table) -> IntArray:
+    """[N] codes of prompts; a row without prompt_id is one of its own."""
+    prompts, codes = _coded(rows["prompt_id"])
+    if not rows["prompt_id"].null_count:
+        return codes
+    _, own = _coded(rows["row_key"])
+    return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
+
+
+def _carries(rows: pa.Table, figures: list[str]) -> BoolArray:
+    """[N] which responses carry every figure."""
+    scored = pc.is_in(rows["status"], pa.array([str(s) for s in SCORED_STATUSES])).to_numpy(zero_copy_only=False)
+    carries: BoolArray = scored.copy()
+    for name in figures:
+        carries &= rows[name].is_valid().to_numpy()
+    return carries
+
+
+def _whole_prompts(prompt: IntArray, group: IntArray, carries: BoolArray, names: list[str | None]) -> BoolArray:
+    """[N] which responses are to prompts that every generator answered, each time with all figures.
+
+    A generator without any figure is not asked for.
+    """
+    n_groups, n_codes = len(names), int(prompt.max(initial=-1)) + 1
+    answers = np.bincount(group[carries], minlength=n_groups) > 0
+    cells = np.unique(prompt[carries] * n_groups + group[carries])
+    whole = np.bincount(cells // n_groups, minlength=n_codes) == answers.sum()
+    whole &= np.bincount(prompt[answers[group] & ~carries], minlength=n_codes) == 0
+    kept: BoolArray = carries & whole[prompt]
+    if carries.any() and not kept.any():
+        counts = np.where(answers, np.bincount(cells % n_groups, minlength=n_groups), n_codes + 1)
+        raise UsageError(
+            "leave_out='prompt' leaves nothing: no prompt has all figures of every generator. "
+            f"{names[int(counts.argmin())]} answered the fewest, {counts.min():,}: leave it out of the table, or "
+            "choose leave_out='response' (--leave-out response)"
+        )
+    return kept
+
+
+def _check_rewards(reward: Estimate, names: list[str | None], shift: float) -> None:
+    means = reward.value * reward.unit
+    if (means + shift < 0).any():
+        lowest = int(np.nanargmin(means))
+        raise UsageError(negative_reward(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
+
+
+def _mean_tokens(n_tokens: pa.ChunkedArray, group: IntArray, n_groups: int) -> FloatArray:
+    """[G] mean number of tokens of the responses whose number is known."""
+    there = n_tokens.is_valid().to_numpy()
+    counts = np.bincount(group[there], minlength=n_groups)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(group[there], n_tokens.drop_null().to_numpy(), n_groups) / counts

@@ -1,0 +1,71 @@
+"""A Hugging Face model that runs packs, and the proof that it may. From the ground up:
+
+configuration   what config.json says: whether it is supported, how long, how wide; device and dtype
+checkpoint      what lies on the disk: weights, their shapes, their fingerprint
+forward_pass    a pack on its way through the layers, and how attention finds it
+fused_modules   faster modules
+fusion          which of a model's modules they may replace: those that are the same function
+packed_model    a body that runs packs
+base_model      a body and its LM head -> the NLL of tokens
+reward_heads    what reward models have in the LM head's place
+reward_model    a body and such a head -> rewards
+probe           packed is what alone is, tried on the model itself
+loading         load, fuse, probe: the only way in
+"""
+
+from fastcompat.models.base_model import CausalLM, wrap
+from fastcompat.models.checkpoint import LAYER_WEIGHT, fingerprint, have_equal_tensors, tensor_shapes, weight_files
+from fastcompat.models.configuration import (
+    ModelSettings,
+    Task,
+    head_width,
+    largest,
+    layers,
+    load_config,
+    logit_scale,
+    model_lengths,
+    n_layers,
+    read,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+    softcap,
+    text_config,
+    windows,
+)
+from fastcompat.models.loading import describe, load_causal_lm, load_reward_model, reward_model_on
+from fastcompat.models.packed_model import PackedModel, settings_of
+from fastcompat.models.reward_model import RewardModel
+
+__all__ = [
+    "LAYER_WEIGHT",
+    "CausalLM",
+    "ModelSettings",
+    "PackedModel",
+    "RewardModel",
+    "Task",
+    "describe",
+    "fingerprint",
+    "have_equal_tensors",
+    "head_width",
+    "largest",
+    "layers",
+    "load_causal_lm",
+    "load_config",
+    "load_reward_model",
+    "logit_scale",
+    "model_lengths",
+    "n_layers",
+    "read",
+    "refuse_unsupported",
+    "resolve_device",
+    "resolve_dtype",
+    "reward_model_on",
+    "settings_of",
+    "softcap",
+    "tensor_shapes",
+    "text_config",
+    "weight_files",
+    "windows",
+    "wrap",
+]

@@ -1,0 +1,180 @@
+"""Load, fuse, probe: the only way to a model that may run packs.
+
+Dimension key: D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from fastcompat.errors import ModelError
+from fastcompat.models.base_model import CausalLM, wrap
+from fastcompat.models.checkpoint import LAYER_WEIGHT, read_tensors, tensor_shapes, weight_files
+from fastcompat.models.configuration import (
+    ModelSettings,
+    Task,
+    load_config,
+    refuse_unsupported,
+    resolve_device,
+    resolve_dtype,
+)
+from fastcompat.models.forward_pass import ATTENTION_NAME, register
+from fastcompat.models.packed_model import PackedModel, made_ready, own_attention, packed
+from fastcompat.models.reward_heads import ReadOutChoice, RewardHead, find_head
+from fastcompat.models.reward_model import RewardModel, probe_reward_model
+from fastcompat.wording import first_sentence
+
+
+def load_full(
+    model: str,
+    settings: ModelSettings,
+    auto_class: Any,
+    what: str,
+    *,
+    task: Task = "CAUSAL_LM",
+    own: Collection[str] = (),
+) -> Any:
+    """The transformers model in `model`, a hub id or a directory, on its device. Safetensors only, no remote code.
+
+    auto_class: transformers' AutoModelFor... of the task; what: how it is called in messages; own: weights that the
+    caller reads itself, or does not need, and which may be missing or too many for that class. Raises ModelError, in
+    one sentence.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    config = load_config(model, settings.revision)
+    refuse_unsupported(model, config, task=task)
+    weight_files(model, settings.revision)
+    device = resolve_device(settings.device)
+    register()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        full, report = auto_class.from_pretrained(
+            model,
+            config=config,
+            revision=settings.revision,
+            dtype=resolve_dtype(settings.dtype, config, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION_NAME,
+            experts_implementation=None,  # config.json may name one that needs a package
+            output_loading_info=True,
+        )
+    except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
+        if ATTENTION_NAME in str(error):
+            raise ModelError(f"{model}: {own_attention(0, None)}") from error
+        raise ModelError(f"{model}: cannot be loaded as {what}: {first_sentence(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if getattr(full, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{model}: transformers attached an adapter to it; give a directory that holds the model alone"
+        )
+    _refuse_incomplete(model, report, what, own)
+    return full.to(device).eval()
+
+
+def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Collection[str]) -> None:
+    """ModelError where transformers filled weights in at random, or left layers out, with no more than a warning."""
+    for key, has in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        names = sorted({str(name) for name in report.get(key) or ()} - set(own))
+        if names:
+            raise ModelError(
+                f"{model}: the checkpoint {has} {len(names)} of the weights that its configuration asks for "
+                f"({names[0]} ...); is it {what}, and whole?"
+            )
+    unexpected = {str(name) for name in report.get("unexpected_keys") or ()} - set(own)
+    layers = sorted(name for name in unexpected if LAYER_WEIGHT.search(name) or "lm_head" in name)
+    if layers:
+        raise ModelError(
+            f"{model}: the checkpoint has {len(layers)} weights of layers that its configuration leaves out "
+            f"({layers[0]} ...); config.json and weights do not belong together"
+        )
+
+
+def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalLM:
+    """Load `model`, a hub id or a directory, for scoring. Safetensors only, no remote code.
+
+    Raises ModelError, in one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of
+    an architecture that cannot be packed correctly.
+    """
+    # Late: importing transformers' modelling code takes seconds.
+    from transformers import AutoModelForCausalLM
+
+    from fastcompat.models.probe import probe
+
+    full = load_full(model, settings or ModelSettings(), AutoModelForCausalLM, "a causal language model")
+    with made_ready(model):
+        loaded = wrap(model, full)
+        probe(loaded)
+    return loaded
+
+
+def load_reward_model(
+    model: str,
+    settings: ModelSettings | None = None,
+    *,
+    output: str | int | None = None,
+    read_out: ReadOutChoice = "auto",
+) -> RewardModel:
+    """Load `model`, a hub id or a directory, for rewards. Safetensors only, no remote code.
+
+    output, read_out: as `find_head`. Raises ModelError, in one sentence, when it does not exist, is no reward model or
+    one of an unknown kind, holds only pickled weights or NaN, or is of an architecture that cannot be packed correctly.
+    """
+    # Late: importing transformers' modelling code takes seconds.
+    from transformers import AutoModelForSequenceClassification
+
+    settings = settings or ModelSettings()
+    config = load_config(model, settings.revision)
+    head = describe(model, config, settings.revision, output=output, read_out=read_out)
+    full = load_full(
+        model,
+        settings,
+        AutoModelForSequenceClassification,
+        "a reward model",
+        task="SEQUENCE_CLASSIFICATION",
+        own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
+    )
+    with made_ready(model):
+        loaded = _on_body(packed(model, full), model, head, full.config, settings.revision)
+        probe_reward_model(loaded)
+    return loaded
+
+
+def reward_model_on(
+    body: PackedModel,
+    model: str,
+    settings: ModelSettings,
+    *,
+    output: str | int | None = None,
+    read_out: ReadOutChoice = "auto",
+) -> RewardModel:
+    """The head of `model` on a body that is loaded and probed, and that has its weights (`joint.share_body`)."""
+    config = load_config(model, settings.revision)
+    head = describe(model, config, settings.revision, output=output, read_out=read_out)
+    return _on_body(body, model, head, config, settings.revision)
+
+
+def _on_body(body: PackedModel, model: str, head: RewardHead, config: Any, revision: str | None) -> RewardModel:
+    module = head.build(read_tensors(model, head.weights, revision), config, model)
+    parts = {part.name: getattr(body, part.name) for part in fields(PackedModel)} | {"name": model}
+    return RewardModel(**parts, head=head, module=module.to(body.device))
+
+
+def describe(
+    model: str,
+    config: Any,
+    revision: str | None = None,
+    *,
+    output: str | int | None = None,
+    read_out: ReadOutChoice = "auto",
+) -> RewardHead:
+    """The head of a model before it is loaded, as `find_head`. Raises ModelError for what cannot be a reward model."""
+    head = find_head(model, config, tensor_shapes(model, revision), output=output, read_out=read_out)
+    refuse_unsupported(model, config, task="SEQUENCE_CLASSIFICATION")
+    head.build(read_tensors(model, head.weights, revision), config, model)  # refuses NaN, before anything is computed
+    return head

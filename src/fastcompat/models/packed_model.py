@@ -1,0 +1,216 @@
+"""A Hugging Face model that runs prefix forests: loaded safely, fused where it agrees, counted on every pass.
+
+Dimension key: T packed tokens, Q of them that are needed, D hidden size.
+
+The module tree stays as it is. Its attention goes through the attention interface (`forward_pass.py`), modules that are
+slow are replaced where the replacement is the same function (`fusion.py`), and every forward pass counts its attention
+calls, so that a layer that went another way is an error and never a wrong figure.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcompat.errors import ModelError
+from fastcompat.models.configuration import (
+    model_lengths,
+    n_layers,
+    n_windowed_layers,
+    read,
+    refuse_unsupported,
+)
+from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
+from fastcompat.models.fusion import Fusion, fuse
+from fastcompat.ops import AttentionPlan
+from fastcompat.tokens import PrefixForest, pack_forest
+from fastcompat.wording import first_sentence
+
+# Tokens of each sequence on which a replacement of a module is compared with the module.
+FUSION_TOKENS = 32
+# Below this many rows some products take another path, whose last bits differ.
+FEWEST_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedModel:
+    """A loaded model up to its last hidden states; what reads them is a subclass's."""
+
+    name: str
+    body: torch.nn.Module = field(repr=False)
+    full: Any = field(repr=False)  # the whole transformers model
+    context_length: int | None  # tokens; None: no limit is known
+    rope_boundary: int | None  # above this length the rotary frequencies depend on the longest sequence of a call
+    n_attention_layers: int
+    n_windowed_layers: int
+    fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
+    prunes: bool  # the last layer can be computed for some tokens only
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, D]."""
+        weight: Tensor = self.full.get_input_embeddings().weight
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """V: token ids from there on have no embedding."""
+        return len(self.embedding)
+
+    @torch.no_grad()
+    def forward(self, forest: PrefixForest, needed: NDArray[np.int64] | None = None) -> Tensor:
+        """[T, D] last hidden states, after the final norm; of the packed tokens `needed` [Q] only, where it is given.
+
+        needed: ascending, each once. What nobody reads of the last layer is then not computed.
+        """
+        position_ids = torch.from_numpy(forest.position_ids).to(self.device)
+        plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(self.device))
+        input_ids = torch.from_numpy(forest.input_ids).to(self.device)
+        forward = ForwardPass(plan=plan)
+        index = None if needed is None else torch.from_numpy(needed).to(self.device)
+        if self.prunes and index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
+            forward.needed = plan.for_queries(index)
+        hidden = _last_hidden(self.body, forward, input_ids, position_ids)
+        if forward.n_calls != self.n_attention_layers:
+            raise ModelError(f"{self.name}: {own_attention(forward.n_calls, self.n_attention_layers)}")
+        if forward.n_windowed != self.n_windowed_layers:
+            raise ModelError(
+                f"{self.name}: {forward.n_windowed} attention layers have a sliding window where the configuration "
+                f"says {self.n_windowed_layers}; what the others see is not known, so it is not supported"
+            )
+        return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
+
+    def hidden_at(self, forest: PrefixForest, positions: NDArray[np.integer[Any]]) -> Tensor:
+        """[P, D] last hidden states of the packed tokens `positions` [P], in any order, any of them several times."""
+        needed, which = np.unique(positions, return_inverse=True)
+        hidden = self.forward(forest, needed.astype(np.int64))
+        return hidden.index_select(0, torch.from_numpy(which).to(self.device))
+
+
+def own_attention(n_calls: int, n_layers: int | None) -> str:
+    if n_layers is not None and n_calls > n_layers:
+        return (
+            f"its {n_layers} layers call attention {n_calls} times, and what they do with it is not known; it is not "
+            "supported"
+        )
+    counted = "" if n_layers is None else f"{n_calls} of {n_layers} attention layers went through the interface; "
+    return (
+        f"{counted}this architecture computes attention by itself instead of through transformers' attention "
+        "interface, so packed sequences would see each other; it is not supported"
+    )
+
+
+@contextmanager
+def made_ready(name: str) -> Iterator[None]:
+    """Whatever is raised becomes a ModelError: an architecture that breaks on a packed row breaks as it likes."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{name}: it cannot be run on packed sequences ({type(error).__name__}: {first_sentence(error)}); it is "
+            "not supported"
+        ) from error
+
+
+def packed(name: str, full: Any) -> PackedModel:
+    """A transformers model that is in memory, ready for prefix forests (not probed).
+
+    Its modules are replaced by fused ones where they agree; outside of `PackedModel.forward` it computes as before.
+    """
+    register()
+    config = full.config
+    refuse_unsupported(name, config, full)
+    if config._attn_implementation != ATTENTION_NAME:
+        full.set_attn_implementation(ATTENTION_NAME)
+    if full.base_model is full:
+        raise ModelError(f"{name}: {type(full).__name__} has no head on a body of its own; it is not supported")
+    depth = n_layers(config)
+    if depth is None:
+        raise ModelError(f"{name}: its configuration does not say how many layers it has; it is not supported")
+    context_length, rope_boundary = model_lengths(config)
+    fusions, prunes = _fuse(full, context_length)
+    return PackedModel(
+        name=name,
+        body=full.base_model,
+        full=full,
+        context_length=context_length,
+        rope_boundary=rope_boundary,
+        n_attention_layers=depth,
+        n_windowed_layers=n_windowed_layers(config),
+        fusions=fusions,
+        prunes=prunes,
+    )
+
+
+def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    with forward_pass(forward):
+        out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+@torch.no_grad()
+def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool]:
+    """Fuse what can be fused, and try whether the last layer can do with the needed tokens.
+
+    Nothing where the model cannot run a pack at all, which its probe will say.
+    """
+    embedding = full.get_input_embeddings().weight
+    length = min(FUSION_TOKENS, context_length or FUSION_TOKENS)
+    draw = np.random.default_rng(20).integers(len(embedding), size=(3, length), dtype=np.int32)
+    ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
+    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    position_ids = torch.from_numpy(forest.position_ids).to(embedding.device)
+    input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
+    plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))
+    body = full.base_model
+
+    def run(forward: ForwardPass) -> Tensor:
+        return _last_hidden(body, forward, input_ids, position_ids)
+
+    try:
+        fusions = fuse(body, run, ForwardPass(plan=plan))
+    except Exception as error:
+        logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
+        return (), False
+    try:
+        # A body may do more with its layers' output than normalise it.
+        needed = torch.arange(0, len(input_ids), 2, device=input_ids.device)
+        every, some = run(ForwardPass(plan=plan)), run(ForwardPass(plan=plan, needed=plan.for_queries(needed)))
+    except Exception as error:
+        logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
+        return fusions, False
+    near = some.shape == every[needed].shape and torch.allclose(some, every[needed], rtol=0.05, atol=0.05)
+    return fusions, near
+
+
+def settings_of(model: PackedModel) -> dict[str, object]:
+    """What of a loaded model belongs in a scorer's record: enough to say why two runs differ."""
+    return {
+        "architecture": type(model.full).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "vocabulary": model.vocabulary,
+        "context_length": model.context_length,
+        "fused": {fusion.part: f"{fusion.n_fused} of {fusion.n_modules}" for fusion in model.fusions},
+        "n_parameters": sum(p.numel() for p in model.full.parameters()),
+        "model_type": read(model.full.config, "model_type"),
+    }

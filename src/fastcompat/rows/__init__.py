@@ -1,0 +1,86 @@
+"""One row per response: what it is, which columns it has, what stands beside what. No torch, no files.
+
+message     one turn of a conversation: role, text, and whatever else it says (calls, reasoning), as it came
+response    the row: a conversation whose last message is the response, and the status that it can have
+columns     every column: its type, its meaning, what computes it; the tables that are made of them
+frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
+pairing     loss and reward of one response in one row
+"""
+
+from fastcompat.rows.columns import (
+    COLUMNS,
+    EXTRAS,
+    FIGURES,
+    REWARD_SCHEMA,
+    SCORES_SCHEMA,
+    Extras,
+    as_scores,
+    part_schema,
+    with_reward,
+)
+from fastcompat.rows.frames import as_table, is_table, records
+from fastcompat.rows.message import (
+    REASONING_KEYS,
+    SAID_KEYS,
+    Message,
+    dumped,
+    inline_reasoning,
+    is_masked,
+    masking_key,
+    prompt_id,
+    reasoning_of,
+    says_something,
+    spoken,
+    without_reasoning,
+)
+from fastcompat.rows.pairing import MISSING, paired, rows_at
+from fastcompat.rows.response import (
+    MESSAGE_TYPE,
+    REWARDS_TYPE,
+    ROW_SCHEMA,
+    SCORED_STATUSES,
+    Response,
+    Status,
+    from_table,
+    to_table,
+    with_later_columns,
+)
+
+__all__ = [
+    "COLUMNS",
+    "EXTRAS",
+    "FIGURES",
+    "MESSAGE_TYPE",
+    "MISSING",
+    "REASONING_KEYS",
+    "REWARDS_TYPE",
+    "REWARD_SCHEMA",
+    "ROW_SCHEMA",
+    "SAID_KEYS",
+    "SCORED_STATUSES",
+    "SCORES_SCHEMA",
+    "Extras",
+    "Message",
+    "Response",
+    "Status",
+    "as_scores",
+    "as_table",
+    "dumped",
+    "from_table",
+    "inline_reasoning",
+    "is_masked",
+    "is_table",
+    "masking_key",
+    "paired",
+    "part_schema",
+    "prompt_id",
+    "reasoning_of",
+    "records",
+    "rows_at",
+    "says_something",
+    "spoken",
+    "to_table",
+    "with_later_columns",
+    "with_reward",
+    "without_reasoning",
+]

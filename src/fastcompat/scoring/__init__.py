@@ -1,0 +1,36 @@
+"""Packs through models -> figures of responses; the loop, and what an interruption keeps. Read `engine` first.
+
+scores      what a figure is to the loop
+packs       one pack -> figures, in smaller packs where memory runs out
+engine      units one after the other
+pipeline    what runs beside it: tokenising ahead, writing behind
+budget      how large a pack may be
+memory      how much there is for it
+scorer      a model with all its settings, and its identity
+losses      a base model's figures
+rewards     a reward model's
+joint       both of one body in one pass
+passes      what a run still lacks, and which pass over the corpus gives it
+"""
+
+from fastcompat.scoring.budget import ACTIVE_EXPERTS, MEMORY_SHARE, choose_token_budget, out_of_memory, token_bytes
+from fastcompat.scoring.losses import ResponseScores, Scorer, score_sequences
+from fastcompat.scoring.memory import free_memory
+from fastcompat.scoring.packs import pack_sequences
+from fastcompat.scoring.rewards import RewardScorer, RewardScores, score_conversations
+
+__all__ = [
+    "ACTIVE_EXPERTS",
+    "MEMORY_SHARE",
+    "ResponseScores",
+    "RewardScorer",
+    "RewardScores",
+    "Scorer",
+    "choose_token_budget",
+    "free_memory",
+    "out_of_memory",
+    "pack_sequences",
+    "score_conversations",
+    "score_sequences",
+    "token_bytes",
+]

@@ -1,0 +1,207 @@
+"""The loop: units of a run -> tokens -> prefix forests -> hidden states -> one figure per response. Read this first.
+
+Units are prepared and written beside the forward pass (`pipeline.py`). What becomes of a pack is in `packs.py`, how
+large it may be in `budget.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fastcompat.errors import Interrupted, RunError
+from fastcompat.rows import Response, from_table
+from fastcompat.scoring.budget import PackLimit
+from fastcompat.scoring.packs import pack_sequences, score_pack
+from fastcompat.scoring.pipeline import Stopwatch, Writer, prefetch, sharing_processor
+from fastcompat.scoring.scores import Model, Scores
+from fastcompat.store import Packing, Run, ScorerStore, Unit
+from fastcompat.tokens import PrefixForest
+
+# An interrupted unit keeps its finished packs; while it runs, they are kept this often.
+KEEP_SECONDS = 30.0
+
+# Finished units that may wait for the disk while the next ones are computed.
+UNITS_BEHIND = 2
+
+Begin: TypeAlias = Callable[[list[Response]], Scores]
+
+
+def score_run(
+    run: Run,
+    stores: Sequence[ScorerStore],
+    model: Model,
+    begin: Begin,
+    *,
+    token_budget: int,
+    units: Sequence[Unit],
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    ahead: int = 1,
+) -> None:
+    """Score and commit `units`, one after the other.
+
+    begin: tokenises a unit's responses; its scores fill one part of each of `stores`. When `stop()` turns true the pack
+    at hand is finished and kept, and Interrupted is raised.
+    ahead: units that are prepared before their turn. 0: nothing runs beside the forward pass. No byte of the run
+    depends on it.
+    """
+    progress.began = progress.began or time.monotonic()
+    timings = progress.timings
+    limit = PackLimit(token_budget)
+    prepare = partial(prepare_unit, run, stores, model, begin, token_budget)
+    with (
+        sharing_processor(with_forward_pass=model.device.type == "cpu") if ahead else nullcontext(),
+        closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
+        Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
+    ):
+        for unit, prepared in zip(units, prepared_units, strict=True):
+            if prepared is None or _finished(stores, unit):  # another process was here in the meantime
+                progress.n_rows_skipped += unit.n_rows
+                continue
+            scores, packs, n_done = prepared.scores, prepared.packs, prepared.n_done
+            n_without_tokens = unit.n_rows - sum(map(prepared.n_rows, packs))
+            if n_done:
+                progress.n_rows_skipped += n_without_tokens + sum(map(prepared.n_rows, packs[:n_done]))
+            else:
+                progress.count_rows(n_without_tokens)
+            kept = time.monotonic()
+            for k, forest in enumerate(packs[n_done:], start=n_done + 1):
+                timings.forward.time(score_pack, model, forest, scores, limit)
+                progress.count(forest, prepared.n_rows(forest))
+                writer.check()
+                stopping = stop()
+                if stopping or time.monotonic() - kept > KEEP_SECONDS:
+                    packing = Packing(token_budget=token_budget, n_stores=len(stores), n_packs=k)
+                    writer.submit(_keep_beginning, stores, unit, scores.tables(prepared.rows), packing)
+                    kept = time.monotonic()
+                if stopping:
+                    _interrupt(writer)
+            writer.submit(_commit, run, stores, unit, scores, prepared.rows)
+            if stop():
+                _interrupt(writer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedUnit:
+    """All that a unit needs before its forward passes."""
+
+    rows: pa.Table  # `response.ROW_SCHEMA`
+    scores: Scores
+    packs: list[PrefixForest]
+    n_done: int  # packs that an interrupted session has finished; `scores` has their figures
+
+    def n_rows(self, forest: PrefixForest) -> int:
+        """Rows whose first, or only, sequence is in this pack."""
+        return len(_rows(forest, self.scores))
+
+
+def prepare_unit(
+    run: Run, stores: Sequence[ScorerStore], model: Model, begin: Begin, token_budget: int, unit: Unit
+) -> PreparedUnit | None:
+    """Read, tokenise and pack a unit; None where it is finished. Raises RunError where its shard is damaged."""
+    if _finished(stores, unit):
+        return None
+    rows = run.unit_rows(unit)
+    scores = begin(from_table(rows))
+    packs = pack_sequences(model, scores, token_budget=token_budget)
+    n_done = _restore(scores, packs, stores, unit, token_budget)
+    return PreparedUnit(rows=rows, scores=scores, packs=packs, n_done=n_done)
+
+
+def _restore(
+    scores: Scores, packs: Sequence[PrefixForest], stores: Sequence[ScorerStore], unit: Unit, token_budget: int
+) -> int:
+    """Take what an interrupted session has kept of a unit, and return how many packs that is."""
+    try:
+        kept = [beginning for store in stores if (beginning := store.read_beginning(unit)) is not None]
+    except RunError:
+        return 0  # its packs are computed again, which is all that is lost
+    if len(kept) < len(stores) or any(own.packing[:2] != (token_budget, len(stores)) for own in kept):
+        return 0
+    # Several stores are kept one after the other: the packs that all of them have count.
+    n_done = min(own.packing.n_packs for own in kept)
+    # A row that those packs have and the file does not was packed otherwise then.
+    there = kept[0].done.to_numpy()
+    if not all(there[_rows(forest, scores)].all() for forest in packs[:n_done]):
+        return 0
+    scores.restore([own.table for own in kept])
+    return n_done
+
+
+def _rows(forest: PrefixForest, scores: Scores) -> NDArray[np.int64]:
+    """The rows whose first, or only, sequence is in this pack."""
+    return forest.sequences[forest.sequences < scores.n_rows]
+
+
+@dataclass(slots=True, kw_only=True)
+class Timings:
+    """Where the loop's own thread spent its time. What runs beside the forward pass costs what it is waited for."""
+
+    forward: Stopwatch = field(default_factory=Stopwatch)
+    preparation: Stopwatch = field(default_factory=Stopwatch)  # waiting for rows, tokens and packs
+    writing: Stopwatch = field(default_factory=Stopwatch)  # waiting for the disk
+
+    def seconds(self) -> dict[str, float]:
+        """For the run's log."""
+        parts = {"forward": self.forward, "waiting_for_units": self.preparation, "waiting_for_writes": self.writing}
+        return {name: round(part.seconds, 6) for name, part in parts.items()}
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What has been done so far, for whoever watches; the engine counts, `cli` shows."""
+
+    n_rows_total: int = 0
+    n_rows: int = 0
+    n_tokens: int = 0  # computed
+    n_unshared_tokens: int = 0  # what plain packing would have computed
+    n_rows_skipped: int = 0  # finished in an earlier session, or by another process
+    began: float = 0.0  # time.monotonic() when the model was loaded and the first unit taken
+    timings: Timings = field(default_factory=Timings)
+    notify: Callable[[Progress], None] = lambda progress: None
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first unit was taken."""
+        return time.monotonic() - self.began if self.began else 0.0
+
+    def count(self, forest: PrefixForest, n_rows: int) -> None:
+        """A pack is scored."""
+        self.n_tokens += forest.n_tokens
+        self.n_unshared_tokens += forest.n_unshared_tokens
+        self.count_rows(n_rows)
+
+    def count_rows(self, n_rows: int) -> None:
+        """Rows are done."""
+        self.n_rows += n_rows
+        self.notify(self)
+
+
+def _finished(stores: Sequence[ScorerStore], unit: Unit) -> bool:
+    return all(store.part(unit).exists() for store in stores)
+
+
+def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[pa.Table], packing: Packing) -> None:
+    for store, table in zip(stores, tables, strict=True):
+        store.keep_beginning(unit, table, packing)
+
+
+def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, rows: pa.Table) -> None:
+    for store, table in zip(stores, scores.tables(rows), strict=True):
+        if not store.part(unit).exists():
+            store.commit(unit, table)
+            run.log("commit", scorer=store.name, unit=unit.name, rows=unit.n_rows)
+
+
+def _interrupt(writer: Writer) -> NoReturn:
+    writer.finish()  # what cannot be kept is an error that says so
+    raise Interrupted("interrupted; everything finished is kept")

@@ -1,0 +1,156 @@
+"""A base model and a reward model that have one body: one forward pass serves both heads.
+
+The conversations that the reward model reads lie in the same prefix forest as the responses whose loss is computed;
+where both are tokenised alike, a conversation is there once.
+
+Dimension key: N responses, S scored tokens, K statistics. The base model's sequences come first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from fastcompat.models import LAYER_WEIGHT, CausalLM, RewardModel, have_equal_tensors, tensor_shapes, text_config
+from fastcompat.ops import Statistic
+from fastcompat.rows import Response, Status
+from fastcompat.scoring.losses import ResponseScores, Scorer
+from fastcompat.scoring.rewards import RewardScorer, RewardScores
+from fastcompat.scoring.scores import Scores
+from fastcompat.tokens import BoolArray, IntArray, PrefixForest, packed_reads
+
+# What a configuration says that no hidden state depends on.
+_BESIDE_THE_BODY = frozenset(
+    (
+        *("architectures", "num_labels", "id2label", "label2id", "problem_type", "classifier_dropout", "dtype"),
+        *("pad_token_id", "eos_token_id", "bos_token_id", "tie_word_embeddings", "transformers_version", "use_cache"),
+        *("_name_or_path", "pretraining_tp"),
+    )
+)
+
+Computed: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JointModel:
+    """Two heads, and the one body of both."""
+
+    base: CausalLM
+    reward: RewardModel
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids from there on are unknown to one of them."""
+        return min(self.base.vocabulary, self.reward.vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def rope_boundary(self) -> int | None:
+        return self.base.rope_boundary
+
+    def compute(self, forest: PrefixForest, statistics: tuple[Statistic, ...], reads: NDArray[np.int64]) -> Computed:
+        """[K, S] of the forest's scored tokens, and the rewards of those conversations whose `reads` these are."""
+        predictors = forest.predictors
+        states = self.base.hidden_at(forest, np.concatenate([predictors, reads.reshape(-1)]))
+        found = self.base.target_statistics(states[: len(predictors)], forest, statistics)
+        return found, self.reward.rewards_of(states[len(predictors) :].view(*reads.shape, states.shape[-1]))
+
+
+class JointScores(Scores):
+    """The losses and the rewards of N responses as they come in."""
+
+    def __init__(self, losses: ResponseScores, rewards: RewardScores) -> None:
+        assert losses.n_rows == rewards.n_rows
+        self.losses = losses
+        self.rewards = rewards
+        self._sequences = [*losses.sequences, *rewards.sequences]
+        self._offset = len(losses.sequences)  # where those of the rewards begin
+
+    @property
+    def sequences(self) -> Sequence[Any]:
+        return self._sequences
+
+    @property
+    def n_rows(self) -> int:
+        return self.losses.n_rows
+
+    def scorable(self) -> list[int]:
+        return self.losses.scorable() + [self._offset + n for n in self.rewards.scorable()]
+
+    def to_pack(self, n: int, rope_boundary: int | None) -> tuple[IntArray, BoolArray]:
+        scores, own = self._whose(n)
+        return scores.to_pack(own, rope_boundary)
+
+    def compute(self, model: JointModel, forest: PrefixForest) -> Computed:
+        reads = {n: self.sequences[n].reads for n in forest.sequences.tolist() if n >= self._offset}
+        where = packed_reads(forest, reads, n_reads=model.reward.head.n_reads)
+        return model.compute(forest, self.losses.extras.statistics, where)
+
+    def add(self, forest: PrefixForest, computed: Computed) -> list[int]:
+        tokens, rewards = computed
+        is_reward = forest.sequences >= self._offset
+        bad = self.losses.add(forest, tokens)
+        return bad + [self._offset + n for n in self.rewards.take(forest.sequences[is_reward] - self._offset, rewards)]
+
+    def fail(self, n: int, status: Status, detail: str) -> None:
+        scores, own = self._whose(n)
+        scores.fail(own, status, detail)
+
+    def tables(self, rows: pa.Table) -> tuple[pa.Table, ...]:
+        return self.losses.tables(rows) + self.rewards.tables(rows)
+
+    def restore(self, tables: Sequence[pa.Table]) -> None:
+        losses, rewards = tables
+        self.losses.restore([losses])
+        self.rewards.restore([rewards])
+
+    def _whose(self, n: int) -> tuple[ResponseScores | RewardScores, int]:
+        return (self.losses, n) if n < self._offset else (self.rewards, n - self._offset)
+
+
+class JointScorer:
+    """Two scorers that are worked off together."""
+
+    def __init__(self, base: Scorer, reward: RewardScorer) -> None:
+        reward.share(base.model)
+        self.base = base
+        self.reward = reward
+        self.model = JointModel(base=base.model, reward=reward.model)
+
+    def begin(self, rows: list[Response]) -> JointScores:
+        """Tokenise responses for both; nothing of them is scored yet."""
+        return JointScores(self.base.begin(rows), self.reward.begin(rows))
+
+
+def share_body(base: Scorer, reward: RewardScorer) -> bool:
+    """Whether the two models' bodies compute the same: equal configurations, dtypes, and weights, bit for bit."""
+    if base.device != reward.device or base.identity["dtype"] != reward.identity["dtype"]:
+        return False
+    if not reward.head.has_own_class or _of_body(base.config) != _of_body(reward.config):
+        return False
+    one, other = (tensor_shapes(scorer.source, scorer.settings.revision) for scorer in (base, reward))
+    shared = [name for name in one if name in other and name not in reward.head.weights]
+    # What only one has must be a head, or a buffer that old checkpoints carry.
+    apart = {name for name in one.keys() ^ other.keys() if LAYER_WEIGHT.search(name)}
+    if apart or not shared or any(one[name] != other[name] for name in shared):
+        return False
+    revisions = (base.settings.revision, reward.settings.revision)
+    if not have_equal_tensors(base.source, reward.source, shared, revisions):
+        return False
+    logging.getLogger("fastcompat").info("%s and %s have one body", base.name, reward.name)
+    return True
+
+
+def _of_body(config: Any) -> dict[str, Any]:
+    text = text_config(config).to_dict()
+    return {key: value for key, value in text.items() if key not in _BESIDE_THE_BODY}

@@ -1,0 +1,138 @@
+"""What a run still lacks, and which pass over the corpus gives it: one a model, or one for two with the same body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastcompat.errors import UsageError
+from fastcompat.scoring.engine import Progress, score_run
+from fastcompat.scoring.joint import JointScorer, share_body
+from fastcompat.scoring.losses import Scorer
+from fastcompat.scoring.rewards import RewardScorer
+from fastcompat.scoring.scorer import ModelScorer
+from fastcompat.store import Run, ScorerStore, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """This process's share of the units: those whose index is `index` modulo `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise UsageError(f"--worker {self.index + 1}/{self.count}: the first number counts from 1 to the second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one forward pass over the corpus serves: a base model, a reward model, or two that share a body."""
+
+    base: Scorer | None = None
+    reward: RewardScorer | None = None
+
+    @property
+    def scorers(self) -> list[ModelScorer]:
+        return [scorer for scorer in (self.base, self.reward) if scorer is not None]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(scorer.name for scorer in self.scorers)
+
+    def unload(self) -> None:
+        """Give the weights' memory back."""
+        for scorer in self.scorers:
+            scorer.unload()
+
+
+def passes_of(bases: Sequence[Scorer], rewards: Sequence[RewardScorer]) -> list[Pass]:
+    """The passes that these scorers need: one each, but one for a base and a reward model with the same body."""
+    alone = list(rewards)
+    passes = []
+    for base in bases:
+        partner = next((reward for reward in alone if share_body(base, reward)), None)
+        if partner is not None:
+            alone.remove(partner)
+        passes.append(Pass(base=base, reward=partner))
+    return passes + [Pass(reward=reward) for reward in alone]
+
+
+def open_scorer(run: Run, scorer: ModelScorer, *, token_budget: int | None) -> tuple[ScorerStore, int]:
+    """The run's record of `scorer` and the token budget to use: the one chosen now, else the one it began with.
+
+    Where packs end is part of a figure's last bits, so a resumed run keeps it.
+    """
+    existing = find_scorer(run, scorer)
+    if existing is not None:
+        scorer.compute_extras(existing.extras)  # a run that tells more goes on to do so
+    store = run.scorer(existing.name if existing else scorer.directory_name, scorer.identity, scorer.record)
+    return store, token_budget or int(store.record["settings"]["token_budget"])
+
+
+def find_scorer(run: Run, scorer: ModelScorer) -> ScorerStore | None:
+    """The run's record of `scorer`, or of one that tells more beside the same figures; None where there is none."""
+    wanted = set(scorer.identity.get("extras", ()))
+    same = [store for store in run.scorers() if store.but_extras == {**scorer.identity, "extras": None}]
+    fitting = [store for store in same if wanted <= set(store.extras.columns)]
+    return min(fitting, key=lambda store: len(store.extras.columns), default=None)
+
+
+def score_corpus(
+    run: Run,
+    served: Pass,
+    *,
+    token_budget: int | None,
+    worker: Worker,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[ScorerStore]:
+    """Work off what is pending for one pass, and return its scorers' stores.
+
+    token_budget: None: the one that each began with. Raises Interrupted once `stop()` is true and the work at hand
+    kept.
+    """
+    scorers = served.scorers
+    own = run.units[worker.index :: worker.count]
+    progress.n_rows_total = sum(unit.n_rows for unit in own)
+    there = [find_scorer(run, scorer) for scorer in scorers]
+    if all(store is not None and {unit.name for unit in own} <= store.finished() for store in there):
+        progress.n_rows_skipped = progress.n_rows_total
+        return [store for store in there if store is not None]
+    joint = None
+    if served.base is not None and served.reward is not None:
+        joint = JointScorer(served.base, served.reward)  # from here on the reward model has the base model's body
+    opened = [open_scorer(run, scorer, token_budget=token_budget) for scorer in scorers]
+    stores = [store for store, _ in opened]
+    pending = [run.pending(store, worker=worker.index, n_workers=worker.count) for store in stores]
+    progress.n_rows_skipped = sum(unit.n_rows for unit in own if not any(unit in units for units in pending))
+    # Units that lack both figures are computed once; what lacks one of them, by its own scorer.
+    both = set(pending[0]).intersection(*pending) if joint is not None else set()
+    work: list[tuple[list[ScorerStore], ModelScorer | JointScorer, int, list[Unit]]] = [
+        ([store], scorer, budget, [unit for unit in units if unit not in both])
+        for (store, budget), scorer, units in zip(opened, scorers, pending, strict=True)
+    ]
+    if joint is not None:
+        work.insert(0, (stores, joint, opened[0][1], [unit for unit in own if unit in both]))
+    try:
+        for fills, computes, budget, units in work:
+            if not units:
+                continue
+            run.log("score", scorers=[store.name for store in fills], units=len(units), token_budget=budget)
+            score_run(
+                run,
+                fills,
+                computes.model,
+                computes.begin,
+                token_budget=budget,
+                units=units,
+                progress=progress,
+                stop=stop,
+            )
+    finally:
+        seconds = {"total": round(progress.seconds, 6)} | progress.timings.seconds()
+        names = [store.name for store in stores]
+        tokens = {"tokens": progress.n_tokens, "unshared_tokens": progress.n_unshared_tokens}
+        run.log("stop", scorers=names, rows=progress.n_rows, **tokens, seconds=seconds)
+    return stores

@@ -1,0 +1,92 @@
+"""What is kept of a unit before it is finished: `begun-00012-0003.parquet`, beside the parts.
+
+It has all rows of its unit, in the columns of a part; of rows whose turn has not come yet the figure is null although
+their status does not say why. While its unit is computed a beginning is replaced again and again, by rename, and it
+goes when the part is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fastcompat.errors import RunError
+from fastcompat.rows import SCORED_STATUSES
+from fastcompat.store.durable import write_table
+
+
+class Packing(NamedTuple):
+    """How the unit's sequences were packed: other packs could not be taken up where these end.
+
+    token_budget: tokens of a pack. n_stores: scorers that the packs serve. n_packs: the first so many are scored.
+    """
+
+    token_budget: int
+    n_stores: int
+    n_packs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """A unit's rows, [N], and which of them are done: they have their figure, or a status that says why not."""
+
+    table: pa.Table
+    done: pa.ChunkedArray
+    packing: Packing
+
+    @property
+    def rows(self) -> pa.Table:
+        """Those that are done."""
+        return self.table.filter(self.done)
+
+    @property
+    def n_rows(self) -> int:
+        """How many are done."""
+        return int(pc.sum(self.done).as_py() or 0)
+
+
+def write_beginning(path: Path, table: pa.Table, *, scorer: str, packing: Packing) -> None:
+    """Keep a unit's rows, whole or not at all."""
+    metadata = {"scorer": scorer} | {name: str(value) for name, value in packing._asdict().items()}
+    write_table(path, table.replace_schema_metadata(metadata))
+
+
+def read_beginning(
+    path: Path, *, scorer: str, schema: pa.Schema, figure: str, n_rows: int, columns: Sequence[str] | None = None
+) -> Beginning:
+    """A beginning, or some columns of it. Raises FileNotFoundError, and RunError for what cannot be used.
+
+    scorer, schema, n_rows: what the unit's part would say of itself; figure: the column that is null where a row's turn
+    has not come.
+    """
+    wanted = schema.names if columns is None else list(columns)
+    unusable = f"{path}: what is kept of this unit is not used, its rows are scored again"
+    try:
+        # Opened once: whoever computes the unit may put another file in its place at any time.
+        with pa.OSFile(str(path)) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            found, n_found = parquet.schema_arrow, parquet.metadata.num_rows
+            table = parquet.read(columns=list(dict.fromkeys([*wanted, figure, "status"])))
+        metadata = found.metadata or {}
+        packing = Packing(*(int(metadata[name.encode()]) for name in Packing._fields))
+        its_scorer = metadata[b"scorer"].decode()
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{unusable}: it is damaged ({error})") from error
+    except (KeyError, ValueError) as error:
+        # Packs were in another order before the scorer's name was there.
+        raise RunError(f"{unusable}: another version of fastcompat wrote it") from error
+    if not found.equals(schema) or n_found != n_rows:
+        raise RunError(f"{unusable}: it has other rows or columns than its part will have")
+    if its_scorer != scorer:
+        raise RunError(f"{unusable}: it is another scorer's")
+    scored = pa.array([str(status) for status in SCORED_STATUSES])
+    unscored = pc.invert(pc.is_in(table["status"], value_set=scored))
+    done = pc.or_(pc.is_valid(table[figure]), unscored)
+    return Beginning(table=table.select(wanted).replace_schema_metadata(None), done=done, packing=packing)

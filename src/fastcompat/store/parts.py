@@ -1,0 +1,148 @@
+"""scores/<scorer> of a run: one scorer's record, the parts that it has finished, and what it has begun."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcompat.errors import RunError
+from fastcompat.rows import FIGURES, Extras, part_schema
+from fastcompat.store.beginnings import Beginning, Packing, read_beginning, write_beginning
+from fastcompat.store.durable import remove_abandoned, write_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Unit:
+    """One row group of one shard: what is computed and committed at once."""
+
+    shard: int
+    group: int
+    n_rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard:05d}-{self.group:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerStore:
+    """scores/<scorer>: the record of one scorer's settings, and the parts that it has finished."""
+
+    directory: Path
+    record: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def kind(self) -> str:
+        """base_model or reward_model."""
+        return str(self.record["identity"]["kind"])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of its parts."""
+        return part_schema(self.kind, self.extras)
+
+    @property
+    def extras(self) -> Extras:
+        """What its parts tell beside the figure."""
+        return Extras.of(self.record["identity"].get("extras", ()))
+
+    @property
+    def but_extras(self) -> dict[str, Any]:
+        """Its identity without them: equal for scorers whose figures are the same."""
+        return {**self.record["identity"], "extras": None}
+
+    def part(self, unit: Unit) -> Path:
+        return self.directory / f"part-{unit.name}.parquet"
+
+    def beginning(self, unit: Unit) -> Path:
+        return self.directory / f"begun-{unit.name}.parquet"
+
+    def finished(self) -> set[str]:
+        """Names of the units that are committed."""
+        return {path.stem.removeprefix("part-") for path in self.directory.glob("part-*.parquet")}
+
+    def begun(self) -> set[str]:
+        """Names of the units of which a beginning is kept."""
+        return {path.stem.removeprefix("begun-") for path in self.directory.glob("begun-*.parquet")}
+
+    def with_rows(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units of which something is scored, finished or begun."""
+        # A unit that is finished between the two has its part: beginnings are listed first.
+        names = self.begun()
+        names |= self.finished()
+        return [unit for unit in units if unit.name in names]
+
+    def commit(self, unit: Unit, scores: pa.Table) -> None:
+        """Make a unit's scores durable, then drop what was kept of its beginning."""
+        assert scores.num_rows == unit.n_rows
+        write_table(self.part(unit), scores.replace_schema_metadata({"scorer": self.name}))
+        self.beginning(unit).unlink(missing_ok=True)
+
+    def keep_beginning(self, unit: Unit, scores: pa.Table, packing: Packing) -> None:
+        """Keep what there is of a unit that is not finished."""
+        write_beginning(self.beginning(unit), scores, scorer=self.name, packing=packing)
+
+    def read_beginning(self, unit: Unit, columns: Sequence[str] | None = None) -> Beginning | None:
+        """What is kept of a unit, None if nothing. Raises RunError where it cannot be used."""
+        try:
+            return read_beginning(
+                self.beginning(unit),
+                scorer=self.name,
+                schema=self.schema,
+                figure=FIGURES[self.kind],
+                n_rows=unit.n_rows,
+                columns=columns,
+            )
+        except FileNotFoundError:
+            return None
+
+    def rows(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a unit that are scored so far: its part's, else those of its beginning that are done.
+
+        A beginning that cannot be used is warned of, and has none. Raises RunError where the part is damaged.
+        """
+        beginning = None
+        if not self.part(unit).exists():
+            try:
+                beginning = self.read_beginning(unit, columns)
+            except RunError as error:
+                logging.getLogger("fastcompat").warning(error)
+        if beginning is not None:
+            return beginning.rows
+        # Asked again: another process may just have put the part in the beginning's place.
+        if self.part(unit).exists():
+            return self.read(unit, columns)
+        return self.schema.empty_table().select(self.schema.names if columns is None else list(columns))
+
+    def read(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """A committed unit's scores, or some columns of them. Raises RunError where they are damaged."""
+        path = self.part(unit)
+        try:
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(
+                f"{path} is damaged ({error}); delete it and score again: only its unit is computed"
+            ) from error
+        expected = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        if not table.schema.equals(expected):
+            raise RunError(f"{path} has other columns than the parts of its scorer; delete it and score again")
+        if (table.schema.metadata or {}).get(b"scorer") != self.name.encode():
+            raise RunError(f"{path} is another scorer's; delete it and score again")
+        return table.replace_schema_metadata(None)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left: half-written files, and beginnings of units that are finished."""
+        remove_abandoned(self.directory)
+        begun = self.begun()
+        for name in begun & self.finished():
+            (self.directory / f"begun-{name}.parquet").unlink(missing_ok=True)

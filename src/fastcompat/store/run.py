@@ -1,0 +1,260 @@
+"""The run directory: what is to be scored, what has been scored, and how both survive a kill.
+
+    RUN/manifest.json                      the corpus: its files, fingerprint, shards (written last, by rename)
+        corpus/shard-00012.parquet         normalised rows; a row group is one unit of work
+        scores/<scorer>/scorer.json        model, tokenizer, template, dtype: every setting that makes a figure
+        scores/<scorer>/part-00012-0003.parquet   one unit's scores; its presence is its commit
+        scores/<scorer>/begun-00012-0004.parquet  what is kept of a unit that is not finished (`beginnings.py`)
+        log.jsonl                          what was done, when
+
+Everything is written under a temporary name, synced and renamed: a file that is there is whole. Units never share a
+pack, so the parts of a killed and resumed run are those of an undisturbed one, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fastcompat.corpus import CorpusSummary
+from fastcompat.errors import RunError, UsageError
+from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
+from fastcompat.store.durable import read_json, write_json
+from fastcompat.store.parts import ScorerStore, Unit
+
+FORMAT = 2
+
+# Settings by which two scorers of one model are told apart, if they differ in them.
+_TELLING = (
+    "output",
+    "read_out",
+    "template",
+    "dtype",
+    "turns",
+    "score_eos",
+    "bos",
+    "max_length",
+    "truncate",
+    "template_options",
+    "reasoning",
+    "tools",
+    "turn_masks",
+    "revision",
+)
+_LATER = {"template_options": {}, "reasoning": "keep", "tools": "keep", "turn_masks": "honour"}
+
+
+class Run:
+    """An open run directory. `open_run` opens one; `preparing.prepare_run` makes one."""
+
+    def __init__(self, directory: Path, generations: Sequence[CorpusSummary]) -> None:
+        self.directory = directory
+        self.generations = tuple(generations)  # the corpus as first prepared, then what --extend added
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Every unit of work, in the order in which they are computed."""
+        return [
+            Unit(shard=shard_number(shard.name), group=group, n_rows=n_rows)
+            for generation in self.generations
+            for shard in generation.shards
+            for group, n_rows in enumerate(shard.units)
+        ]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the corpus, those that cannot be scored included."""
+        return sum(unit.n_rows for unit in self.units)
+
+    def shard_path(self, shard: int) -> Path:
+        return self.directory / "corpus" / f"shard-{shard:05d}.parquet"
+
+    def unit_rows(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+        """A unit's normalised rows, `response.ROW_SCHEMA`, or some columns. Raises RunError for a damaged shard."""
+        path = self.shard_path(unit.shard)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                there = set(file.schema_arrow.names)
+                table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
+            names = columns or ROW_SCHEMA.names
+            table = with_later_columns(table, names)
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        expected = pa.schema([ROW_SCHEMA.field(name) for name in names])
+        if table.num_rows != unit.n_rows or not table.schema.equals(expected):
+            raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
+        return table
+
+    @property
+    def reward_columns(self) -> dict[str, int]:
+        """Rewards that came with the corpus: name -> rows that have it."""
+        counts: Counter[str] = Counter()
+        for generation in self.generations:
+            counts.update(generation.rewards)
+        return dict(counts)
+
+    def scorers(self) -> list[ScorerStore]:
+        """Every scorer of the run, in the order in which they were first used."""
+        records = self.directory.glob("scores/*/scorer.json")
+        stores = [ScorerStore(directory=path.parent, record=_read_record(path)) for path in records]
+        return sorted(stores, key=lambda store: (store.record["created"], store.name))
+
+    def scorer(self, name: str, identity: Mapping[str, Any], settings: Callable[[], Mapping[str, Any]]) -> ScorerStore:
+        """The scorer of this identity, to work with; one that is new is made, with `settings()` as its record."""
+        directory = self.directory / "scores" / name
+        path = directory / "scorer.json"
+        if not path.exists():
+            record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
+            write_json(path, record)
+        store = ScorerStore(directory=directory, record=_read_record(path))
+        if store.record["identity"] != dict(identity):
+            raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
+        store.sweep()
+        return store
+
+    def current_scorers(self) -> list[ScorerStore]:
+        """Without those that another one, with more columns, has replaced: it has finished all that they have begun."""
+        stores = self.scorers()
+        begun = {store.name: store.begun() for store in stores}
+        finished = {store.name: store.finished() for store in stores}
+
+        def is_replaced(old: ScorerStore) -> bool:
+            return any(
+                new.name != old.name
+                and new.but_extras == old.but_extras
+                and set(new.extras.columns) > set(old.extras.columns)
+                and finished[new.name] >= finished[old.name] | begun[old.name]
+                for new in stores
+            )
+
+        return [store for store in stores if not is_replaced(store)]
+
+    def labels(self, current: Sequence[ScorerStore] | None = None) -> dict[str, str]:
+        """Scorer name -> what its rows say of it: the model, with the settings in which its scorers differ.
+
+        current: what `current_scorers` gave, where it must not have changed since.
+        """
+        groups: dict[tuple[str, str], list[ScorerStore]] = {}
+        for store in self.current_scorers() if current is None else current:
+            groups.setdefault((store.kind, str(store.record["settings"]["model"])), []).append(store)
+        labels = {}
+        for (_, model), stores in groups.items():
+            settings = [store.record["settings"] for store in stores]
+            # Those of older versions lack what could not be chosen.
+            settings = [_LATER | own for own in settings]
+            differing = [key for key in _TELLING if len({str(own.get(key)) for own in settings}) > 1]
+            for store, own in zip(stores, settings, strict=True):
+                labels[store.name] = " · ".join([model, *(f"{key} {own.get(key)}" for key in differing)])
+        counts = Counter(labels.values())
+        return {name: label if counts[label] == 1 else name for name, label in labels.items()}
+
+    def pending(self, scorer: ScorerStore, *, worker: int = 0, n_workers: int = 1) -> list[Unit]:
+        """Units that have no part yet, of those that fall to this worker."""
+        finished = scorer.finished()
+        return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
+
+    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All that is known of every response, `SCORES_SCHEMA`: one row per response and scorer, scorers in the order
+        of their first use, then the corpus's own rewards (`reward_model` is "column NAME"); rows in input order. What
+        base models tell beside the loss (`score --for`) comes in columns after those. Rows that are not scored yet are
+        not there; those of a unit that is begun are, as far as they are kept (`ScorerStore.rows`).
+
+        columns: only these are read, and rows come in the order of the units, the same for every scorer: several times
+        as fast for who needs no order. UsageError for a column that there is not.
+        """
+        stores = self.current_scorers()
+        labels = self.labels(stores)
+        schema = pa.unify_schemas([SCORES_SCHEMA, *(pa.schema(store.extras.fields) for store in stores)])
+        unknown = [name for name in columns or () if name not in schema.names]
+        if unknown:
+            raise UsageError(f"no column {', '.join(unknown)} in these scores; there are {', '.join(schema.names)}")
+        tables = [pa.schema([schema.field(name) for name in columns or schema.names]).empty_table()]
+        for store in stores:
+            own = None if columns is None else [name for name in store.schema.names if name in columns]
+            parts = [store.rows(unit, own) for unit in store.with_rows(self.units)]
+            rows = pa.concat_tables([store.schema.empty_table().select(own or store.schema.names), *parts])
+            tables.append(as_scores(rows if columns else self._in_input_order(rows), store.kind, labels[store.name]))
+        if self.reward_columns:
+            read = [name for name in ROW_SCHEMA.names if name != "messages"]
+            rows = pa.concat_tables([self.unit_rows(unit, read) for unit in self.units])
+            rows = rows if columns else self._in_input_order(rows)
+            tables += [
+                as_scores(with_reward(rows, name), "reward_model", f"column {name}") for name in self.reward_columns
+            ]
+        # What only some scorers tell is null for the others.
+        tables = [
+            table.select([name for name in table.column_names if name in tables[0].column_names]) for table in tables
+        ]
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+    def _in_input_order(self, rows: pa.Table) -> pa.Table:
+        sources = [file.label for generation in self.generations for file in generation.files]
+        source = pc.index_in(rows["source"], pa.array(sources, pa.string()))
+        # Of the last key first; several times as fast as sorting the table.
+        keys = [column.to_numpy() for column in (rows["response_index"], rows["row_index"], source)]
+        return rows.combine_chunks().take(pa.array(np.lexsort(keys)))
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines.
+
+        A log that cannot be written stops nothing: what counts is committed elsewhere, and fails there by name.
+        """
+        line = json.dumps({"time": _now(), "event": event, "host": socket.gethostname(), "pid": os.getpid()} | values)
+        with suppress(OSError):
+            descriptor = os.open(self.directory / "log.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, (line + "\n").encode())
+            finally:
+                os.close(descriptor)
+
+
+def open_run(directory: str | os.PathLike[str]) -> Run:
+    """Open a run directory for reading. Raises RunError when there is none, or it is of another format."""
+    path = Path(directory) / "manifest.json"
+    if not path.is_file():
+        raise RunError(
+            f"{directory} is not a run: it has no manifest.json (fastcompat score ... -o {directory} makes one)"
+        )
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
+    try:
+        run = Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
+        _ = run.units  # every shard's name is read here
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); prepare the corpus in a new run") from error
+    return run
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    whole = {"identity", "settings", "created"} <= set(record) and isinstance(record["settings"], dict)
+    known = whole and isinstance(record["identity"], dict) and record["identity"].get("kind") in FIGURES
+    if not known or not {"model", "token_budget"} <= set(record["settings"]):
+        raise RunError(f"{path} is damaged: it does not say which scorer this is; move {path.parent} away")
+    return record
+
+
+def shard_number(name: str) -> int:
+    return int(Path(name).stem.removeprefix("shard-"))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

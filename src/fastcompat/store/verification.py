@@ -1,0 +1,151 @@
+"""`status` and `verify`: how far a run is, and whether every file is what it should be. Reads, never writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastcompat.errors import RunError
+from fastcompat.rows import FIGURES, SCORED_STATUSES, Status
+from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerProgress:
+    """How far one scorer is: rows scored, their statuses, and for each status but `ok` one row with its reason.
+
+    n_begun_rows: those of them that belong to the n_begun_units units which are not finished.
+    """
+
+    name: str
+    n_rows: int
+    n_begun_rows: int
+    n_begun_units: int
+    statuses: dict[str, int]
+    examples: dict[str, str]
+
+
+def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
+    """How far `scorer` is. Raises RunError where a part is damaged."""
+    finished = scorer.finished()
+    statuses: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    n_rows = n_begun_rows = n_begun_units = 0
+    for unit in scorer.with_rows(run.units):
+        rows = scorer.rows(unit, ["row_key", "status", "detail"])
+        n_rows += rows.num_rows
+        if unit.name not in finished:
+            n_begun_rows += rows.num_rows
+            n_begun_units += 1
+        for count in pc.value_counts(rows["status"]).to_pylist():
+            status = count["values"]
+            statuses[status] += count["counts"]
+            if status != Status.OK and status not in examples:
+                row = rows.slice(pc.index(rows["status"], status).as_py(), 1).to_pylist()[0]
+                examples[status] = f"{row['row_key']}: {row['detail']}"
+    return ScorerProgress(
+        name=scorer.name,
+        n_rows=n_rows,
+        n_begun_rows=n_begun_rows,
+        n_begun_units=n_begun_units,
+        statuses=dict(statuses),
+        examples=examples,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """What one scorer has not scored yet: so many rows, and of so many prompts some responses but not all."""
+
+    n_rows: int
+    n_split_prompts: int
+
+
+def pending_rows(run: Run, scorer: ScorerStore) -> Pending:
+    """What is missing of `scorer`'s scores. Reads nothing of the units that are finished."""
+    begun, finished = scorer.begun(), scorer.finished()
+    n_rows = n_split_prompts = 0
+    for unit in run.units:
+        if unit.name in finished:
+            continue
+        n_rows += unit.n_rows
+        try:
+            beginning = scorer.read_beginning(unit, ["prompt_id"]) if unit.name in begun else None
+        except RunError:  # `Run.scores` has said so
+            beginning = None
+        if beginning is not None:
+            n_rows -= beginning.n_rows
+            missing = beginning.table.filter(pc.invert(beginning.done))["prompt_id"]
+            there = beginning.rows["prompt_id"].unique()
+            n_split_prompts += pc.sum(pc.is_in(there, value_set=missing.combine_chunks())).as_py() or 0
+    return Pending(n_rows=n_rows, n_split_prompts=n_split_prompts)
+
+
+def find_damage(run: Run) -> list[str]:
+    """One line for everything in a run that is missing, damaged or does not belong; empty when all is whole."""
+    shards = {
+        run.directory / "corpus" / shard.name: shard.sha256
+        for generation in run.generations
+        for shard in generation.shards
+    }
+    damaged = {path: why for path, sha256 in shards.items() if (why := _shard_damage(path, sha256))}
+    damage = [f"{path} {why}" for path, why in damaged.items()]
+    # A part is checked against its unit's rows, which a damaged shard cannot tell.
+    checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
+    for scorer in run.scorers():
+        damage.extend(_damaged_units(run, scorer, checkable))
+    for directory in sorted({path.parent for path in run.directory.glob("scores/*/part-*.parquet")}):
+        if not (directory / "scorer.json").is_file():
+            damage.append(f"{directory} has parts but no scorer.json, so nobody knows whose; move it away, score again")
+    return damage
+
+
+def _shard_damage(path: Path, sha256: str) -> str:
+    if not path.is_file():
+        return "is missing; prepare the corpus in a new run"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+            return ""
+    return "is not what was prepared (its SHA-256 differs); prepare the corpus in a new run"
+
+
+def _damaged_units(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> Iterator[str]:
+    finished = scorer.finished()
+    begun = scorer.begun() - finished  # beside a part a beginning counts for nothing, and goes with the next session
+    known = {unit.name for unit in run.units}
+    for kind, names in (("part", finished), ("begun", begun)):
+        for name in sorted(names - known):
+            yield f"{scorer.directory / f'{kind}-{name}.parquet'} belongs to no unit of this run"
+    for unit in sorted(checkable):
+        try:
+            if unit.name in finished:
+                part = scorer.read(unit)
+                yield from _damage(run, scorer, unit, scorer.part(unit), part["row_key"], part)
+            elif unit.name in begun and (beginning := scorer.read_beginning(unit)) is not None:
+                every_key = beginning.table["row_key"]
+                yield from _damage(run, scorer, unit, scorer.beginning(unit), every_key, beginning.rows)
+        except RunError as error:
+            yield str(error)
+
+
+def _damage(
+    run: Run, scorer: ScorerStore, unit: Unit, path: Path, every_key: pa.ChunkedArray, rows: pa.Table
+) -> Iterator[str]:
+    """every_key: of all rows of the file at `path`; rows: those that are finished."""
+    if not every_key.equals(run.unit_rows(unit, ["row_key"])["row_key"]):
+        yield f"{path} does not hold the rows of its unit; delete it and score again"
+        return
+    scored = pc.is_in(rows["status"], value_set=_SCORED)
+    figure = FIGURES[scorer.kind]
+    if not pc.all(pc.equal(scored, pc.is_valid(rows[figure])), min_count=0).as_py():
+        yield f"{path} has a status without its {figure}, or a {figure} without its status; delete it and score again"
+
+
+_SCORED = pa.array([str(status) for status in SCORED_STATUSES])

@@ -1,0 +1,289 @@
+"""The prefix forest: token sequences laid end to end so that every shared beginning is there once.
+
+Dimension key: T packed tokens, S scored tokens, N sequences, R ranges of scored tokens.
+
+Sorted token sequences share their beginnings with their neighbours; laid out depth first they form a forest of
+token paths in one row of T tokens. A query i sees a key j exactly when `j <= i < subtree_end[j]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32] | NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+# A cut costs the shared prefix that is computed again, and one more pass over the weights. The second is worth about
+# this many tokens (0.5 billion parameters: 1 GB of weights read in the time that a CPU computes some 100 tokens).
+CUT_OVERHEAD_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrefixForest:
+    """One pack: N token sequences as a forest of T <= token_budget tokens (more when one sequence alone is longer).
+
+    `scored` lists, ascending, the packed tokens that at least one sequence scores; token i is predicted from the
+    hidden state at `parent[i]`. Sequence n owns the half-open ranges `ranges[range_offsets[n]:range_offsets[n + 1]]`
+    of positions *in `scored`*: those of its path that it scores itself.
+    """
+
+    input_ids: NDArray[np.int64]  # [T]
+    position_ids: NDArray[np.int64]  # [T] depth on the path, 0 at a root
+    parent: NDArray[np.int32]  # [T] packed index of the token before this one on its path, -1 at a root
+    subtree_end: NDArray[np.int32]  # [T] one past the last packed token below this one
+    scored: NDArray[np.int32]  # [S]
+    sequences: NDArray[np.int64]  # [N] indices of the packed sequences in the caller's list
+    ranges: NDArray[np.int32]  # [R, 2]
+    range_offsets: NDArray[np.int32]  # [N + 1]
+    path_end: NDArray[np.int32]  # [N] packed index of each sequence's last token
+    n_unshared_tokens: int  # tokens that plain packing would have computed
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """[S] the token ids to be predicted."""
+        targets: NDArray[np.int64] = self.input_ids[self.scored]
+        return targets
+
+    @property
+    def predictors(self) -> NDArray[np.int32]:
+        """[S] packed index of the token whose hidden state predicts each scored token."""
+        predictors: NDArray[np.int32] = self.parent[self.scored]
+        return predictors
+
+    def path(self, k: int) -> NDArray[np.int64]:
+        """[n] the packed indices of the forest's k-th sequence, from its root to its end."""
+        path = [int(self.path_end[k])]
+        while self.parent[path[-1]] >= 0:
+            path.append(int(self.parent[path[-1]]))
+        return np.array(path[::-1], np.int64)
+
+    def renumbered(self, members: Sequence[int]) -> PrefixForest:
+        """The same pack for a caller whose sequence n is the packer's sequence `members.index(n)`."""
+        return replace(self, sequences=np.array(members, np.int64)[self.sequences])
+
+
+def pack_forest(
+    input_ids: Sequence[IntArray],
+    scored: Sequence[BoolArray],
+    *,
+    token_budget: int,
+    alone_above: int | None = None,
+) -> list[PrefixForest]:
+    """Lay N sequences out as packs of at most `token_budget` tokens, in the order of their sequences' tokens.
+
+    input_ids[n] is [length] and scored[n] is [length] bool with scored[n][0] False: nothing predicts a first token.
+    Groups with a common prefix are kept whole where they fit; a sequence that must be split from its group repeats
+    its path from the root. A sequence longer than the budget gets a pack of its own; so does, without sharing, one
+    longer than `alone_above` (models whose rotary frequencies depend on the longest sequence of a call).
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+    assert all(len(ids) and not mask[0] for ids, mask in zip(input_ids, scored, strict=True))
+    # Big-endian bytes compare like the token ids themselves, a prefix before its extensions.
+    order = sorted(range(len(input_ids)), key=lambda n: (input_ids[n].astype(">u4").tobytes(), n))
+    place = {n: k for k, n in enumerate(order)}
+    alone = [n for n in order if alone_above is not None and len(input_ids[n]) > alone_above]
+    order = [n for n in order if alone_above is None or len(input_ids[n]) <= alone_above]
+    shared = _shared_with_previous([input_ids[n] for n in order])
+    cuts = _cut_points(np.array([len(input_ids[n]) for n in order], np.int64), shared, token_budget)
+    groups = [[n] for n in alone]
+    prefixes = [np.zeros(1, np.int64) for _ in alone]
+    for begin, end in pairwise(cuts):
+        groups.append(order[begin:end])
+        prefixes.append(np.concatenate([[0], shared[begin + 1 : end]]))
+    packs = [_lay_out(group, prefix, input_ids, scored) for group, prefix in zip(groups, prefixes, strict=True)]
+    # Neighbours in order: when some packs are done, so are all sequences of nearly every group that is begun.
+    return sorted(packs, key=lambda pack: place[int(pack.sequences[0])])
+
+
+def _shared_with_previous(ordered: Sequence[IntArray]) -> NDArray[np.int64]:
+    """[N] length of the longest common prefix with the sequence before, 0 for the first."""
+    shared = np.zeros(len(ordered), np.int64)
+    for n in range(1, len(ordered)):
+        length = min(len(ordered[n - 1]), len(ordered[n]))
+        differs = ordered[n - 1][:length] != ordered[n][:length]
+        first = int(differs.argmax()) if length else 0
+        shared[n] = first if length and differs[first] else length
+    return shared
+
+
+def _cut_points(lengths: NDArray[np.int64], shared: NDArray[np.int64], token_budget: int) -> list[int]:
+    """Where to cut the sorted sequences into packs: [0, ..., N], the fewest tokens computed twice (exact, by DP)."""
+    n_sequences = len(lengths)
+    if n_sequences == 0:
+        return [0]
+    # Tokens of sequences i..j in one pack: distinct[j] - distinct[i] + lengths[i]. Falls as i grows, so the feasible
+    # first sequences of a pack that ends at j are a window whose lower end only moves up.
+    distinct = np.cumsum(lengths - shared)
+    begin_cost = lengths - distinct
+    cut_cost = np.concatenate([[0], shared[1:]]) + CUT_OVERHEAD_TOKENS
+    best = np.zeros(n_sequences + 1, np.int64)  # best[j]: least cost of packing the first j sequences
+    chosen = np.zeros(n_sequences + 1, np.int64)
+    low = 0
+    for j in range(n_sequences):
+        while low < j and distinct[j] + begin_cost[low] > token_budget:
+            low += 1
+        candidates = best[low : j + 1] + cut_cost[low : j + 1]
+        i = int(candidates.argmin())
+        best[j + 1] = candidates[i]
+        chosen[j + 1] = low + i
+    cuts = [n_sequences]
+    while cuts[-1] > 0:
+        cuts.append(int(chosen[cuts[-1]]))
+    return cuts[::-1]
+
+
+def _lay_out(
+    group: Sequence[int],
+    shared: NDArray[np.int64],
+    input_ids: Sequence[IntArray],
+    scored: Sequence[BoolArray],
+) -> PrefixForest:
+    """One pack from sequences in sorted order; shared[k] tokens of sequence k are those of the one before."""
+    lengths = [len(input_ids[n]) for n in group]
+    n_tokens = int(sum(lengths) - shared.sum())
+    ids = np.empty(n_tokens, np.int64)
+    position = np.empty(n_tokens, np.int64)
+    parent = np.empty(n_tokens, np.int32)
+    subtree_end = np.empty(n_tokens, np.int32)
+    is_scored = np.zeros(n_tokens, np.bool_)
+    path = np.empty(max(lengths), np.int32)  # packed index at each depth of the current sequence
+    open_depth = 0
+    offset = 0
+    own: list[NDArray[np.int32]] = []  # per sequence, the packed tokens that it scores
+    path_end: list[int] = []
+    for n, keep, length in zip(group, shared.tolist(), lengths, strict=True):
+        subtree_end[path[keep:open_depth]] = offset
+        new = length - keep
+        ids[offset : offset + new] = input_ids[n][keep:]
+        position[offset : offset + new] = np.arange(keep, length)
+        path[keep:length] = np.arange(offset, offset + new)
+        parent[offset : offset + new] = np.arange(offset - 1, offset + new - 1)
+        if new:
+            parent[offset] = path[keep - 1] if keep else -1
+        own.append(path[:length][scored[n]])
+        is_scored[own[-1]] = True
+        path_end.append(int(path[length - 1]))
+        offset += new
+        open_depth = length
+    subtree_end[path[:open_depth]] = offset
+    assert offset == n_tokens
+    rank = np.cumsum(is_scored, dtype=np.int32) - 1  # packed index -> position in `scored`
+    ranges = [_runs(rank[tokens]) for tokens in own]
+    return PrefixForest(
+        input_ids=ids,
+        position_ids=position,
+        parent=parent,
+        subtree_end=subtree_end,
+        scored=np.flatnonzero(is_scored).astype(np.int32),
+        sequences=np.array(group, np.int64),
+        ranges=np.concatenate(ranges) if ranges else np.empty((0, 2), np.int32),
+        range_offsets=np.cumsum([0, *(len(r) for r in ranges)], dtype=np.int32),
+        path_end=np.array(path_end, np.int32),
+        n_unshared_tokens=sum(lengths),
+    )
+
+
+def _runs(positions: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Ascending integers as half-open ranges [R, 2]."""
+    if not len(positions):
+        return np.empty((0, 2), np.int32)
+    breaks = np.flatnonzero(np.diff(positions) != 1)
+    begin = positions[np.concatenate([[0], breaks + 1])]
+    end = positions[np.concatenate([breaks, [len(positions) - 1]])] + 1
+    return np.stack([begin, end], axis=1).astype(np.int32)
+
+
+def check_forest(
+    forest: PrefixForest, input_ids: Sequence[IntArray], scored: Sequence[BoolArray], *, token_budget: int
+) -> None:
+    """Assert every invariant of the module's contract, slowly and independently of how the forest was built."""
+    n_tokens = forest.n_tokens
+    assert n_tokens <= token_budget or len(forest.sequences) == 1
+    index = np.arange(n_tokens)
+    assert (forest.parent < index).all()
+    roots = forest.parent < 0
+    assert (forest.position_ids[roots] == 0).all()
+    assert (forest.position_ids[~roots] == forest.position_ids[forest.parent[~roots]] + 1).all()
+    below = np.zeros((n_tokens, n_tokens), np.bool_)  # below[j, i]: j is i or an ancestor of i
+    for i in range(n_tokens):
+        if forest.parent[i] >= 0:
+            below[:, i] = below[:, forest.parent[i]]
+        below[i, i] = True
+    visible = (index[:, None] <= index) & (index < forest.subtree_end[:, None])
+    assert (below == visible).all()
+    # No two children of one token are the same token: otherwise something would be computed twice.
+    children = list(zip(forest.parent.tolist(), forest.input_ids.tolist(), strict=True))
+    assert len(set(children)) == len(children)
+    assert (np.diff(forest.scored) > 0).all()
+    claimed = np.zeros(len(forest.scored), np.bool_)
+    for k, n in enumerate(forest.sequences.tolist()):
+        path = [int(forest.path_end[k])]
+        while forest.parent[path[-1]] >= 0:
+            path.append(int(forest.parent[path[-1]]))
+        path.reverse()
+        assert (forest.input_ids[path] == input_ids[n]).all()
+        assert len(path) == len(input_ids[n])
+        ranges = forest.ranges[forest.range_offsets[k] : forest.range_offsets[k + 1]]
+        own = np.concatenate([np.arange(begin, end) for begin, end in ranges]) if len(ranges) else np.empty(0, int)
+        assert (forest.scored[own] == np.array(path)[scored[n]]).all()
+        claimed[own] = True
+    assert claimed.all()
+
+
+def scored_positions(forest: PrefixForest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions in `forest.scored`, sequence after sequence, and where each one's begin, then the end, [N + 1].
+
+    A shared token is there once for each sequence that scores it.
+    """
+    lengths = (forest.ranges[:, 1] - forest.ranges[:, 0]).astype(np.int64)  # [R]
+    ends = np.cumsum(lengths)
+    # Each range's begin, counted up.
+    positions = np.repeat(forest.ranges[:, 0] - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+    return positions, np.concatenate([[0], ends])[forest.range_offsets]
+
+
+def sums_at(
+    values: NDArray[np.floating], positions: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """[N] float64 sums of values [S] over each sequence's `scored_positions`; 0 where it has none."""
+    sums = np.zeros(len(offsets) - 1, np.float64)
+    some = np.flatnonzero(offsets[1:] > offsets[:-1])
+    if len(some):
+        sums[some] = np.add.reduceat(values[positions].astype(np.float64), offsets[some])
+    return sums
+
+
+def response_sums(forest: PrefixForest, values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """[N] float64 sum of values [S] over each sequence's own scored tokens; 0 where it scores none.
+
+    Each path is gathered whole before it is summed, so that the order of additions, and so the last bit, depends on
+    the response alone and not on where its prefix is shared.
+    """
+    return sums_at(values, *scored_positions(forest))
+
+
+def packed_reads(forest: PrefixForest, reads: Mapping[int, tuple[int, ...]], *, n_reads: int) -> NDArray[np.int64]:
+    """[N, R] packed indices: where `reads[n]`, indices in the caller's sequence n, lie in the forest.
+
+    In the forest's order, of those of its sequences that are in `reads`. Depth first, all that stands between a token
+    and one below it is below it too: of the tokens at some depth, the last one up to the end of a path is on that path.
+    """
+    members = [(k, reads[n]) for k, n in enumerate(forest.sequences.tolist()) if n in reads]
+    depth = np.array([own for _, own in members], np.int64).reshape(len(members), n_reads)
+    end = forest.path_end[[k for k, _ in members]].astype(np.int64)
+    n_tokens = forest.n_tokens
+    by_depth = np.sort(forest.position_ids * n_tokens + np.arange(n_tokens))
+    place = np.searchsorted(by_depth, depth * n_tokens + end[:, None], side="right") - 1
+    found: NDArray[np.int64] = by_depth[place] - depth * n_tokens
+    return found
