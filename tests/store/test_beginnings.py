@@ -20,8 +20,7 @@ from fastcompat.errors import Interrupted
 from fastcompat.rows.response import Response, Status
 from fastcompat.scoring import engine
 from fastcompat.store.parts import ScorerStore
-from fastcompat.store.reading import UNIT, scores_with_units
-from fastcompat.store.run import Run
+from fastcompat.store.run import UNIT, Run
 from fastcompat.store.verification import find_damage, pending_rows, scorer_progress
 from fastcompat.tokens.conversations import TokenSequence
 
@@ -116,7 +115,7 @@ def test_most_prompts_that_are_begun_are_finished(tmp_path, corpus):
 def test_the_report_reads_them_with_their_unit(tmp_path, corpus):
     run, store = large_units(tmp_path / "run", corpus)
     score_packs(run, store, 3)
-    table = scores_with_units(run)
+    table = run.scores_by_unit()
     assert set(table["row_key"].to_pylist()) == set(run.scores()["row_key"].to_pylist())
     assert set(table[UNIT].to_pylist()) == {0}
 

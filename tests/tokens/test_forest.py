@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from forests import check_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcompat.tokens.forest import check_forest, pack_forest
+from fastcompat.tokens.forest import pack_forest
 
 
 def sequences_of(*lists: list[int], scored_from: int = 1):

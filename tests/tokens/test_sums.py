@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from forests import response_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcompat.tokens.forest import pack_forest, response_sums
+from fastcompat.tokens.forest import pack_forest
 
 
 def value_of(path: tuple[int, ...]) -> float:

@@ -186,7 +186,7 @@ def _reward_tokenizer(model: str, revision: str | None, read_out: str, **setting
     from fastcompat.tokens.reward import RewardTokenizer
 
     config = load_config(model, revision)
-    head = describe(model, config, revision, read_out=read_out)  # type: ignore[arg-type]  # checked by the option
+    head, _ = describe(model, config, revision, read_out=read_out)  # type: ignore[arg-type]  # checked by the option
     context_length, _ = model_lengths(config)
     return RewardTokenizer.from_pretrained(
         model, head.read_out, revision=revision, context_length=context_length, **settings

@@ -5,7 +5,7 @@ selection/   which responses to train on
 validation/  which metric to trust
 """
 
-from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, BetaRange, rank, sensitivity
+from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, BetaRange, Figure, rank, sensitivity
 from fastcompat.decisions.ranking.reading import FIGURE_NAMES, Row, beta_span, groups_of
 from fastcompat.decisions.selection.selection import select
 from fastcompat.decisions.selection.training_file import write_selection
@@ -16,6 +16,7 @@ __all__ = [
     "FIGURE_NAMES",
     "MIN_PROMPTS",
     "BetaRange",
+    "Figure",
     "Row",
     "average_ranks",
     "beta_span",

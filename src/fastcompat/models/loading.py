@@ -5,9 +5,10 @@ Dimension key: D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastcompat.errors import ModelError
 from fastcompat.models.base_model import CausalLM, wrap
@@ -22,8 +23,9 @@ from fastcompat.models.configuration import (
 )
 from fastcompat.models.forward_pass import ATTENTION_NAME, register
 from fastcompat.models.packed_model import PackedModel, made_ready, own_attention, packed
-from fastcompat.models.reward_heads import ReadOutChoice, RewardHead, find_head
-from fastcompat.models.reward_model import RewardModel, probe_reward_model
+from fastcompat.models.probe import probe, probe_reward_model
+from fastcompat.models.reward_heads import Head, ReadOutChoice, RewardHead, find_head
+from fastcompat.models.reward_model import RewardModel
 from fastcompat.wording import first_sentence
 
 
@@ -104,8 +106,6 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     # Late: importing transformers' modelling code takes seconds.
     from transformers import AutoModelForCausalLM
 
-    from fastcompat.models.probe import probe
-
     full = load_full(model, settings or ModelSettings(), AutoModelForCausalLM, "a causal language model")
     with made_ready(model):
         loaded = wrap(model, full)
@@ -113,56 +113,11 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     return loaded
 
 
-def load_reward_model(
-    model: str,
-    settings: ModelSettings | None = None,
-    *,
-    output: str | int | None = None,
-    read_out: ReadOutChoice = "auto",
-) -> RewardModel:
-    """Load `model`, a hub id or a directory, for rewards. Safetensors only, no remote code.
+class Described(NamedTuple):
+    """A reward model's head, before the model is loaded: what it is, and the module with its weights, on the CPU."""
 
-    output, read_out: as `find_head`. Raises ModelError, in one sentence, when it does not exist, is no reward model or
-    one of an unknown kind, holds only pickled weights or NaN, or is of an architecture that cannot be packed correctly.
-    """
-    # Late: importing transformers' modelling code takes seconds.
-    from transformers import AutoModelForSequenceClassification
-
-    settings = settings or ModelSettings()
-    config = load_config(model, settings.revision)
-    head = describe(model, config, settings.revision, output=output, read_out=read_out)
-    full = load_full(
-        model,
-        settings,
-        AutoModelForSequenceClassification,
-        "a reward model",
-        task="SEQUENCE_CLASSIFICATION",
-        own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
-    )
-    with made_ready(model):
-        loaded = _on_body(packed(model, full), model, head, full.config, settings.revision)
-        probe_reward_model(loaded)
-    return loaded
-
-
-def reward_model_on(
-    body: PackedModel,
-    model: str,
-    settings: ModelSettings,
-    *,
-    output: str | int | None = None,
-    read_out: ReadOutChoice = "auto",
-) -> RewardModel:
-    """The head of `model` on a body that is loaded and probed, and that has its weights (`joint.share_body`)."""
-    config = load_config(model, settings.revision)
-    head = describe(model, config, settings.revision, output=output, read_out=read_out)
-    return _on_body(body, model, head, config, settings.revision)
-
-
-def _on_body(body: PackedModel, model: str, head: RewardHead, config: Any, revision: str | None) -> RewardModel:
-    module = head.build(read_tensors(model, head.weights, revision), config, model)
-    parts = {part.name: getattr(body, part.name) for part in fields(PackedModel)} | {"name": model}
-    return RewardModel(**parts, head=head, module=module.to(body.device))
+    head: RewardHead
+    module: Head
 
 
 def describe(
@@ -172,9 +127,51 @@ def describe(
     *,
     output: str | int | None = None,
     read_out: ReadOutChoice = "auto",
-) -> RewardHead:
+) -> Described:
     """The head of a model before it is loaded, as `find_head`. Raises ModelError for what cannot be a reward model."""
     head = find_head(model, config, tensor_shapes(model, revision), output=output, read_out=read_out)
     refuse_unsupported(model, config, task="SEQUENCE_CLASSIFICATION")
-    head.build(read_tensors(model, head.weights, revision), config, model)  # refuses NaN, before anything is computed
-    return head
+    # Refuses NaN, before anything is computed.
+    return Described(head, head.build(read_tensors(model, head.weights, revision), config, model))
+
+
+def load_reward_model(
+    model: str,
+    settings: ModelSettings | None = None,
+    *,
+    output: str | int | None = None,
+    read_out: ReadOutChoice = "auto",
+    described: Described | None = None,
+) -> RewardModel:
+    """Load `model`, a hub id or a directory, for rewards. Safetensors only, no remote code.
+
+    output, read_out: as `find_head`. described: what `describe` gave for it, instead of these two. Raises ModelError,
+    in one sentence, when it does not exist, is no reward model or one of an unknown kind, holds only pickled weights or
+    NaN, or is of an architecture that cannot be packed correctly.
+    """
+    # Late: importing transformers' modelling code takes seconds.
+    from transformers import AutoModelForSequenceClassification
+
+    settings = settings or ModelSettings()
+    if described is None:
+        config = load_config(model, settings.revision)
+        described = describe(model, config, settings.revision, output=output, read_out=read_out)
+    head = described.head
+    full = load_full(
+        model,
+        settings,
+        AutoModelForSequenceClassification,
+        "a reward model",
+        task="SEQUENCE_CLASSIFICATION",
+        own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
+    )
+    with made_ready(model):
+        loaded = reward_model_on(packed(model, full), model, described)
+        probe_reward_model(loaded)
+    return loaded
+
+
+def reward_model_on(body: PackedModel, model: str, described: Described) -> RewardModel:
+    """The head of `model` on a body that is loaded, and that has its weights (`joint.share_body`)."""
+    parts = {part.name: getattr(body, part.name) for part in fields(PackedModel)} | {"name": model}
+    return RewardModel(**parts, head=described.head, module=copy.deepcopy(described.module).to(body.device))

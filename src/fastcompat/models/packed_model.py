@@ -160,6 +160,14 @@ def packed(name: str, full: Any) -> PackedModel:
     )
 
 
+def sample_pack(vocabulary: int, length: int) -> tuple[list[NDArray[np.int32]], PrefixForest]:
+    """Ids of three sequences, two of which begin alike for half of their `length`, and the pack of them."""
+    draw = np.random.default_rng(20).integers(vocabulary, size=(3, length), dtype=np.int32)
+    ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
+    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    return ids, forest
+
+
 def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     with forward_pass(forward):
         out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
@@ -174,10 +182,7 @@ def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bo
     Nothing where the model cannot run a pack at all, which its probe will say.
     """
     embedding = full.get_input_embeddings().weight
-    length = min(FUSION_TOKENS, context_length or FUSION_TOKENS)
-    draw = np.random.default_rng(20).integers(len(embedding), size=(3, length), dtype=np.int32)
-    ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
-    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    _, forest = sample_pack(len(embedding), min(FUSION_TOKENS, context_length or FUSION_TOKENS))
     position_ids = torch.from_numpy(forest.position_ids).to(embedding.device)
     input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
     plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))

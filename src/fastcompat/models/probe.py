@@ -2,20 +2,24 @@
 
 Three short sequences, two of them with a common prefix, run once as one prefix forest and once each by itself through
 the model's own attention. Hidden states must agree (otherwise sequences see each other, or positions do not reach the
-model), and the model's own logits must give the NLL that `CausalLM.nll` gives (otherwise something unknown stands
-between body and loss).
+model), and what the model's own class makes of them must be what ours does: the NLL of `CausalLM.nll`, the outputs of a
+reward head (otherwise something unknown stands between body and figure).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastcompat.errors import ModelError
 from fastcompat.models.base_model import CausalLM
 from fastcompat.models.forward_pass import ATTENTION_NAME
-from fastcompat.models.packed_model import made_ready
-from fastcompat.tokens import pack_forest
+from fastcompat.models.packed_model import PackedModel, made_ready, sample_pack
+from fastcompat.models.reward_model import RewardModel
+from fastcompat.tokens import PrefixForest, ReadOut, packed_reads
 
 # Fewer where the model's context is shorter.
 PROBE_TOKENS = 16
@@ -24,54 +28,93 @@ PROBE_TOKENS = 16
 # shows as 0.1 and more; rounding stays far below. Medians: a mixture of experts may route a near-tie either way.
 HIDDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
 NLL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+# Largest difference of the class's own outputs, which it rounds to its dtype, relative to sum |weight x state|.
+_OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @torch.no_grad()
 def probe(model: CausalLM) -> None:
-    """Raise ModelError unless `model` gives packed what it gives alone."""
+    """Raise ModelError unless `model` gives packed what it gives alone, and the loss that its own logits give."""
     with made_ready(model.name):
-        _compare(model)
+        tried = _packed_and_alone(model, model.vocabulary, whole=True)
+        for ids, hidden, logits in zip(tried.ids, tried.hidden, tried.outputs, strict=True):
+            target = torch.from_numpy(ids[1:]).to(model.device).long()
+            _compare_nll(model, logits[:-1].float(), model.nll(hidden[:-1], target), target)
 
 
-def _compare(model: CausalLM) -> None:
-    generator = np.random.default_rng(20)
-    size = min(model.vocabulary, model.full.get_input_embeddings().num_embeddings)
-    length = min(PROBE_TOKENS, model.context_length or PROBE_TOKENS)
-    prefix = length * 5 // 8
-    draw = [generator.integers(size, size=n, dtype=np.int32) for n in (prefix, *[length - prefix] * 3)]
-    ids = [np.concatenate([draw[0], draw[1]]), np.concatenate([draw[0], draw[2]]), draw[3]]
-    scored = [np.arange(len(x)) > 0 for x in ids]
-    (forest,) = pack_forest(ids, scored, token_budget=1 << 20)
+def _compare_nll(model: CausalLM, logits: torch.Tensor, got: torch.Tensor, target: torch.Tensor) -> None:
+    expected = torch.logsumexp(logits, -1) - logits.gather(-1, target[:, None])[:, 0]
+    # The model rounds its logits to its own dtype, so that the step grows with their size.
+    size = max(1.0, float(logits.abs().max()) / 16)
+    if not _median_within((got - expected).abs() / size, NLL_TOLERANCE[model.dtype]):
+        raise ModelError(
+            f"{model.name}: its own logits give another loss ({float((got - expected).abs().median()):.2g} nats a "
+            "token apart); something stands between its body and its loss that fastcompat does not know; it is not "
+            "supported"
+        )
+
+
+@torch.no_grad()
+def probe_reward_model(model: RewardModel) -> None:
+    """Raise ModelError unless `model` gives packed what it gives alone, and what its own class gives."""
+    with made_ready(model.name):
+        tried = _packed_and_alone(model, model.vocabulary, whole=model.head.has_own_class)
+        length, n_reads = len(tried.ids[0]), model.head.n_reads
+        reads = dict.fromkeys(range(3), (length - 1, length // 2)[:n_reads])
+        rewards = model.rewards(tried.forest, packed_reads(tried.forest, reads, n_reads=n_reads))
+        if not np.isfinite(rewards).all():
+            raise ModelError(
+                f"{model.name}: it gives no finite reward to any text; its weights hold NaN or infinity, or are too "
+                f"large for {str(model.dtype).removeprefix('torch.')}"
+            )
+        for ids, hidden, own in zip(tried.ids, tried.hidden, tried.outputs, strict=False):
+            _compare_outputs(model, hidden[_own_rule(model, ids)].float(), own)
+
+
+def _compare_outputs(model: RewardModel, state: torch.Tensor, own: torch.Tensor) -> None:
+    outputs = model.module.outputs(state[None, None])[0]
+    scale = model.module.of("score.weight").abs() @ state.abs()
+    if not bool(((outputs - own.float()).abs() <= _OUTPUT_TOLERANCE[model.dtype] * scale).all()):
+        raise ModelError(
+            f"{model.name}: its own class gives another reward for the same text ({own.tolist()}, not "
+            f"{outputs.tolist()}); something stands between its body and its reward that fastcompat does not know; it "
+            "is not supported"
+        )
+
+
+def _own_rule(model: RewardModel, ids: NDArray[np.int32]) -> int:
+    """Where the model's own class reads, whatever rule was chosen."""
+    return ReadOut(rule=model.head.kind.rule, pad_id=model.head.read_out.pad_id).position(ids)
+
+
+class _Tried(NamedTuple):
+    """Three sequences, the pack of them, and alone: hidden states [n, D], what the whole model gives for each."""
+
+    ids: list[NDArray[np.int32]]
+    forest: PrefixForest
+    hidden: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _Tried:
+    """Run a sample both ways. whole: the model's own head too. Raises ModelError where hidden states differ."""
+    ids, forest = sample_pack(vocabulary, min(PROBE_TOKENS, model.context_length or PROBE_TOKENS))
     packed = model.forward(forest)
-
     try:
         model.full.set_attn_implementation("eager")
         inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
-        alone = [model.full(x, use_cache=False) for x in inputs]
         hidden = [model.body(x, use_cache=False).last_hidden_state[0] for x in inputs]
+        outputs = [model.full(x, use_cache=False).logits[0] for x in inputs] if whole else []
     finally:
         model.full.set_attn_implementation(ATTENTION_NAME)
-
     for k, n in enumerate(forest.sequences.tolist()):
-        path = forest.path(k)
-        difference = (packed[path] - hidden[n]).float().norm(dim=1) / hidden[n].float().norm(dim=1)
+        difference = (packed[forest.path(k)] - hidden[n]).float().norm(dim=1) / hidden[n].float().norm(dim=1)
         if not _median_within(difference, HIDDEN_TOLERANCE[model.dtype]):
             raise ModelError(
                 f"{model.name}: packed sequences get other hidden states than single ones (relative difference "
                 f"{float(difference.median()):.2g}); this architecture cannot be packed and is not supported"
             )
-        target = torch.from_numpy(ids[n][1:]).to(model.device).long()
-        logits = alone[n].logits[0, :-1].float()
-        expected = torch.logsumexp(logits, -1) - logits.gather(-1, target[:, None])[:, 0]
-        got = model.nll(hidden[n][:-1], target)
-        # The model rounds its logits to its own dtype, so that the step grows with their size.
-        size = max(1.0, float(logits.abs().max()) / 16)
-        if not _median_within((got - expected).abs() / size, NLL_TOLERANCE[model.dtype]):
-            raise ModelError(
-                f"{model.name}: its own logits give another loss ({float((got - expected).abs().median()):.2g} nats a "
-                "token apart); something stands between its body and its loss that fastcompat does not know; it is not "
-                "supported"
-            )
+    return _Tried(ids, forest, hidden, outputs)
 
 
 def _median_within(difference: torch.Tensor, tolerance: float) -> bool:

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.decisions import BetaRange, average_ranks, rank, sensitivity
+from fastcompat.decisions import BetaRange, Figure, average_ranks, rank, sensitivity
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS, compute, compute_by_group, missing
 from fastcompat.report.examples import Examples, find_examples
 from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
 from fastcompat.rows import SCORED_STATUSES, paired
-from fastcompat.store import UNIT, Run, scores_with_units
+from fastcompat.store import UNIT, Run
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -105,7 +105,7 @@ class Section:
 
     base_model: str | None
     reward_model: str | None
-    sort_by: str
+    sort_by: Figure
     rankings: Mapping[float | None, Sequence[Mapping[str, Any]]]
     ranges: Sequence[BetaRange]
     n_generators: int
@@ -134,7 +134,7 @@ class ReportData:
 
 def report_data(run: Run, options: Options) -> ReportData:
     """Everything a report shows of a run. Raises UsageError for a run without scores, RunError for a damaged one."""
-    scores = scores_with_units(run)
+    scores = run.scores_by_unit()
     if not scores.num_rows:
         raise UsageError(
             f"{run.directory} has no scores yet: fastcompat score -o {run.directory} --base-model ID_OR_DIR"

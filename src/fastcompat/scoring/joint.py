@@ -18,7 +18,16 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from fastcompat.models import LAYER_WEIGHT, CausalLM, RewardModel, have_equal_tensors, tensor_shapes, text_config
+from fastcompat.models import (
+    LAYER_WEIGHT,
+    CausalLM,
+    RewardModel,
+    have_equal_tensors,
+    resolve_dtype,
+    resolve_dtype,
+    tensor_shapes,
+    text_config,
+)
 from fastcompat.ops import Statistic
 from fastcompat.rows import Response, Status
 from fastcompat.scoring.losses import ResponseScores, Scorer
@@ -134,9 +143,14 @@ class JointScorer:
 
 def share_body(base: Scorer, reward: RewardScorer) -> bool:
     """Whether the two models' bodies compute the same: equal configurations, dtypes, and weights, bit for bit."""
-    if base.device != reward.device or base.identity["dtype"] != reward.identity["dtype"]:
+    # What costs nothing first: weights are megabytes.
+    if base.device != reward.device or not reward.head.has_own_class:
         return False
-    if not reward.head.has_own_class or _of_body(base.config) != _of_body(reward.config):
+    if _of_body(base.config) != _of_body(reward.config):
+        return False
+    if resolve_dtype(base.settings.dtype, base.config, base.device) != resolve_dtype(
+        reward.settings.dtype, reward.config, reward.device
+    ):
         return False
     one, other = (tensor_shapes(scorer.source, scorer.settings.revision) for scorer in (base, reward))
     shared = [name for name in one if name in other and name not in reward.head.weights]

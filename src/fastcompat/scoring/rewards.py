@@ -122,13 +122,14 @@ class RewardScorer(ModelScorer):
             max_length=max_length,
             revision=revision,
         )
-        self.head = describe(
+        self._described = describe(
             self.source,
             self.config,
             revision,
             output=output,
             read_out=read_out,  # type: ignore[arg-type]  # checked there
         )
+        self.head = self._described.head
         context_length, _ = model_lengths(self.config)
         self.tokenizer = RewardTokenizer.from_pretrained(
             self.source,
@@ -142,16 +143,15 @@ class RewardScorer(ModelScorer):
             revision=revision,
             token_ids=token_ids,  # type: ignore[arg-type]  # checked there
         )
-        self._choices: dict[str, Any] = {"output": output, "read_out": read_out}
 
     @cached_property
     def model(self) -> RewardModel:
         """The loaded model."""
-        return load_reward_model(self.source, self.settings, **self._choices)
+        return load_reward_model(self.source, self.settings, described=self._described)
 
     def share(self, body: PackedModel) -> None:
         """Compute with a loaded model's body, which must have this model's weights, instead of loading its own."""
-        self.__dict__["model"] = reward_model_on(body, self.source, self.settings, **self._choices)
+        self.__dict__["model"] = reward_model_on(body, self.source, self._described)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

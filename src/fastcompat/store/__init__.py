@@ -3,8 +3,7 @@
 durable       written whole or not at all
 beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
-run           the corpus and all scorers
-reading       everything that they have told so far, as one table
+run           the corpus and all scorers, and what they have told so far, as one table
 preparing     a corpus becomes a run
 verification  how far a run is, and whether every file is what it should be
 """
@@ -12,8 +11,7 @@ verification  how far a run is, and whether every file is what it should be
 from fastcompat.store.beginnings import Packing
 from fastcompat.store.durable import replacing
 from fastcompat.store.parts import ScorerStore, Unit
-from fastcompat.store.reading import UNIT, scores_with_units
-from fastcompat.store.run import Run, open_run
+from fastcompat.store.run import UNIT, Run, open_run
 
 __all__ = [
     "UNIT",
@@ -23,5 +21,4 @@ __all__ = [
     "Unit",
     "open_run",
     "replacing",
-    "scores_with_units",
 ]

@@ -17,10 +17,11 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ from fastcompat.store.durable import read_json, write_json
 from fastcompat.store.parts import ScorerStore, Unit
 
 FORMAT = 2
+
+# The column of the unit that a row lies in, where it is asked for.
+UNIT = "_unit"
+# Units that are read at once.
+READERS = 4
 
 # Settings by which two scorers of one model are told apart, if they differ in them.
 _TELLING = (
@@ -180,29 +186,56 @@ class Run:
         as fast for who needs no order. UsageError for a column that there is not.
         """
         stores = self.current_scorers()
-        labels = self.labels(stores)
         schema = pa.unify_schemas([SCORES_SCHEMA, *(pa.schema(store.extras.fields) for store in stores)])
         unknown = [name for name in columns or () if name not in schema.names]
         if unknown:
             raise UsageError(f"no column {', '.join(unknown)} in these scores; there are {', '.join(schema.names)}")
-        tables = [pa.schema([schema.field(name) for name in columns or schema.names]).empty_table()]
-        for store in stores:
-            own = None if columns is None else [name for name in store.schema.names if name in columns]
-            parts = [store.rows(unit, own) for unit in store.with_rows(self.units)]
-            rows = pa.concat_tables([store.schema.empty_table().select(own or store.schema.names), *parts])
-            tables.append(as_scores(rows if columns else self._in_input_order(rows), store.kind, labels[store.name]))
-        if self.reward_columns:
-            read = [name for name in ROW_SCHEMA.names if name != "messages"]
-            rows = pa.concat_tables([self.unit_rows(unit, read) for unit in self.units])
-            rows = rows if columns else self._in_input_order(rows)
-            tables += [
-                as_scores(with_reward(rows, name), "reward_model", f"column {name}") for name in self.reward_columns
-            ]
+        kept = columns or schema.names
+        tables = [pa.schema([schema.field(name) for name in kept]).empty_table()]
+        for table in self._tables(stores, columns, in_input_order=columns is None):
+            tables.append(table.select([name for name in table.column_names if name in kept]))
         # What only some scorers tell is null for the others.
-        tables = [
-            table.select([name for name in table.column_names if name in tables[0].column_names]) for table in tables
-        ]
         return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+    def scores_by_unit(self) -> pa.Table:
+        """`scores()` without list columns, in the order of the units, with the column `UNIT`: the row's unit, as its
+        index in `units`, int32."""
+        stores = self.current_scorers()
+        schema = pa.unify_schemas([SCORES_SCHEMA, *(pa.schema(store.extras.fields) for store in stores)])
+        columns = [field.name for field in schema if not pa.types.is_list(field.type)]
+        empty = SCORES_SCHEMA.empty_table().append_column(UNIT, pa.array([], pa.int32()))
+        return pa.concat_tables([empty, *self._tables(stores, [*columns, UNIT])], promote_options="default")
+
+    def _tables(
+        self, stores: Sequence[ScorerStore], columns: Sequence[str] | None, *, in_input_order: bool = False
+    ) -> Iterator[pa.Table]:
+        """The rows of each scorer, then of each reward that came along, in the columns of `as_scores`."""
+        labels = self.labels(stores)
+        for store in stores:
+            own = [name for name in store.schema.names if columns is None or name in columns]
+            rows = self._read(partial(store.rows, columns=own), store.with_rows(self.units), columns)
+            rows = pa.concat_tables([store.schema.empty_table().select(own), *rows], promote_options="default")
+            yield as_scores(self._in_input_order(rows) if in_input_order else rows, store.kind, labels[store.name])
+        if self.reward_columns:
+            read = partial(self.unit_rows, columns=[name for name in ROW_SCHEMA.names if name != "messages"])
+            rows = pa.concat_tables(self._read(read, self.units, columns))
+            rows = self._in_input_order(rows) if in_input_order else rows
+            for name in self.reward_columns:
+                yield as_scores(with_reward(rows, name), "reward_model", f"column {name}")
+
+    def _read(
+        self, read_one: Callable[[Unit], pa.Table], units: Sequence[Unit], columns: Sequence[str] | None
+    ) -> list[pa.Table]:
+        """Every unit's rows, several units at a time; with the unit's index where the columns ask for it."""
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = list(pool.map(read_one, units))
+        if UNIT not in (columns or ()):
+            return parts
+        index_of = {unit: index for index, unit in enumerate(self.units)}
+        return [
+            part.append_column(UNIT, pa.array(np.full(part.num_rows, index_of[unit]), pa.int32()))
+            for unit, part in zip(units, parts, strict=True)
+        ]
 
     def _in_input_order(self, rows: pa.Table) -> pa.Table:
         sources = [file.label for generation in self.generations for file in generation.files]

@@ -60,12 +60,16 @@ class PrefixForest:
         predictors: NDArray[np.int32] = self.parent[self.scored]
         return predictors
 
-    def path(self, k: int) -> NDArray[np.int64]:
-        """[n] the packed indices of the forest's k-th sequence, from its root to its end."""
-        path = [int(self.path_end[k])]
+    def ancestors(self, index: int) -> NDArray[np.int64]:
+        """[n] the packed indices from a token's root to the token itself."""
+        path = [index]
         while self.parent[path[-1]] >= 0:
             path.append(int(self.parent[path[-1]]))
         return np.array(path[::-1], np.int64)
+
+    def path(self, k: int) -> NDArray[np.int64]:
+        """[n] the packed indices of the forest's k-th sequence, from its root to its end."""
+        return self.ancestors(int(self.path_end[k]))
 
     def renumbered(self, members: Sequence[int]) -> PrefixForest:
         """The same pack for a caller whose sequence n is the packer's sequence `members.index(n)`."""
@@ -204,43 +208,6 @@ def _runs(positions: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.stack([begin, end], axis=1).astype(np.int32)
 
 
-def check_forest(
-    forest: PrefixForest, input_ids: Sequence[IntArray], scored: Sequence[BoolArray], *, token_budget: int
-) -> None:
-    """Assert every invariant of the module's contract, slowly and independently of how the forest was built."""
-    n_tokens = forest.n_tokens
-    assert n_tokens <= token_budget or len(forest.sequences) == 1
-    index = np.arange(n_tokens)
-    assert (forest.parent < index).all()
-    roots = forest.parent < 0
-    assert (forest.position_ids[roots] == 0).all()
-    assert (forest.position_ids[~roots] == forest.position_ids[forest.parent[~roots]] + 1).all()
-    below = np.zeros((n_tokens, n_tokens), np.bool_)  # below[j, i]: j is i or an ancestor of i
-    for i in range(n_tokens):
-        if forest.parent[i] >= 0:
-            below[:, i] = below[:, forest.parent[i]]
-        below[i, i] = True
-    visible = (index[:, None] <= index) & (index < forest.subtree_end[:, None])
-    assert (below == visible).all()
-    # No two children of one token are the same token: otherwise something would be computed twice.
-    children = list(zip(forest.parent.tolist(), forest.input_ids.tolist(), strict=True))
-    assert len(set(children)) == len(children)
-    assert (np.diff(forest.scored) > 0).all()
-    claimed = np.zeros(len(forest.scored), np.bool_)
-    for k, n in enumerate(forest.sequences.tolist()):
-        path = [int(forest.path_end[k])]
-        while forest.parent[path[-1]] >= 0:
-            path.append(int(forest.parent[path[-1]]))
-        path.reverse()
-        assert (forest.input_ids[path] == input_ids[n]).all()
-        assert len(path) == len(input_ids[n])
-        ranges = forest.ranges[forest.range_offsets[k] : forest.range_offsets[k + 1]]
-        own = np.concatenate([np.arange(begin, end) for begin, end in ranges]) if len(ranges) else np.empty(0, int)
-        assert (forest.scored[own] == np.array(path)[scored[n]]).all()
-        claimed[own] = True
-    assert claimed.all()
-
-
 def scored_positions(forest: PrefixForest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions in `forest.scored`, sequence after sequence, and where each one's begin, then the end, [N + 1].
 
@@ -262,15 +229,6 @@ def sums_at(
     if len(some):
         sums[some] = np.add.reduceat(values[positions].astype(np.float64), offsets[some])
     return sums
-
-
-def response_sums(forest: PrefixForest, values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[N] float64 sum of values [S] over each sequence's own scored tokens; 0 where it scores none.
-
-    Each path is gathered whole before it is summed, so that the order of additions, and so the last bit, depends on
-    the response alone and not on where its prefix is shared.
-    """
-    return sums_at(values, *scored_positions(forest))
 
 
 def packed_reads(forest: PrefixForest, reads: Mapping[int, tuple[int, ...]], *, n_reads: int) -> NDArray[np.int64]:
