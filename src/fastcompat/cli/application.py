@@ -16,9 +16,11 @@ import typer
 from rich.markup import escape
 
 from fastcompat.cli.decide import rank, report, reproduce, select
+from fastcompat.cli.demo import demo
 from fastcompat.cli.display import errors
 from fastcompat.cli.inspect import inspect
 from fastcompat.cli.machine import bench, doctor
+from fastcompat.cli.runs import status, verify
 from fastcompat.cli.score import score
 from fastcompat.errors import FastcompatError, Interrupted
 from fastcompat.version import __version__
@@ -65,17 +67,5 @@ def options(
     """Which response generator will teach a base model best, told before any training."""
 
 
-app.command()(score)
-
-
-app.command()(rank)
-app.command()(select)
-app.command()(report)
-app.command()(reproduce)
-
-
-app.command()(inspect)
-
-
-app.command()(bench)
-app.command()(doctor)
+for command in (score, rank, select, report, reproduce, status, verify, inspect, demo, bench, doctor):
+    app.command()(command)

@@ -13,8 +13,6 @@ from fastcompat.cli.options import Average, Beta, By, LeaveOut, RewardShift, Run
 from fastcompat.errors import UsageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from fastcompat.store.run import Run
 
 
@@ -53,22 +51,14 @@ def rank(
     if against is not None:
         if (average, sort, leave_out) != (Average.response, SortBy.auto, LeaveOut.response):
             raise UsageError("--against takes every metric as it is defined: leave --average, --sort, --leave-out away")
-        _validate(
-            _only(run.scores(), base_model=base_model, reward_model=reward_model),
-            against,
-            by,
-            beta or [3.0],
-            reward_shift,
-            format,
-        )
+        _validate(run, against, by, base_model, reward_model, beta or [3.0], reward_shift, format)
         return
-    scores: Run | pa.Table = run
-    if base_model is not None or reward_model is not None:
-        scores = _only(run.scores(), base_model=base_model, reward_model=reward_model)
     figure = None if sort is SortBy.auto else cast(Figure, sort.value)
     ranking = rank_scores(
-        scores,
+        run,
         by=by,
+        base_model=base_model,
+        reward_model=reward_model,
         beta=beta or [3.0],
         average=average.value,
         reward_shift=reward_shift,
@@ -88,14 +78,30 @@ def rank(
 
 
 def _validate(
-    scores: pa.Table, against: str, by: str, betas: list[float], reward_shift: float, format: TableFormat
+    run: Run,
+    against: str,
+    by: str,
+    base_model: str | None,
+    reward_model: str | None,
+    betas: list[float],
+    reward_shift: float,
+    format: TableFormat,
 ) -> None:
+    """What `rank --against` prints."""
     from fastcompat.cli.display import plain_table
     from fastcompat.cli.tables import write_table
     from fastcompat.decisions.validation.validation import formatted, notes, validate
     from fastcompat.wording import markdown
 
-    table = validate(scores, against, betas=betas, reward_shift=reward_shift, by=by)
+    table = validate(
+        run.scores(),
+        against,
+        betas=betas,
+        reward_shift=reward_shift,
+        by=by,
+        base_model=base_model,
+        reward_model=reward_model,
+    )
     header, rows = formatted(table)
     if format is TableFormat.table:
         console.print(plain_table(header, rows))
@@ -199,6 +205,7 @@ def report(
 
 
 def reproduce(
+    context: typer.Context,
     base_model: Annotated[
         list[str] | None,
         typer.Option("--base-model", metavar="NAME", help="One of the paper's five. Repeatable.", show_default="all"),
@@ -213,7 +220,6 @@ def reproduce(
 
     Resumes like any run. It needs the hub, and days on a CPU; --dry-run prints what it would do.
     """
-    from fastcompat.cli.application import app
     from fastcompat.cli.display import plain_table
     from fastcompat.decisions.validation.reproduction import CORPUS, formatted_table4, plan, table4, table4_notes
     from fastcompat.store.run import open_run
@@ -221,7 +227,7 @@ def reproduce(
     for step in plan(base_model or (), corpus=corpus or CORPUS, output=output):
         say(f"\n{escape(step.title)}: {escape(step.reason)}\n[bold]$ {escape(step.command)}[/]")
         if not dry_run:
-            typer.main.get_command(app).main(list(step.arguments), standalone_mode=False)
+            context.find_root().command.main(list(step.arguments), standalone_mode=False)
     if dry_run:
         return
     table = table4(open_run(output))
@@ -231,32 +237,12 @@ def reproduce(
         say(f"[dim]{escape(note)}[/]")
 
 
-def _only(scores: pa.Table, **models: str | None) -> pa.Table:
-    """Without the figures of other models of these kinds. UsageError for a model that there is not."""
-    import pyarrow.compute as pc
-
-    for kind, model in models.items():
-        if model is None:
-            continue
-        there = scores[kind].unique().drop_null().to_pylist()
-        if model not in there:
-            option = f"--{kind.replace('_', '-')}"
-            raise UsageError(f"{option} {model}: the run has {', '.join(there) or 'none'}")
-        scores = scores.filter(pc.fill_null(pc.equal(scores[kind], model), True))
-    return scores
-
-
 def _opened(directory: Path) -> Run:
     """The run, which has something to decide with."""
     from fastcompat.store.run import open_run
 
     run = open_run(directory)
-    scored = (store.rows(unit, ["row_key"]).num_rows for store in run.scorers() for unit in store.with_rows(run.units))
-    if not run.reward_columns and not any(scored):
-        raise UsageError(
-            f"{directory} has no scores yet: fastcompat score -o {directory} --base-model ID_OR_DIR "
-            "--reward-model ID_OR_DIR"
-        )
+    run.refuse_unscored()
     return run
 
 

@@ -10,13 +10,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fastcompat.cli.application import app
 from fastcompat.cli.decide import rank, report
 from fastcompat.cli.display import say
 from fastcompat.cli.score import score
 
 
-@app.command()
 def demo(
     output: Annotated[
         Path | None,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from fastcompat.cli.application import app
 from fastcompat.cli.display import errors, say
 from fastcompat.cli.options import RunDirectory
 
 
-@app.command()
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
     from fastcompat.cli.display import show_reward_columns, show_statuses
@@ -41,7 +39,6 @@ def status(directory: RunDirectory) -> None:
         say("no scorer yet")
 
 
-@app.command()
 def verify(directory: RunDirectory) -> None:
     """Check every file of a run against its manifest: exit code 0 when all is whole, 5 with a list when not."""
     from fastcompat.errors import RunError

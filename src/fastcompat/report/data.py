@@ -6,7 +6,7 @@ Dimension key: N responses, G generators, K metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS, compute, compute_by_group, missing
 from fastcompat.report.examples import Examples, find_examples
 from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
-from fastcompat.rows import SCORED_STATUSES, paired
+from fastcompat.rows import by_pair, carrying, paired
 from fastcompat.store import UNIT, Run
 
 FloatArray = NDArray[np.float64]
@@ -134,13 +134,10 @@ class ReportData:
 
 def report_data(run: Run, options: Options) -> ReportData:
     """Everything a report shows of a run. Raises UsageError for a run without scores, RunError for a damaged one."""
+    run.refuse_unscored()
     scores = run.scores_by_unit()
-    if not scores.num_rows:
-        raise UsageError(
-            f"{run.directory} has no scores yet: fastcompat score -o {run.directory} --base-model ID_OR_DIR"
-        )
     rows = paired(scores)
-    pairs = list(_pairs(rows))
+    pairs = list(by_pair(rows))
     shown = pairs[:MAX_SECTIONS]
     sections = [_section(run, part, models, options, n_sections=len(shown)) for models, part in shown]
     return ReportData(
@@ -150,18 +147,6 @@ def report_data(run: Run, options: Options) -> ReportData:
         corpus=corpus_of(run),
         settings=settings_of_scorers(run),
     )
-
-
-def _pairs(rows: pa.Table) -> Iterator[tuple[tuple[str | None, str | None], pa.Table]]:
-    """The rows of each pair of models, in order of first appearance."""
-    names = ["base_model", "reward_model"]
-    pairs = rows.select(names).group_by(names, use_threads=False).aggregate([]).to_pylist()
-    for pair in pairs:
-        own = [
-            pc.is_null(rows[name]) if pair[name] is None else pc.fill_null(pc.equal(rows[name], pair[name]), False)
-            for name in names
-        ]
-        yield (pair["base_model"], pair["reward_model"]), rows.filter(pc.and_(*own)) if len(pairs) > 1 else rows
 
 
 def _section(
@@ -178,7 +163,7 @@ def _section(
     if has_car:
         groups = [row["generator"] for row in rankings[float(options.beta)]]
     kept = set(groups[:limit])
-    carries = _carries(rows, figures)
+    carries = carrying(rows, figures)
     used = rows if pc.all(carries).as_py() else rows.filter(carries)
     # [N] each used row's place in the ranking.
     group = pc.index_in(used[options.by], pa.array(groups, pa.string())).to_numpy().astype(np.int64)
@@ -226,14 +211,6 @@ def _ranked(rows: pa.Table, options: Options) -> tuple[pa.Table, str]:
     except UsageError as error:
         # A mean reward is negative; whatever else it may be is raised again here.
         return rank(rows, **settings | {"beta": options.beta}, sort_by="loss"), str(error)
-
-
-def _carries(rows: pa.Table, figures: Sequence[str]) -> pa.Array:
-    """Rows that `rank` takes: scored, and with every figure that the pair has."""
-    carries = pc.is_in(rows["status"], pa.array([str(status) for status in SCORED_STATUSES]))
-    for name in figures:
-        carries = pc.and_(carries, rows[name].is_valid())
-    return carries
 
 
 def _distribution(figure: str, column: pa.ChunkedArray, group: IntArray, names: Sequence[str | None]) -> Distribution:

@@ -33,7 +33,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
-from fastcompat.rows.pairing import MISSING, paired, rows_at
+from fastcompat.rows.pairing import MISSING, by_pair, carrying, only, paired, rows_at
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
     REWARDS_TYPE,
@@ -42,6 +42,7 @@ from fastcompat.rows.response import (
     Response,
     Status,
     from_table,
+    is_scored,
     to_table,
     with_later_columns,
 )
@@ -65,12 +66,16 @@ __all__ = [
     "Status",
     "as_scores",
     "as_table",
+    "by_pair",
+    "carrying",
     "dumped",
     "from_table",
     "inline_reasoning",
     "is_masked",
+    "is_scored",
     "is_table",
     "masking_key",
+    "only",
     "paired",
     "part_schema",
     "prompt_id",

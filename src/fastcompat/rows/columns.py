@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.rows.response import ROW_SCHEMA, SCORED_STATUSES, Status
+from fastcompat.rows.response import ROW_SCHEMA, Status, is_scored
 
 TokenValues: TypeAlias = NDArray[np.float32]
 # What `ops.nll` computes of a token; written out again, since this room knows no torch.
@@ -178,7 +178,7 @@ def as_scores(table: pa.Table, kind: str, name: str) -> pa.Table:
 def with_reward(rows: pa.Table, name: str) -> pa.Table:
     """Rows of a corpus (`ROW_SCHEMA`, without messages) with the reward that came with them under `name`."""
     reward = pc.map_lookup(rows["rewards"], pa.scalar(name), "first")
-    scored = pc.is_in(rows["status"], pa.array([str(status) for status in SCORED_STATUSES]))
+    scored = is_scored(rows["status"])
     lacks = pc.and_(scored, pc.is_null(reward))
     columns = {
         "reward": pc.if_else(scored, reward, None),

@@ -6,6 +6,7 @@ both in one row. Scores that somebody else computed usually have both already an
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from fastcompat.errors import UsageError
 from fastcompat.rows.columns import SCORES_SCHEMA
 from fastcompat.rows.frames import as_table
-from fastcompat.rows.response import SCORED_STATUSES
+from fastcompat.rows.response import is_scored
 
 # The status of a row without a figure that other rows have: not `response.Status`, because no scorer gives it.
 MISSING = "missing"
@@ -72,6 +73,43 @@ def _by_model(table: pa.Table, column: str) -> dict[str, pa.Table]:
         own = pc.indices_nonzero(pc.fill_null(pc.equal(codes.indices, code), False))
         parts[model] = rows_at(table, own)
     return parts
+
+
+def only(scores: pa.Table, *, base_model: str | None = None, reward_model: str | None = None) -> pa.Table:
+    """Without the figures of other models of these kinds. UsageError for a model that there is not."""
+    for kind, model in (("base_model", base_model), ("reward_model", reward_model)):
+        if model is None:
+            continue
+        there = pc.unique(scores[kind].drop_null()).to_pylist() if kind in scores.column_names else []
+        if model not in there:
+            option = f"--{kind.replace('_', '-')}"
+            raise UsageError(f"{option} {model}: not in the scores, which have {', '.join(map(str, there)) or 'none'}")
+        other = "reward_model" if kind == "base_model" else "base_model"
+        # In a long table, rows without this kind of model are another kind's; in one with both in a row, nobody's.
+        kept = other in scores.column_names and pc.fill_null(scores[kind].is_null(), False)
+        same = pc.fill_null(pc.equal(scores[kind], model), False)
+        scores = scores.filter(same if kept is False else pc.or_(same, kept))
+    return scores
+
+
+def by_pair(rows: pa.Table) -> Iterator[tuple[tuple[str | None, str | None], pa.Table]]:
+    """(base model, reward model) and its rows, of each pair in `paired` rows, in order of first appearance."""
+    codes = [rows[name].combine_chunks().dictionary_encode("encode") for name in ("base_model", "reward_model")]
+    base, reward = (code.indices.to_numpy(zero_copy_only=False).astype(np.int64) for code in codes)
+    pair = base * len(codes[1].dictionary) + reward
+    found, first = np.unique(pair, return_index=True)
+    for value in found[np.argsort(first)]:
+        k, m = divmod(int(value), len(codes[1].dictionary))
+        models = (codes[0].dictionary[k].as_py(), codes[1].dictionary[m].as_py())
+        yield models, rows_at(rows, pa.array(np.flatnonzero(pair == value)))
+
+
+def carrying(rows: pa.Table, figures: Sequence[str]) -> pa.ChunkedArray:
+    """[N] bool: which rows are scored and have every one of these figures."""
+    carries = is_scored(rows["status"])
+    for name in figures:
+        carries = pc.and_(carries, rows[name].is_valid())
+    return carries
 
 
 def rows_at(table: pa.Table, indices: pa.Array) -> pa.Table:
@@ -148,7 +186,7 @@ def _joined(base: pa.Table, reward: pa.Table, base_model: str, reward_model: str
 
 def _unscored(status: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether a row is there and its status says that it has no figure."""
-    return pc.and_(status.is_valid(), pc.invert(pc.is_in(status, pa.array([str(s) for s in SCORED_STATUSES]))))
+    return pc.and_(status.is_valid(), pc.invert(is_scored(status)))
 
 
 def _settled(table: pa.Table) -> pa.Table:

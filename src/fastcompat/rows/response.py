@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fastcompat.rows.message import Message, prompt_id
 
@@ -33,6 +34,12 @@ class Status(StrEnum):
 
 
 SCORED_STATUSES = (Status.OK, Status.TRUNCATED)
+_SCORED = pa.array([str(status) for status in SCORED_STATUSES])
+
+
+def is_scored(status: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """[N] bool: which rows have a figure by their status; a null has none."""
+    return pc.is_in(status, value_set=_SCORED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,6 @@ from fastcompat.models import (
     RewardModel,
     have_equal_tensors,
     resolve_dtype,
-    resolve_dtype,
     tensor_shapes,
     text_config,
 )

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
-from fastcompat.rows import SCORED_STATUSES
+from fastcompat.rows import is_scored
 from fastcompat.store.durable import write_table
 
 
@@ -86,7 +86,6 @@ def read_beginning(
         raise RunError(f"{unusable}: it has other rows or columns than its part will have")
     if its_scorer != scorer:
         raise RunError(f"{unusable}: it is another scorer's")
-    scored = pa.array([str(status) for status in SCORED_STATUSES])
-    unscored = pc.invert(pc.is_in(table["status"], value_set=scored))
+    unscored = pc.invert(is_scored(table["status"]))
     done = pc.or_(pc.is_valid(table[figure]), unscored)
     return Beginning(table=table.select(wanted).replace_schema_metadata(None), done=done, packing=packing)

@@ -176,6 +176,15 @@ class Run:
         finished = scorer.finished()
         return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
 
+    def refuse_unscored(self) -> None:
+        """UsageError where there is nothing yet to decide with."""
+        parts = (store.rows(unit, ["row_key"]) for store in self.scorers() for unit in store.with_rows(self.units))
+        if not self.reward_columns and not any(part.num_rows for part in parts):
+            raise UsageError(
+                f"{self.directory} has no scores yet: fastcompat score -o {self.directory} --base-model ID_OR_DIR "
+                "--reward-model ID_OR_DIR"
+            )
+
     def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All that is known of every response, `SCORES_SCHEMA`: one row per response and scorer, scorers in the order
         of their first use, then the corpus's own rewards (`reward_model` is "column NAME"); rows in input order. What

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
-from fastcompat.rows import FIGURES, SCORED_STATUSES, Status
+from fastcompat.rows import FIGURES, Status, is_scored
 from fastcompat.store.parts import ScorerStore, Unit
 from fastcompat.store.run import Run
 
@@ -142,10 +142,7 @@ def _damage(
     if not every_key.equals(run.unit_rows(unit, ["row_key"])["row_key"]):
         yield f"{path} does not hold the rows of its unit; delete it and score again"
         return
-    scored = pc.is_in(rows["status"], value_set=_SCORED)
+    scored = is_scored(rows["status"])
     figure = FIGURES[scorer.kind]
     if not pc.all(pc.equal(scored, pc.is_valid(rows[figure])), min_count=0).as_py():
         yield f"{path} has a status without its {figure}, or a {figure} without its status; delete it and score again"
-
-
-_SCORED = pa.array([str(status) for status in SCORED_STATUSES])

@@ -18,7 +18,7 @@ from fastcompat.decisions.ranking.clustered_means import BoolArray, ClusteredMea
 from fastcompat.decisions.ranking.estimates import RankingSettings, all_betas, estimates_of, values_of
 from fastcompat.errors import UsageError
 from fastcompat.metrics import negative_reward
-from fastcompat.rows import SCORED_STATUSES, as_table, paired, rows_at
+from fastcompat.rows import as_table, by_pair, carrying, only, paired
 from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
@@ -56,6 +56,8 @@ def rank(
     table: Any,
     *,
     by: str = "generator",
+    base_model: str | None = None,
+    reward_model: str | None = None,
     beta: float | Sequence[float] = 3.0,
     average: Literal["response", "token"] = "response",
     reward_shift: float = 0.0,
@@ -67,9 +69,9 @@ def rank(
     """One row per base model, reward model, beta and generator, the best of each first.
 
     table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes; rows without a `prompt_id` are prompts
-    of their own. Columns: base_model, reward_model, beta and reward_shift (null without CAR), generator (or whatever
-    `by` names), rank, n, n_prompts, n_prompts_total, n_left_out, mean_tokens, and of reward, loss and car each with
-    `_low` and `_high`, p_best.
+    of their own. base_model, reward_model: only these are ranked; all where none is named. Columns: base_model,
+    reward_model, beta and reward_shift (null without CAR), generator (or whatever `by` names), rank, n, n_prompts,
+    n_prompts_total, n_left_out, mean_tokens, and of reward, loss and car each with `_low` and `_high`, p_best.
 
     `reward` and `loss` (nats) are means over the same `n` responses to `n_prompts` prompts: those that carry every
     figure that the pair of models has. `n_prompts_total` are the prompts that any generator has such a response to:
@@ -108,8 +110,9 @@ def rank(
             "no column prompt_id: every row counts as a prompt of its own, so intervals are too narrow where prompts "
             "repeat, and generators are not compared prompt by prompt; add prompt_id"
         )
+    scores = only(scores, base_model=base_model, reward_model=reward_model)
     rows = paired(scores.select([name for name in scores.column_names if name in needed]))
-    parts = [_rank_pair(group, models, by, options) for models, group in _by_models(rows)]
+    parts = [_rank_pair(group, models, by, options) for models, group in by_pair(rows)]
     names = [by if name == "generator" else name for name in _SCHEMA.names]
     return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
 
@@ -188,20 +191,6 @@ def _check_groups(scores: pa.Table, by: str) -> None:
         raise UsageError(f"--by {by}: {count:,} different values are no groups to rank")
 
 
-def _by_models(rows: pa.Table) -> list[tuple[tuple[str | None, str | None], pa.Table]]:
-    """The rows of each pair of models, in order of first appearance."""
-    codes = [rows[name].combine_chunks().dictionary_encode("encode") for name in ("base_model", "reward_model")]
-    base, reward = (code.indices.to_numpy(zero_copy_only=False).astype(np.int64) for code in codes)
-    pair = base * len(codes[1].dictionary) + reward
-    found, first = np.unique(pair, return_index=True)
-    parts = []
-    for value in found[np.argsort(first)]:
-        own = rows_at(rows, pa.array(np.flatnonzero(pair == value)))
-        k, m = divmod(int(value), len(codes[1].dictionary))
-        parts.append(((codes[0].dictionary[k].as_py(), codes[1].dictionary[m].as_py()), own))
-    return parts
-
-
 def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: RankingSettings) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
     names, group = _coded(rows[by].cast(pa.string()))
@@ -212,7 +201,7 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
             f"cannot rank by {sort_by}: base model {models[0]} and reward model {models[1]} give only the {figures[0]}"
         )
     prompt = _prompts(rows)
-    carries = _carries(rows, figures)
+    carries = carrying(rows, figures).to_numpy(zero_copy_only=False)
     if options.leave_out == "prompt":
         carries = _whole_prompts(prompt, group, carries, names)
     used = rows.select(["n_tokens", "nll_sum", "loss", "reward"]).filter(pa.array(carries))
@@ -270,15 +259,6 @@ def _prompts(rows: pa.Table) -> IntArray:
         return codes
     _, own = _coded(rows["row_key"])
     return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
-
-
-def _carries(rows: pa.Table, figures: list[str]) -> BoolArray:
-    """[N] which responses carry every figure."""
-    scored = pc.is_in(rows["status"], pa.array([str(s) for s in SCORED_STATUSES])).to_numpy(zero_copy_only=False)
-    carries: BoolArray = scored.copy()
-    for name in figures:
-        carries &= rows[name].is_valid().to_numpy()
-    return carries
 
 
 def _whole_prompts(prompt: IntArray, group: IntArray, carries: BoolArray, names: list[str | None]) -> BoolArray:

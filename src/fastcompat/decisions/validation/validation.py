@@ -27,7 +27,7 @@ from fastcompat.decisions.validation.correlation import MAX_EXACT, permutation_p
 from fastcompat.decisions.validation.outcomes import METADATA_KEY, match_generators, outcomes, outcomes_in
 from fastcompat.errors import UsageError
 from fastcompat.metrics import METRICS, car, compute_by_group, metric_names, missing
-from fastcompat.rows import SCORED_STATUSES, as_table, paired
+from fastcompat.rows import as_table, is_scored, only, paired
 
 # Of three generators even a perfect rho has p = 1/3.
 MIN_GENERATORS = 4
@@ -65,13 +65,16 @@ def generator_metrics(
     betas: float | Sequence[float] = (3.0,),
     reward_shift: float = 0.0,
     by: str = "generator",
+    base_model: str | None = None,
+    reward_model: str | None = None,
 ) -> pa.Table:
     """Every metric of every generator: `FIGURES_SCHEMA`, one row per metric, models it reads, beta and generator.
 
     scores: any frame that `pairing.paired` takes; with several models CAR is there for every pair. metrics: names, or
-    all that the scores have what it takes for. Each figure is over all responses that carry it (`n`), whatever the
-    other generators have; a row whose status says that it was not scored carries none. A metric that refuses the
-    figures (CAR of negative rewards) has null values and the reason in `note`.
+    all that the scores have what it takes for. base_model, reward_model: only these; all where none is named. Each
+    figure is over all responses that carry it (`n`), whatever the other generators have; a row whose status says that
+    it was not scored carries none. A metric that refuses the figures (CAR of negative rewards) has null values and the
+    reason in `note`.
 
     Raises UsageError: no such column or metric, a null in `by`, a beta out of range.
     """
@@ -79,6 +82,7 @@ def generator_metrics(
     table = as_table(scores)
     if by not in table.column_names:
         raise UsageError(f"no column {by!r} to group by; there are {', '.join(table.column_names)}")
+    table = only(table, base_model=base_model, reward_model=reward_model)
     if table[by].null_count:
         raise UsageError(f"column {by} is null in {table[by].null_count:,} rows; name the generator of each")
     asked = None if metrics is None else metric_names(metrics if isinstance(metrics, str) else ",".join(metrics))
@@ -118,6 +122,8 @@ def validate(
     betas: float | Sequence[float] = (3.0,),
     reward_shift: float = 0.0,
     by: str = "generator",
+    base_model: str | None = None,
+    reward_model: str | None = None,
     permutations: int = 99_999,
     seed: int = 0,
 ) -> pa.Table:
@@ -140,7 +146,15 @@ def validate(
         against = outcomes_in(against.to_pylist(), "the table of outcomes")
     figures = scores if isinstance(scores, pa.Table) and scores.schema.names == FIGURES_SCHEMA.names else None
     if figures is None:
-        figures = generator_metrics(scores, metrics=metrics, betas=betas, reward_shift=reward_shift, by=by)
+        figures = generator_metrics(
+            scores,
+            metrics=metrics,
+            betas=betas,
+            reward_shift=reward_shift,
+            by=by,
+            base_model=base_model,
+            reward_model=reward_model,
+        )
     told = json.loads(against.schema.metadata[METADATA_KEY])
     ours, theirs = pc.unique(figures["generator"]).to_pylist(), against["generator"].to_pylist()
     matched = match_generators(ours, theirs)
@@ -286,9 +300,7 @@ def _by_series(figures: pa.Table, generators: list[str]) -> Iterator[tuple[Serie
 def _pairs(table: pa.Table, by: str) -> Iterator[tuple[str | None, str | None, pa.Table]]:
     """Paired rows of each base model and reward model in turn: all pairs at once would not fit into memory."""
     if "status" in table.column_names:
-        scored = pc.or_(
-            table["status"].is_null(), pc.is_in(table["status"], pa.array([str(s) for s in SCORED_STATUSES]))
-        )
+        scored = pc.or_(table["status"].is_null(), is_scored(table["status"]))
         table = table if pc.all(scored).as_py() else table.filter(scored)
     # What no metric reads is wide, and costs seconds to filter.
     unread = {"source", "row_index", "prompt_id", "status", "detail"} - {by}
