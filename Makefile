@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test check sanitize format bench bench-all bench-kernels real triton-report gpu-check clean
+.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real triton-report gpu-check clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE) tests/native_check.cpp
+
+# The pages as a site, in build/site: README first, docs/ and the others beside it as they link to each other.
+docs: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	rm -rf build/pages && mkdir -p build/pages
+	cp README.md build/pages/index.md
+	cp ARCHITECTURE.md CONTRIBUTING.md build/pages
+	cp -r docs build/pages/docs
+	$(BIN)/mkdocs build --quiet
 
 # This machine against the loops that everybody writes; takes minutes, writes bench/results.
 bench: install

@@ -151,10 +151,10 @@ def test_a_model_that_cannot_be_scored_is_one_sentence(tmp_path):
         assert "\n" not in str(error)
 
 
-def test_the_help_and_the_readme_know_every_choice():
+def test_the_help_and_the_docs_know_every_choice():
     text = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "300"}).output
     assert all(name in text for name in (*SHAPES, *WORKLOADS, "all"))
-    section = (ROOT / "README.md").read_text().partition("fastcompat bench")[2].partition("\n#")[0]
+    section = (ROOT / "docs" / "speed.md").read_text().partition("fastcompat bench")[2].partition("\n#")[0]
     options = set(re.findall(r"(?<=\s)--[a-z-]+", section))
     assert options
     assert all(option in text for option in options)

@@ -4,7 +4,7 @@
     compute_by_group("car", table, group, n_groups)       # [G] float64, one a generator
     missing("rsr", table)                                 # None, or a sentence that says what would add it
 
-The formulas, with their sources, are in `response_metrics` and `token_metrics`; here is the table of them.
+The formulas, with their sources, are in `response_formulas` and `token_formulas`; here is the table of them.
 
 Dimension key: N rows, G groups (generators).
 """
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from fastcompat.errors import UsageError
-from fastcompat.metrics import token_formulas as token_metrics
+from fastcompat.metrics import token_formulas
 from fastcompat.metrics.response_formulas import (
     FloatArray,
     as_given,
@@ -133,7 +133,7 @@ METRICS: Mapping[str, Metric] = {
     "s_ifd": Metric(
         meaning="ifd_ppl over the tokens that the prompt matters to",
         figures=("token_nll", "unconditioned_token_nll"),
-        formula=token_metrics.s_ifd,
+        formula=token_formulas.s_ifd,
         valid_at_most=_IFD_AT_MOST,
         why_at_most=_IFD_ABOVE,
         settings=("ratio", "threshold"),
@@ -143,7 +143,7 @@ METRICS: Mapping[str, Metric] = {
         meaning="mean log-likelihood of the least likely tokens",
         unit="nats",
         figures=("token_nll",),
-        formula=token_metrics.min_k,
+        formula=token_formulas.min_k,
         settings=("k",),
         per_token=True,
     ),
@@ -151,7 +151,7 @@ METRICS: Mapping[str, Metric] = {
         meaning="mean standardised log-likelihood of the least likely tokens",
         unit="sd",
         figures=("token_nll", "token_entropy", "token_varentropy"),
-        formula=token_metrics.min_k_plus_plus,
+        formula=token_formulas.min_k_plus_plus,
         settings=("k",),
         per_token=True,
     ),

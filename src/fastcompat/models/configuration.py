@@ -23,7 +23,7 @@ from fastcompat.wording import first_sentence
 Task = Literal["CAUSAL_LM", "SEQUENCE_CLASSIFICATION"]
 
 # Quantised weights that transformers turns back into plain ones while it loads them, the same on any device. Not FP8:
-# where blocks do not divide a weight it turns them back into others (LOG.md).
+# where blocks do not divide a weight it turns them back into others (docs/log.md).
 DEQUANTISED = ("mxfp4",)
 
 

@@ -14,7 +14,7 @@ import torch
 from fastcompat.models import head_width, largest, n_layers, read
 from fastcompat.ops import tile_shape
 
-# The fewest and the most tokens of a pack where nobody chose. On a CPU more are no faster (LOG.md).
+# The fewest and the most tokens of a pack where nobody chose. On a CPU more are no faster (docs/log.md).
 LEAST_CPU_TOKEN_BUDGET = 512
 CPU_TOKEN_BUDGET = 4096
 LEAST_CUDA_TOKEN_BUDGET = 4096
