@@ -33,7 +33,7 @@ MAX_SECONDS, MAX_MIB = 15.0, 2048
 _RANK = """
 import json, resource, sys, time
 import pyarrow.parquet as pq
-from fastcompat.ranking import rank
+from fastcompat.decisions.ranking.ranking import rank
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 begin = time.perf_counter()
 table = pq.read_table(sys.argv[1])

@@ -17,38 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import fail, invoke, succeed
 from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from fastcompat.cli.application import app
-from fastcompat.errors import CorpusError, FastcompatError, Interrupted, ModelError, RunError, SchemaError, UsageError
+from fastcompat.errors import CorpusError, Interrupted, ModelError, RunError, SchemaError, UsageError
 from fastcompat.store.run import open_run
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model") / "small")
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> str:
-    result = invoke(*arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fail(kind: type[FastcompatError], *arguments: object) -> str:
-    """The one message of a failing command; anything but a FastcompatError would be a traceback."""
-    result = invoke(*arguments)
-    assert isinstance(result.exception, kind), (result.exception, result.output)
-    assert str(result.exception).strip()
-    return str(result.exception)
 
 
 def test_score_rank_status_verify_on_a_users_files(tmp_path, model):

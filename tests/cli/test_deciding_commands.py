@@ -10,31 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
+from command_line import fail, invoke, succeed
 from corpora import WORDS, save_small_model, write_corpus
-from typer.testing import CliRunner
 
 import fastcompat as fc
-from fastcompat.cli.application import app
-from fastcompat.errors import FastcompatError, UsageError
+from fastcompat.errors import UsageError
 
 GENERATORS = ("strong", "apt", "weak", "poor")
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
-
-
-def succeed(*arguments: object) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fail(kind: type[FastcompatError], *arguments: object) -> str:
-    result = invoke(*arguments)
-    assert isinstance(result.exception, kind), result.output
-    return str(result.exception)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +103,7 @@ def test_one_of_several_reward_models_can_be_chosen(tmp_path, run, model):
     assert [row["generator"] for row in chosen] == [row["generator"] for row in wanted]
     assert [row["car"] for row in chosen] == pytest.approx([row["car"] for row in wanted])
     message = fail(UsageError, "rank", both, "--reward-model", "ArmoRM")
-    assert "--reward-model ArmoRM: the run has column ArmoRM, column Skywork" in message
+    assert "--reward-model ArmoRM: not in the scores, which have column ArmoRM, column Skywork" in message
 
 
 def test_prompts_can_be_left_out_whole(run):

@@ -10,30 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import Result
+from command_line import fail, invoke, succeed
 from corpora import rows_of, save_small_model, save_small_reward_model, write_jsonl
 from reward_makers import classifier, edit_tensors, llama3_tokenizer, save
-from typer.testing import CliRunner
 
 import fastcompat as fc
-from fastcompat.cli.application import app
-from fastcompat.errors import CorpusError, FastcompatError, ModelError, RunError, UsageError
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "250"})
-
-
-def succeed(*arguments: object) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fail(kind: type[FastcompatError], *arguments: object) -> str:
-    result = invoke(*arguments)
-    assert isinstance(result.exception, kind), result.output
-    return str(result.exception)
+from fastcompat.errors import CorpusError, ModelError, RunError, UsageError
 
 
 @pytest.fixture(scope="module")

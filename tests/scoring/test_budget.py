@@ -62,9 +62,9 @@ import numpy as np
 import torch
 from fake_model import sequence_of
 from families import small_model
-from fastcompat.budget import head_bytes, token_bytes
-from fastcompat.response_scores import score_sequences
-from fastcompat.model import wrap
+from fastcompat.scoring.budget import head_bytes, token_bytes
+from fastcompat.scoring.losses import score_sequences
+from fastcompat.models.base_model import wrap
 torch.set_num_threads(1)
 def peak():
     # Not ru_maxrss: that of the process which started this one is its lower bound.

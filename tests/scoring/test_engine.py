@@ -321,9 +321,9 @@ MEMORY = """
 import sys
 import numpy as np
 import torch
-from fastcompat.engine import Progress
-from fastcompat.scorer import Scorer
-from fastcompat.session import Pass, Worker, score_corpus
+from fastcompat.scoring.engine import Progress
+from fastcompat.scoring.losses import Scorer
+from fastcompat.scoring.passes import Pass, Worker, score_corpus
 from fastcompat.store import open_run
 torch.set_num_threads(1)
 def peak():

@@ -124,13 +124,14 @@ def test_a_signal_keeps_the_pack_at_hand_and_the_rest_is_equal(tmp_path, corpus,
 
 SLOW = """
 import time
-from fastcompat import cli, model
-token_statistics = model.CausalLM.token_statistics
+from fastcompat.cli import application
+from fastcompat.models import CausalLM
+token_statistics = CausalLM.token_statistics
 def slow(*arguments, **options):
     time.sleep(0.5)
     return token_statistics(*arguments, **options)
-model.CausalLM.token_statistics = slow
-cli.main()
+CausalLM.token_statistics = slow
+application.main()
 """
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import fail, succeed
 from corpora import save_small_model, save_small_reward_model, write_jsonl
-from test_cli import fail, succeed
 from tokenizer_files import DIGITS, ids_of_the_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer

@@ -6,7 +6,8 @@
                   jsondocuments: JSON lines and documents, of jsonvalues; parquetfiles, arrowfiles: of arrowvalues)
     detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape;
                   rewards: the columns of the rewards that the corpus brings)
-    formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages)
+    formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages;
+                  beside: what stands beside its texts)
     reading       a file -> its rows (documents: a JSON document that holds the records somewhere inside)
     preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made)
 

@@ -34,12 +34,11 @@ class Status(StrEnum):
 
 
 SCORED_STATUSES = (Status.OK, Status.TRUNCATED)
-_SCORED = pa.array([str(status) for status in SCORED_STATUSES])
 
 
 def is_scored(status: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """[N] bool: which rows have a figure by their status; a null has none."""
-    return pc.is_in(status, value_set=_SCORED)
+    return pc.is_in(status, value_set=pa.array([str(scored) for scored in SCORED_STATUSES]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

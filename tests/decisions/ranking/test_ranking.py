@@ -462,14 +462,14 @@ def test_for_which_beta_who_is_best_is_said_once_and_what_the_loss_says_too():
     table = own(rows)
     assert sentences(table, beta=[0, 3]) == [
         "beta 0: a has the best CAR; for every other generator there is one that is clearly better.",
-        "beta 0: a has the best CAR for beta below 1, b above.",
+        "beta 0: a has the best CAR for beta below 1, b above 1.",
         "beta 3: b has the best CAR; for every other generator there is one that is clearly better.",
     ]
     (line,) = sentences(table, beta=[0, 3], sort_by="loss")
     assert line == ": b has the lowest loss; for every other generator there is one that is clearly better."
     three = own([*rows, *(("c", f"p{k}", 2.0, 0.2) for k in range(12))])
     # 4 / (1 + b) = 2 / (1 + 0.2 b) at b = 5 / 3.
-    assert "a has the best CAR for beta below 1, b from 1 to 1.7, c above." in sentences(three)[1]
+    assert "a has the best CAR for beta below 1, b from 1 to 1.7, c above 1.7." in sentences(three)[1]
 
 
 def test_options_out_of_range_are_refused():
