@@ -54,7 +54,7 @@ docs: install
 	cp README.md build/pages/index.md
 	cp ARCHITECTURE.md CONTRIBUTING.md build/pages
 	cp -r docs build/pages/docs
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # This machine against the loops that everybody writes; takes minutes, writes bench/results.
 bench: install

@@ -226,7 +226,8 @@ class Run:
             rows = pa.concat_tables([store.schema.empty_table().select(own), *rows], promote_options="default")
             yield as_scores(self._in_input_order(rows) if in_input_order else rows, store.kind, labels[store.name])
         if self.reward_columns:
-            read = partial(self.unit_rows, columns=[name for name in ROW_SCHEMA.names if name != "messages"])
+            names = [name for name in ROW_SCHEMA.names if name not in ("messages", "tools")]
+            read = partial(self.unit_rows, columns=names)
             rows = pa.concat_tables(self._read(read, self.units, columns))
             rows = self._in_input_order(rows) if in_input_order else rows
             for name in self.reward_columns:
