@@ -193,18 +193,22 @@ def metrics() -> str:
     from fastcompat.metrics.catalogue import METRICS
     from fastcompat.rows import COLUMNS
 
-    lines = ["| metric | what it is | unit | better | reads | from |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| metric | what it is | unit | better | with |", "| --- | --- | --- | --- | --- |"]
     for name, metric in METRICS.items():
         options = " ".join(dict.fromkeys(COLUMNS[column].option.format(name=name) for column in metric.needs))
         options = f"--for {name} --keep-tokens" if "--keep-tokens" in options else options
+        # The models go without saying.
+        options = re.sub(r"--(base|reward)-model MODEL ?", "", options).strip()
         better = "lower" if metric.lower_is_better else "higher"
         if metric.valid_at_most is not None:
             better += f", at most {metric.valid_at_most:g}"
-        needs = ", ".join(f"`{column}`" for column in metric.needs)
-        lines.append(f"| `{name}` | {metric.meaning} | {metric.unit or '–'} | {better} | {needs} | `{options}` |")
+        option = f"`{options}`" if options else ""
+        lines.append(f"| `{name}` | {metric.meaning} | {metric.unit or '–'} | {better} | {option} |")
     for formula in dict.fromkeys(metric.formula for metric in METRICS.values()):
-        named = ", ".join(f"`{name}`" for name, metric in METRICS.items() if metric.formula is formula)
-        lines += ["", f"### {named}", "", inspect.cleandoc(formula.__doc__ or "")]
+        own = {name: metric for name, metric in METRICS.items() if metric.formula is formula}
+        figures = dict.fromkeys(figure for metric in own.values() for figure in metric.figures)
+        lines += ["", f"### {', '.join(f'`{name}`' for name in own)}", "", inspect.cleandoc(formula.__doc__ or "")]
+        lines += ["", f"Of the columns {', '.join(f'`{figure}`' for figure in figures)}."]
     return "\n".join(lines)
 
 

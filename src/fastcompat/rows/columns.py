@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -58,22 +58,55 @@ def _clipped(rank: TokenValues) -> TokenValues:
     return clipped
 
 
-_FLOATS = pa.list_(pa.float32())
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What a metric reads, and the option of `fastcompat score` that adds it; {name} stands for the metric.
 
-# In the order in which they lie in a part; their meanings: `COLUMNS`.
-EXTRAS: Mapping[str, Extra] = {
-    "n_bytes": Extra(type=pa.int32()),
-    "entropy_sum": Extra(type=pa.float64(), statistic="entropy"),
-    "greedy_matches": Extra(type=pa.int32(), statistic="rank", value=_is_greedy),
-    "clipped_rank_sum": Extra(type=pa.float64(), statistic="rank", value=_clipped),
-    "unconditioned_nll_sum": Extra(type=pa.float64(), statistic="nll", alone=True),
-    "unconditioned_n_tokens": Extra(type=pa.int32(), alone=True),
-    "token_nll": Extra(type=_FLOATS, statistic="nll"),
-    "token_entropy": Extra(type=_FLOATS, statistic="entropy"),
-    "token_varentropy": Extra(type=_FLOATS, statistic="varentropy"),
-    "unconditioned_token_nll": Extra(type=_FLOATS, statistic="nll", alone=True),
-    "token_text": Extra(type=pa.list_(pa.string())),
+    extra: how it is computed beside the loss; None: every part has it, or another scorer does.
+    """
+
+    meaning: str
+    option: str
+    extra: Extra | None = None
+
+
+_FOR = "--for {name}"
+_TOKENS = "--for {name} --keep-tokens"
+
+
+def _summed(meaning: str, type: pa.DataType, statistic: Statistic | None = None, **how: Any) -> Column:
+    return Column(meaning=meaning, option=_FOR, extra=Extra(type=type, statistic=statistic, **how))
+
+
+def _listed(meaning: str, statistic: Statistic, *, alone: bool = False) -> Column:
+    extra = Extra(type=pa.list_(pa.float32()), statistic=statistic, alone=alone)
+    return Column(meaning=meaning, option=_TOKENS, extra=extra)
+
+
+# Sums are float64 over a response's scored tokens; lists have one value a scored token, in order. Those that are
+# computed beside the loss are in the order in which they lie in a part.
+COLUMNS: Mapping[str, Column] = {
+    "loss": Column(meaning="mean NLL, nats per token", option="--base-model MODEL"),
+    "nll_sum": Column(meaning="sum of NLL, nats", option="--base-model MODEL"),
+    "n_tokens": Column(meaning="scored tokens", option="--base-model MODEL"),
+    "reward": Column(meaning="a reward model's judgement", option="--reward-model MODEL"),
+    "n_bytes": _summed("UTF-8 bytes of the scored text", pa.int32()),
+    "entropy_sum": _summed("sum of the predictions' entropies, nats", pa.float64(), "entropy"),
+    "greedy_matches": _summed("tokens whose rank is 0", pa.int32(), "rank", value=_is_greedy),
+    "clipped_rank_sum": _summed("sum of min(1 + rank, 100)", pa.float64(), "rank", value=_clipped),
+    "unconditioned_nll_sum": _summed("sum of NLL without the prompt, nats", pa.float64(), "nll", alone=True),
+    "unconditioned_n_tokens": _summed("tokens scored without the prompt", pa.int32(), alone=True),
+    "token_nll": _listed("NLL of each token, nats", "nll"),
+    "token_entropy": _listed("entropy of each prediction, nats", "entropy"),
+    "token_varentropy": _listed("varentropy of each prediction, nats^2", "varentropy"),
+    "unconditioned_token_nll": _listed("NLL of each token without the prompt, nats", "nll", alone=True),
+    "token_text": Column(meaning="text of each token", option="--keep-tokens", extra=Extra(type=pa.list_(pa.string()))),
+    "reference_loss": Column(
+        meaning="loss under the reference model, nats per token (`with_reference`)",
+        option="--base-model REFERENCE",
+    ),
 }
+EXTRAS: Mapping[str, Extra] = {name: column.extra for name, column in COLUMNS.items() if column.extra is not None}
 
 
 @dataclass(frozen=True)
@@ -111,10 +144,7 @@ class Extras:
 _WHERE = [
     ROW_SCHEMA.field(name) for name in ("row_key", "source", "row_index", "response_index", "prompt_id", "generator")
 ]
-
-
 _WHY = [("status", pa.string()), ("detail", pa.string())]
-
 
 # A row of a base model's part; `nll_sum` and `loss` are null unless the status is ok or truncated.
 LOSS_SCHEMA = pa.schema(
@@ -187,40 +217,3 @@ def with_reward(rows: pa.Table, name: str) -> pa.Table:
     }
     kept = {field: rows[field] for field in rows.column_names if field not in {*columns, "rewards"}}
     return pa.table(kept | columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column that metrics read, and what makes `fastcompat score` write it. `{name}` stands for the metric."""
-
-    meaning: str
-    option: str
-
-
-_FOR = "--for {name}"
-
-
-_TOKENS = "--for {name} --keep-tokens"
-
-# Sums are float64 over a response's scored tokens; lists have one value a scored token, in order.
-COLUMNS: Mapping[str, Column] = {
-    "loss": Column(meaning="mean NLL, nats per token", option="--base-model MODEL"),
-    "nll_sum": Column(meaning="sum of NLL, nats", option="--base-model MODEL"),
-    "n_tokens": Column(meaning="scored tokens", option="--base-model MODEL"),
-    "reward": Column(meaning="a reward model's judgement", option="--reward-model MODEL"),
-    "n_bytes": Column(meaning="UTF-8 bytes of the scored text", option=_FOR),
-    "entropy_sum": Column(meaning="sum of the predictions' entropies, nats", option=_FOR),
-    "greedy_matches": Column(meaning="tokens whose rank is 0", option=_FOR),
-    "clipped_rank_sum": Column(meaning="sum of min(1 + rank, 100)", option=_FOR),
-    "unconditioned_nll_sum": Column(meaning="sum of NLL without the prompt, nats", option=_FOR),
-    "unconditioned_n_tokens": Column(meaning="tokens scored without the prompt", option=_FOR),
-    "token_nll": Column(meaning="NLL of each token, nats", option=_TOKENS),
-    "token_entropy": Column(meaning="entropy of each prediction, nats", option=_TOKENS),
-    "token_varentropy": Column(meaning="varentropy of each prediction, nats^2", option=_TOKENS),
-    "token_text": Column(meaning="text of each token", option="--keep-tokens"),
-    "unconditioned_token_nll": Column(meaning="NLL of each token without the prompt, nats", option=_TOKENS),
-    "reference_loss": Column(
-        meaning="loss under the reference model, nats per token (`with_reference`)",
-        option="--base-model REFERENCE",
-    ),
-}
