@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fastcompat.decisions.ranking.clustered_means import (
+from fastcompat.decisions.ranking.intervals import (
     FALSE_DIFFERENCES,
     interval,
     skewness_corrected,

@@ -15,7 +15,7 @@ from fastcompat.benchmark.reward_loops import exact_rewards, id_tokenizer, packe
 from fastcompat.benchmark.reward_measurement import classifier_subject, tokenization_seconds
 from fastcompat.benchmark.subjects import SHAPES
 from fastcompat.benchmark.workloads import Lengths, Workload
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 from fastcompat.tokens.conversations import TokenSequence
 
 BENCH = Path(__file__).parents[2] / "bench"

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastcompat.cli.inspection import render_inspection, token_pieces, visible
-from fastcompat.rows.response import Message, Response, Status
+from fastcompat.rows.response import Message, Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.conversations import ConversationTokenizer
 from fastcompat.tokens.reward import ReadOut, RewardTokenizer
 from fastcompat.tokens.settings import TokenizationSettings

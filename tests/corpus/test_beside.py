@@ -15,7 +15,8 @@ from fastcompat.corpus import CorpusSummary, iter_responses, prepare, rows_from_
 from fastcompat.corpus.detection import detect
 from fastcompat.corpus.records import NumberList
 from fastcompat.rows.message import Message
-from fastcompat.rows.response import Response, Status, from_table
+from fastcompat.rows.response import Response, from_table
+from fastcompat.rows.status import Status
 
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz", "unit": None}}}
 TOOL = {

@@ -24,7 +24,7 @@ from fastcompat.corpus.containers import SourceReader
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS
 from fastcompat.corpus.sources import find_sources
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 
 
 @pytest.fixture(autouse=True)

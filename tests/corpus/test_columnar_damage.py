@@ -16,7 +16,7 @@ from fastcompat.corpus import iter_responses, prepare
 from fastcompat.corpus.containers import SourceReader
 from fastcompat.corpus.records import Broken, Unreadable
 from fastcompat.corpus.sources import find_sources
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 
 
 @pytest.fixture(autouse=True)

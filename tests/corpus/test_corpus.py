@@ -23,7 +23,8 @@ from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs
 from fastcompat.corpus.partition import Bucket, Partition, bucket_of
 from fastcompat.corpus.units import UnitSize
 from fastcompat.errors import CorpusError, RunError, SchemaError
-from fastcompat.rows.response import ROW_SCHEMA, Message, Response, Status, from_table, prompt_id
+from fastcompat.rows.response import ROW_SCHEMA, Message, Response, from_table, prompt_id
+from fastcompat.rows.status import Status
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastcompat.corpus.formats import detect, parse_overrides, rows_from_records
 from fastcompat.errors import SchemaError, UsageError
-from fastcompat.rows.response import Message, Response, Status, prompt_id
+from fastcompat.rows.response import Message, Response, prompt_id
+from fastcompat.rows.status import Status
 
 USER, ASSISTANT = "user", "assistant"
 

@@ -15,7 +15,7 @@ from fastcompat.corpus.containers import SourceReader
 from fastcompat.corpus.records import AMBIGUOUS, Broken, Opaque, Unreadable
 from fastcompat.corpus.sources import find_sources
 from fastcompat.errors import CorpusError, SchemaError
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 
 
 @pytest.fixture(autouse=True)

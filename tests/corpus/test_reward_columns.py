@@ -17,7 +17,8 @@ from fastcompat.corpus import CorpusSummary, prepare, rows_from_records
 from fastcompat.corpus.formats import detect
 from fastcompat.corpus.rewards import is_reward_name, number_of
 from fastcompat.errors import SchemaError
-from fastcompat.rows.response import ROW_SCHEMA, Response, Status, from_table, to_table
+from fastcompat.rows.response import ROW_SCHEMA, Response, from_table, to_table
+from fastcompat.rows.status import Status
 
 Rewards = list[dict[str, float]]
 ZOO = ("ArmoRM-Llama3-8B-v0.1", "Skywork-Reward-Llama-3.1-8B", "Skywork-Reward-Gemma-2-27B")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.conversations import TokenSequence
 from fastcompat.tokens.forest import PrefixForest
 

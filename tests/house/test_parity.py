@@ -11,7 +11,7 @@ from fastcompat.errors import ModelError
 from fastcompat.models.base_model import wrap
 from fastcompat.models.configuration import refuse_unsupported
 from fastcompat.models.probe import probe
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 from fastcompat.scoring.losses import score_sequences
 from fastcompat.tokens.conversations import TokenSequence
 

@@ -36,8 +36,8 @@ from fastcompat.models.configuration import (
     text_config,
     windows,
 )
-from fastcompat.scoring.budget import LEAST_CPU_TOKEN_BUDGET, choose_token_budget, head_bytes, token_bytes
 from fastcompat.scoring.losses import Scorer
+from fastcompat.scoring.token_budget import LEAST_CPU_TOKEN_BUDGET, choose_token_budget, head_bytes, token_bytes
 
 CPU = torch.device("cpu")
 TYPES = sorted({model_type for task in TASKS for model_type in types_of(task)})
@@ -230,7 +230,7 @@ def test_a_model_whose_widths_are_not_told_gets_a_small_budget_and_says_so_once(
     assert "this odd model does not say how wide its layers are" in caplog.text
     caplog.clear()
     directory: Path = save_small_model(tmp_path / "model")
-    monkeypatch.setattr("fastcompat.scoring.budget.token_bytes", lambda config, dtype: None)
+    monkeypatch.setattr("fastcompat.scoring.token_budget.token_bytes", lambda config, dtype: None)
     scorer = Scorer(str(directory))
     with caplog.at_level(logging.WARNING, "fastcompat"):
         table = scorer.score([{"prompt": "What?", "response": "That."}] * 2)

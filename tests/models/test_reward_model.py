@@ -27,7 +27,7 @@ from fastcompat.errors import ModelError, UsageError
 from fastcompat.models.configuration import ModelSettings
 from fastcompat.models.loading import load_reward_model
 from fastcompat.ops.backends import native_levels
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 from fastcompat.scoring.rewards import RewardScores, score_conversations
 from fastcompat.tokens.forest import pack_forest, packed_reads
 from fastcompat.tokens.reward import ReadOut, RewardSequence, RewardTokenizer

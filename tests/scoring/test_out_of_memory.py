@@ -9,10 +9,10 @@ import pytest
 import torch
 from fake_model import VOCABULARY, FakeModel, sequence_of, sum_alone
 
-from fastcompat.rows.response import Status
-from fastcompat.scoring.budget import PACKS_BEFORE_GROWTH, PackLimit
+from fastcompat.rows.status import Status
 from fastcompat.scoring.losses import ResponseScores, score_sequences
 from fastcompat.scoring.packs import pack_sequences, score_pack
+from fastcompat.scoring.token_budget import PACKS_BEFORE_GROWTH, PackLimit
 from fastcompat.tokens.conversations import TokenSequence
 
 NO_MEMORY = [

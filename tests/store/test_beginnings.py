@@ -17,7 +17,8 @@ from fake_model import FakeModel, fake_tokenizer
 from fake_runs import BUDGET, new_run, packs_of, parts, rows_of_unit, score
 
 from fastcompat.errors import Interrupted
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.scoring import engine
 from fastcompat.store.parts import ScorerStore
 from fastcompat.store.run import UNIT, Run

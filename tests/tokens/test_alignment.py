@@ -22,7 +22,7 @@ from tokenizer_makers import (
 from tokenizers import AddedToken
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 from fastcompat.tokens.alignment import FastAligner, SlowAligner, aligner, covering
 
 

@@ -36,7 +36,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastcompat.errors import ModelError, UsageError
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.conversations import ConversationTokenizer
 from fastcompat.tokens.settings import TokenizationSettings
 

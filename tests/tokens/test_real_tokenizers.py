@@ -21,7 +21,8 @@ from tokenizer_makers import row
 from tokenizers import Tokenizer, pre_tokenizers
 
 from fastcompat.cli.inspection import token_pieces
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.tokens.conversations import ConversationTokenizer, TokenizationSettings, TokenSequence
 from fastcompat.tokens.loading import load_tokenizer

@@ -11,7 +11,8 @@ from reward_makers import llama3_tokenizer
 from tokenizer_makers import CHATML, FAMILIES, GEMMA, INST, LLAMA3, make_tokenizer, row
 
 from fastcompat.errors import ModelError, UsageError
-from fastcompat.rows.response import Message, Response, Status
+from fastcompat.rows.response import Message, Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.reward import ReadOut, RewardTokenizer
 
 LAST = ReadOut(rule="last", pad_id=None)

@@ -15,7 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastcompat.corpus import rows_from_records
 from fastcompat.rows.message import Message
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.tokens.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.tokens.templates import ChatTemplate, ConversationRefusedError, RenderedConversation
 

@@ -11,7 +11,8 @@ from tokenizer_makers import CHATML, make_tokenizer, row, scored_text, tokenize
 from fastcompat.cli.options import parse_template_options
 from fastcompat.errors import UsageError
 from fastcompat.rows.message import Message, dumped
-from fastcompat.rows.response import Response, Status
+from fastcompat.rows.response import Response
+from fastcompat.rows.status import Status
 from fastcompat.scoring.losses import _bytes_of
 from fastcompat.tokens.conversations import ConversationTokenizer
 from fastcompat.tokens.reward import ReadOut, RewardTokenizer

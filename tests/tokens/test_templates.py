@@ -21,7 +21,7 @@ from tokenizer_makers import (
 from transformers import ByT5Tokenizer
 
 from fastcompat.errors import TemplateError
-from fastcompat.rows.response import Status
+from fastcompat.rows.status import Status
 from fastcompat.tokens.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.tokens.conversations import ConversationTokenizer
 from fastcompat.tokens.settings import TokenizationSettings

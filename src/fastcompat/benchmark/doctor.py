@@ -147,8 +147,8 @@ def _base_model(name: str) -> Iterator[Finding]:
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.models.loading import load_causal_lm
-    from fastcompat.scoring.budget import choose_token_budget
-    from fastcompat.scoring.memory import free_memory
+    from fastcompat.scoring.machine_memory import free_memory
+    from fastcompat.scoring.token_budget import choose_token_budget
 
     transformers_logging.disable_progress_bar()
     model = load_causal_lm(name)

@@ -78,7 +78,7 @@ def inspect(
     from fastcompat.cli.inspection import render_inspection
     from fastcompat.corpus import iter_responses
     from fastcompat.corpus.formats import parse_overrides
-    from fastcompat.rows.response import Status
+    from fastcompat.rows.status import Status
 
     if (base_model is None) == (reward_model is None):
         raise UsageError("name one model: --base-model ID_OR_DIR or --reward-model ID_OR_DIR")

@@ -11,7 +11,7 @@
     reading       a file -> its rows (documents: a JSON document that holds the records somewhere inside)
     preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made)
 
-A record that cannot be read becomes a row with the reason (`response.Status`), never an exception and never nothing.
+A record that cannot be read becomes a row with the reason (`rows.Status`), never an exception and never nothing.
 """
 
 from fastcompat.corpus.formats import rows_from_records

@@ -1,7 +1,8 @@
 """One row per response: what it is, which columns it has, what stands beside what. No torch, no files.
 
 message     one turn of a conversation: role, text, and whatever else it says (calls, reasoning), as it came
-response    the row: a conversation whose last message is the response, and the status that it can have
+response    the row: a conversation whose last message is the response
+status      what became of it
 columns     every column: its type, its meaning, what computes it; the tables that are made of them
 frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
 pairing     loss and reward of one response in one row
@@ -38,14 +39,12 @@ from fastcompat.rows.response import (
     MESSAGE_TYPE,
     REWARDS_TYPE,
     ROW_SCHEMA,
-    SCORED_STATUSES,
     Response,
-    Status,
     from_table,
-    is_scored,
     to_table,
     with_later_columns,
 )
+from fastcompat.rows.status import SCORED_STATUSES, Status, is_scored
 
 __all__ = [
     "COLUMNS",

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.rows.response import ROW_SCHEMA, Status, is_scored
+from fastcompat.rows.response import ROW_SCHEMA
+from fastcompat.rows.status import Status, is_scored
 
 TokenValues: TypeAlias = NDArray[np.float32]
 # What `ops.nll` computes of a token; written out again, since this room knows no torch.

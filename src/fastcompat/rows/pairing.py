@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from fastcompat.errors import UsageError
 from fastcompat.rows.columns import SCORES_SCHEMA
 from fastcompat.rows.frames import as_table
-from fastcompat.rows.response import is_scored
+from fastcompat.rows.status import is_scored
 
-# The status of a row without a figure that other rows have: not `response.Status`, because no scorer gives it.
+# The status of a row without a figure that other rows have: not a `Status`, because no scorer gives it.
 MISSING = "missing"
 # What both scorers say of a response; the rest of a reward model's row is its own.
 _OF_THE_RESPONSE = ("row_key", "source", "row_index", "prompt_id", "generator")

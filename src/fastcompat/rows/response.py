@@ -1,6 +1,6 @@
-"""The row of a corpus: one response, with the conversation that it answers, and the statuses a row can have.
+"""The row of a corpus: one response, with the conversation that it answers.
 
-Everything upstream (formats, corpus) produces `Response` rows; everything downstream (tokenization, engine)
+Everything upstream (`corpus`) produces `Response` rows; everything downstream (`tokens`, `scoring`)
 consumes them. A row is never dropped: one that cannot be scored keeps its place with a `Status` and a `detail`.
 """
 
@@ -8,37 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fastcompat.rows.message import Message, prompt_id
-
-
-class Status(StrEnum):
-    """Why a row has the figures that it has. Only `ok` and `truncated` rows carry a loss or a reward."""
-
-    OK = "ok"
-    TRUNCATED = "truncated"  # scored, but cut at the length limit: the figure is that of the kept tokens
-    EMPTY = "empty"  # the response is null, missing or has no characters
-    INVALID = "invalid"  # the record cannot be read as a response: broken JSON, wrong type, unpaired surrogate
-    UNREADABLE = "unreadable"  # stands for the rest of a file (or of a row group) that cannot be read
-    TEMPLATE = "template"  # the chat template refuses the conversation, or leaves out something that is said in it
-    MASKED = "masked"  # the corpus leaves every turn that would be scored out of the loss
-    PROMPT_TOO_LONG = "prompt_too_long"  # the length limit leaves no token of the response
-    NO_REWARD = "no_reward"  # the corpus has rewards of its own, but none for this response
-    TOO_LONG = "too_long"  # no reward: the conversation is longer than the model's limit, and was not to be cut
-    NONFINITE = "nonfinite"  # the model gave NaN or infinity
-    OOM = "oom"  # too large for the device's memory even alone
-
-
-SCORED_STATUSES = (Status.OK, Status.TRUNCATED)
-
-
-def is_scored(status: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """[N] bool: which rows have a figure by their status; a null has none."""
-    return pc.is_in(status, value_set=pa.array([str(scored) for scored in SCORED_STATUSES]))
+from fastcompat.rows.status import Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

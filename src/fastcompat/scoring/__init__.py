@@ -4,8 +4,8 @@ scores      what a figure is to the loop
 packs       one pack -> figures, in smaller packs where memory runs out
 engine      units one after the other
 pipeline    what runs beside it: tokenising ahead, writing behind
-budget      how large a pack may be
-memory      how much there is for it
+token_budget  how large a pack may be
+machine_memory  how much there is for it
 scorer      a model with all its settings, and its identity
 losses      a base model's figures
 rewards     a reward model's
@@ -13,11 +13,17 @@ joint       both of one body in one pass
 passes      what a run still lacks, and which pass over the corpus gives it
 """
 
-from fastcompat.scoring.budget import ACTIVE_EXPERTS, MEMORY_SHARE, choose_token_budget, out_of_memory, token_bytes
 from fastcompat.scoring.losses import ResponseScores, Scorer, score_sequences
-from fastcompat.scoring.memory import free_memory
+from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import pack_sequences
 from fastcompat.scoring.rewards import RewardScorer, RewardScores, score_conversations
+from fastcompat.scoring.token_budget import (
+    ACTIVE_EXPERTS,
+    MEMORY_SHARE,
+    choose_token_budget,
+    out_of_memory,
+    token_bytes,
+)
 
 __all__ = [
     "ACTIVE_EXPERTS",

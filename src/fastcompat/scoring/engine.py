@@ -1,7 +1,7 @@
 """The loop: units of a run -> tokens -> prefix forests -> hidden states -> one figure per response. Read this first.
 
 Units are prepared and written beside the forward pass (`pipeline.py`). What becomes of a pack is in `packs.py`, how
-large it may be in `budget.py`.
+large it may be in `token_budget.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.rows import Response, from_table
-from fastcompat.scoring.budget import PackLimit
 from fastcompat.scoring.packs import pack_sequences, score_pack
 from fastcompat.scoring.pipeline import Stopwatch, Writer, prefetch, sharing_processor
 from fastcompat.scoring.scores import Model, Scores
+from fastcompat.scoring.token_budget import PackLimit
 from fastcompat.store import Packing, Run, ScorerStore, Unit
 from fastcompat.tokens import PrefixForest
 

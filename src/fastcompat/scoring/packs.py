@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fastcompat.rows import Status
-from fastcompat.scoring.budget import PackLimit, out_of_memory
 from fastcompat.scoring.scores import Model, Scores
+from fastcompat.scoring.token_budget import PackLimit, out_of_memory
 from fastcompat.tokens import PrefixForest, pack_forest
 
 

@@ -27,10 +27,10 @@ from fastcompat.models import (
     weight_files,
 )
 from fastcompat.rows import Extras, Response, as_scores, is_table, records, to_table
-from fastcompat.scoring.budget import choose_token_budget
-from fastcompat.scoring.memory import free_memory
+from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import score_all
 from fastcompat.scoring.scores import OneFigure
+from fastcompat.scoring.token_budget import choose_token_budget
 
 
 class ModelScorer:

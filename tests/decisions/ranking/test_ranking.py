@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastcompat as fc
-from fastcompat.decisions.ranking.clustered_means import FALSE_DIFFERENCES, skewness_corrected, student_t_quantile
+from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, skewness_corrected, student_t_quantile
 from fastcompat.decisions.ranking.ranking import group_column, rank, sensitivity
 from fastcompat.decisions.ranking.reading import coverage_notes, readings, what_the_figures_are
 from fastcompat.errors import UsageError

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Estimate, FloatArray, Moments
+from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate, FloatArray, Moments
 from fastcompat.errors import UsageError
 from fastcompat.metrics import car, check_losses, finite
 

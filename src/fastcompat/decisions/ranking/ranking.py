@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.decisions.ranking.clustered_means import BoolArray, ClusteredMeans, Estimate, FloatArray, IntArray
 from fastcompat.decisions.ranking.estimates import RankingSettings, all_betas, estimates_of, values_of
+from fastcompat.decisions.ranking.intervals import BoolArray, ClusteredMeans, Estimate, FloatArray, IntArray
 from fastcompat.errors import UsageError
 from fastcompat.metrics import negative_reward
 from fastcompat.rows import as_table, by_pair, carrying, only, paired
@@ -82,7 +82,7 @@ def rank(
 
     Sorted and ranked by `sort_by`: CAR where there are both figures, else the one that there is. `_low` and `_high` are
     95% intervals for new prompts, from the clustered variance by prompt with a correction for skewness
-    (`clustered_means.interval`; bench/coverage.py measures what they cover). `rank` is 1 + the number of generators
+    (`intervals.interval`; bench/coverage.py measures what they cover). `rank` is 1 + the number of generators
     that are clearly better: those whose difference from this one, paired by prompt, has such an interval above zero, at
     96% for all pairs together (Bonferroni). So a generator that few data say little of may have a better rank than one
     above it. `p_best` is the share of `draws` bootstrap draws of prompts in which the generator is the best, equals

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastcompat.decisions.ranking import clustered_means as bootstrap
-from fastcompat.decisions.ranking.clustered_means import (
+from fastcompat.decisions.ranking.intervals import (
     BYTES_OF_WEIGHT,
     LONGEST_SIDE,
     ClusteredMeans,

@@ -11,16 +11,16 @@ import torch
 from corpora import prepare_small_units, save_small_model, write_corpus
 from transformers import LlamaConfig
 
-from fastcompat.scoring.budget import (
+from fastcompat.scoring.losses import Scorer
+from fastcompat.scoring.machine_memory import available_memory, free_memory
+from fastcompat.scoring.passes import open_scorer
+from fastcompat.scoring.token_budget import (
     CPU_TOKEN_BUDGET,
     CUDA_TOKEN_BUDGET,
     LEAST_CPU_TOKEN_BUDGET,
     LEAST_CUDA_TOKEN_BUDGET,
     choose_token_budget,
 )
-from fastcompat.scoring.losses import Scorer
-from fastcompat.scoring.memory import available_memory, free_memory
-from fastcompat.scoring.passes import open_scorer
 
 SHAPE = dict(
     hidden_size=512,
@@ -62,7 +62,7 @@ import numpy as np
 import torch
 from fake_model import sequence_of
 from families import small_model
-from fastcompat.scoring.budget import head_bytes, token_bytes
+from fastcompat.scoring.token_budget import head_bytes, token_bytes
 from fastcompat.scoring.losses import score_sequences
 from fastcompat.models.base_model import wrap
 torch.set_num_threads(1)
