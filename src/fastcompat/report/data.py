@@ -134,8 +134,9 @@ class ReportData:
 
 def report_data(run: Run, options: Options) -> ReportData:
     """Everything a report shows of a run. Raises UsageError for a run without scores, RunError for a damaged one."""
-    run.refuse_unscored()
     scores = run.scores_by_unit()
+    if not scores.num_rows:
+        run.refuse_unscored()
     rows = paired(scores)
     pairs = list(by_pair(rows))
     shown = pairs[:MAX_SECTIONS]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastcompat.decisions.ranking import clustered_means as bootstrap
+from fastcompat.decisions.ranking import intervals as bootstrap
 from fastcompat.decisions.ranking.intervals import (
     BYTES_OF_WEIGHT,
     LONGEST_SIDE,

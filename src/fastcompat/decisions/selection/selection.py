@@ -87,8 +87,9 @@ def select(
         reward_model=reward_model,
     )
     if isinstance(scores, Run):
-        scores.refuse_unscored()
         table = scores.scores()
+        if not table.num_rows:
+            scores.refuse_unscored()
     else:
         table = as_table(scores)
     if "prompt_id" not in table.column_names and settings.per_prompt is not None:
