@@ -27,7 +27,8 @@ else:
             cxx_std=17,
             extra_compile_args=flags,
             libraries=["dl", "pthread"] if os.name == "posix" and os.uname().sysname == "Linux" else [],
-            optional=True,
+            # FASTCOMPAT_NATIVE=required: without it there is no wheel.
+            optional=os.environ.get("FASTCOMPAT_NATIVE") != "required",
         )
     ]
     commands = {"build_ext": build_ext}

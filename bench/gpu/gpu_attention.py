@@ -6,11 +6,14 @@ Dimension key: T packed tokens, H query heads, K key heads, C head width.
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,24 @@ from gpu_timing import Calls, Finding, in_turn
 from torch import Tensor
 
 from fastcompat.kernels.forest_attention import forest_attention, summarise
-from fastcompat.tokens.forest import PrefixForest, pack_forest
 
+
+def _forest_module() -> ModuleType:
+    """`tokens/forest.py` by itself: its room's door would load pyarrow, which a machine with a GPU need not have."""
+    package = find_spec("fastcompat")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "tokens" / "forest.py"
+    spec = spec_from_file_location("forest", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["forest"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+FOREST = _forest_module()
 FLEX_SECONDS = 70.0  # after these FlexAttention, which compiles for each case anew, is left out
 
 
@@ -80,7 +99,7 @@ def packs(device: str) -> dict[str, list[np.ndarray]]:
 class Pack:
     """A forest with the attention's operands for it, and the same sequences whole, one after the other."""
 
-    forest: PrefixForest
+    forest: Any
     query: Tensor  # [H, T, C]
     key: Tensor  # [K, T, C]
     value: Tensor  # [K, T, C]
@@ -92,8 +111,8 @@ class Pack:
     @classmethod
     def create(cls, sequences: Sequence[np.ndarray], layer: Layer, device: str) -> Pack:
         masks = [np.arange(len(ids)) > 0 for ids in sequences]
-        [forest] = pack_forest(sequences, masks, token_budget=sum(map(len, sequences)))
-        paths = sorted((path_to(forest, end) for end in forest.path_end.tolist()), key=len)
+        [forest] = FOREST.pack_forest(sequences, masks, token_budget=sum(map(len, sequences)))
+        paths = sorted((forest.path(k) for k in range(len(forest.path_end))), key=len)
         torch.manual_seed(0)
         widths = (layer.heads, layer.key_heads, layer.key_heads)
         joined = draw(forest.n_tokens, sum(widths), layer.head_width, device=device).transpose(0, 1)
@@ -131,13 +150,6 @@ class Pack:
         seen = (token <= self.checked[:, None]) & (self.checked[:, None] < self.subtree_end)
         z = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).masked_fill(~seen, float("-inf"))
         return (z.softmax(dim=-1) @ value).transpose(0, 1)
-
-
-def path_to(forest: PrefixForest, end: int) -> np.ndarray:
-    path = [end]
-    while forest.parent[path[-1]] >= 0:
-        path.append(int(forest.parent[path[-1]]))
-    return np.array(path[::-1])
 
 
 def attention_contenders(pack: Pack, device: str, *, flex: bool) -> Contenders:

@@ -168,8 +168,8 @@ def assemble() -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "src" / "fastcompat", BUILD / "fastcompat", ignore=ignored)
     shutil.copytree(ROOT / "kernels", BUILD / "fastcompat" / "kernels", ignore=ignored)
-    found = re.search(r'__version__ = "(.+)"', (BUILD / "fastcompat" / "__init__.py").read_text())
-    assert found, "src/fastcompat/__init__.py names no version"
+    found = re.search(r'__version__ = "(.+)"', (BUILD / "fastcompat" / "version.py").read_text())
+    assert found, "src/fastcompat/version.py names no version"
     metadata = BUILD / f"fastcompat-{found[1]}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: fastcompat\nVersion: {found[1]}\n")

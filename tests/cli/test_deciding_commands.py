@@ -103,7 +103,7 @@ def test_one_of_several_reward_models_can_be_chosen(tmp_path, run, model):
     assert [row["generator"] for row in chosen] == [row["generator"] for row in wanted]
     assert [row["car"] for row in chosen] == pytest.approx([row["car"] for row in wanted])
     message = fail(UsageError, "rank", both, "--reward-model", "ArmoRM")
-    assert "--reward-model ArmoRM: not in the scores, which have column ArmoRM, column Skywork" in message
+    assert "--reward-model ArmoRM: not in the scores; there are column ArmoRM, column Skywork" in message
 
 
 def test_prompts_can_be_left_out_whole(run):

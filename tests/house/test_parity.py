@@ -194,6 +194,12 @@ def test_token_ids_outside_the_vocabulary_fail_alone():
     assert "do not belong together" in scores.detail[3]
 
 
+def test_a_head_with_more_words_than_are_embedded_is_probed_with_those_that_are():
+    full = small_model("Llama")
+    full.lm_head = torch.nn.Linear(full.config.hidden_size, 2 * VOCABULARY, bias=False)
+    probe(wrap("test", full))
+
+
 def test_out_of_memory_splits_the_pack_and_names_what_never_fits(monkeypatch):
     model = wrap("test", small_model("Llama"))
     sequences = corpus()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastcompat.errors import UsageError
 from fastcompat.rows.columns import SCORES_SCHEMA
 from fastcompat.rows.frames import as_table
-from fastcompat.rows.pairing import paired
+from fastcompat.rows.pairing import by_pair, carrying, only, paired
 
 
 def row(key: str, **values: object) -> dict[str, object]:
@@ -196,3 +196,34 @@ def test_polars():
     frame = polars.DataFrame({"generator": ["a", "b"], "loss": [1.0, float("nan")]})
     assert paired(frame)["generator"].to_pylist() == ["a", "b"]
     assert paired(frame)["status"].to_pylist() == ["ok", "nonfinite"]
+
+
+def test_only_keeps_one_models_figures():
+    """In a long table the other kind's rows stay; in one with both in a row, a row of no model is nobody's."""
+    long = pa.table({"base_model": ["A", "B", None], "reward_model": [None, None, "R"], "loss": [1.0, 2.0, None]})
+    assert only(long, base_model="A")["loss"].to_pylist() == [1.0, None]
+    assert only(long, base_model="B", reward_model="R").num_rows == 2
+    wide = pa.table({"base_model": ["A", "B", None], "reward_model": ["R", "R", "R"], "loss": [1.0, 2.0, 3.0]})
+    assert only(wide, base_model="A")["loss"].to_pylist() == [1.0]
+    assert only(wide).equals(wide)
+    with pytest.raises(UsageError, match="--base-model C: not in the scores; there are A, B"):
+        only(wide, base_model="C")
+    with pytest.raises(UsageError, match="--reward-model R: not in the scores; there are none"):
+        only(pa.table({"loss": [1.0]}), reward_model="R")
+
+
+def test_pairs_come_in_order_of_first_appearance():
+    rows = pa.table({"base_model": ["B", None, "B", "A"], "reward_model": ["R", "R", None, "R"], "x": [0, 1, 2, 3]})
+    assert [(models, part["x"].to_pylist()) for models, part in by_pair(rows)] == [
+        (("B", "R"), [0]),
+        ((None, "R"), [1]),
+        (("B", None), [2]),
+        (("A", "R"), [3]),
+    ]
+
+
+def test_what_carries_figures():
+    statuses = ["ok", "truncated", "empty", None, "ok"]
+    rows = pa.table({"status": statuses, "loss": [1.0, 2.0, 3.0, 4.0, None], "reward": [1.0] * 5})
+    assert carrying(rows, ["loss", "reward"]).to_pylist() == [True, True, False, False, False]
+    assert carrying(rows, []).to_pylist() == [True, True, False, False, True]

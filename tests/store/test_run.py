@@ -41,6 +41,10 @@ def test_scores_of_some_columns_are_those_columns(run):
     some = run.scores(["row_key", "loss", "reward"])
     assert some.column_names == ["row_key", "loss", "reward"]
     assert sorted(filter(None, some["loss"].to_pylist())) == sorted(filter(None, run.scores()["loss"].to_pylist()))
+    # A scorer that has none of them has its rows all the same.
+    assert (
+        run.scores(["reward"]).num_rows == run.scores(["base_model", "reward_model"]).num_rows == run.scores().num_rows
+    )
     with pytest.raises(UsageError, match="no column nothing in these scores; there are row_key"):
         run.scores(["nothing"])
 

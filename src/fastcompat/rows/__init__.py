@@ -34,7 +34,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
-from fastcompat.rows.pairing import MISSING, by_pair, carrying, only, paired, rows_at
+from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, paired, rows_at
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
     REWARDS_TYPE,
@@ -70,6 +70,7 @@ __all__ = [
     "dumped",
     "from_table",
     "inline_reasoning",
+    "is_long",
     "is_masked",
     "is_scored",
     "is_table",

@@ -75,21 +75,38 @@ def _by_model(table: pa.Table, column: str) -> dict[str, pa.Table]:
     return parts
 
 
-def only(scores: pa.Table, *, base_model: str | None = None, reward_model: str | None = None) -> pa.Table:
-    """Without the figures of other models of these kinds. UsageError for a model that there is not."""
+def only(
+    scores: pa.Table,
+    *,
+    base_model: str | None = None,
+    reward_model: str | None = None,
+    of_neither: bool | None = None,
+) -> pa.Table:
+    """Without the figures of other models of these kinds. UsageError for a model that there is not.
+
+    of_neither: whether rows without this kind of model stay; None: where they are another kind's (`is_long`).
+    """
     for kind, model in (("base_model", base_model), ("reward_model", reward_model)):
         if model is None:
             continue
         there = pc.unique(scores[kind].drop_null()).to_pylist() if kind in scores.column_names else []
         if model not in there:
             option = f"--{kind.replace('_', '-')}"
-            raise UsageError(f"{option} {model}: not in the scores, which have {', '.join(map(str, there)) or 'none'}")
-        other = "reward_model" if kind == "base_model" else "base_model"
-        # In a long table, rows without this kind of model are another kind's; in one with both in a row, nobody's.
-        kept = other in scores.column_names and pc.fill_null(scores[kind].is_null(), False)
-        same = pc.fill_null(pc.equal(scores[kind], model), False)
-        scores = scores.filter(same if kept is False else pc.or_(same, kept))
+            raise UsageError(f"{option} {model}: not in the scores; there are {', '.join(map(str, there)) or 'none'}")
+        scores = scores.filter(
+            pc.fill_null(pc.equal(scores[kind], model), is_long(scores, kind) if of_neither is None else of_neither)
+        )
     return scores
+
+
+def is_long(table: pa.Table, column: str) -> bool:
+    """Whether rows without this kind of model are another kind's, and not a model's that nobody named."""
+    other = "reward_model" if column == "base_model" else "base_model"
+    if not {column, other} <= set(table.column_names):
+        return False
+    own, others = table[column].is_valid(), table[other].is_valid()
+    alone = pc.and_not(others, own)
+    return bool(pc.any(alone).as_py() and pc.any(own).as_py() and not pc.any(pc.and_(own, others)).as_py())
 
 
 def by_pair(rows: pa.Table) -> Iterator[tuple[tuple[str | None, str | None], pa.Table]]:

@@ -1,16 +1,16 @@
 """Packs through models -> figures of responses; the loop, and what an interruption keeps. Read `engine` first.
 
-scores      what a figure is to the loop
-packs       one pack -> figures, in smaller packs where memory runs out
-engine      units one after the other
-pipeline    what runs beside it: tokenising ahead, writing behind
-token_budget  how large a pack may be
+scores          what a figure is to the loop
+packs           one pack -> figures, in smaller packs where memory runs out
+engine          units one after the other
+pipeline        what runs beside it: tokenising ahead, writing behind
+token_budget    how large a pack may be
 machine_memory  how much there is for it
-scorer      a model with all its settings, and its identity
-losses      a base model's figures
-rewards     a reward model's
-joint       both of one body in one pass
-passes      what a run still lacks, and which pass over the corpus gives it
+scorer          a model with all its settings, and its identity
+losses          a base model's figures
+rewards         a reward model's
+joint           both of one body in one pass
+passes          what a run still lacks, and which pass over the corpus gives it
 """
 
 from fastcompat.scoring.losses import ResponseScores, Scorer, score_sequences

@@ -199,7 +199,7 @@ class Run:
         unknown = [name for name in columns or () if name not in schema.names]
         if unknown:
             raise UsageError(f"no column {', '.join(unknown)} in these scores; there are {', '.join(schema.names)}")
-        kept = columns or schema.names
+        kept = schema.names if columns is None else columns
         tables = [pa.schema([schema.field(name) for name in kept]).empty_table()]
         for table in self._tables(stores, columns, in_input_order=columns is None):
             tables.append(table.select([name for name in table.column_names if name in kept]))
@@ -221,7 +221,8 @@ class Run:
         """The rows of each scorer, then of each reward that came along, in the columns of `as_scores`."""
         labels = self.labels(stores)
         for store in stores:
-            own = [name for name in store.schema.names if columns is None or name in columns]
+            # The key too: a table of no column would have no row.
+            own = [name for name in store.schema.names if columns is None or name in (*columns, "row_key")]
             rows = self._read(partial(store.rows, columns=own), store.with_rows(self.units), columns)
             rows = pa.concat_tables([store.schema.empty_table().select(own), *rows], promote_options="default")
             yield as_scores(self._in_input_order(rows) if in_input_order else rows, store.kind, labels[store.name])

@@ -232,6 +232,15 @@ def test_every_pair_of_models_has_its_row():
     assert [row for row in found if row[0] == "reward"] == [("reward", None, m, None) for m in ("R", "column S")]
     assert [row[1] for row in found if row[0] == "loss"] == ["B", "C"]
     assert sum(row[0] == "car" for row in found) == 2 * 2 * 2
+    one = validate(both, against(REWARD), base_model="C", reward_model="R")
+    assert {(row["base_model"], row["reward_model"]) for row in one.to_pylist()} == {
+        ("C", "R"),
+        ("C", None),
+        (None, "R"),
+    }
+    assert validate(generator_metrics(both), against(REWARD), base_model="C", reward_model="R") == one
+    with pytest.raises(UsageError, match="--base-model D: not in the scores; there are B, C"):
+        validate(generator_metrics(both), against(REWARD), base_model="D")
 
 
 def test_scores_of_ones_own_and_figures_again():

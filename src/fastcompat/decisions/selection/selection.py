@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastcompat.decisions.selection.settings import MIXTURE, SelectionSettings
 from fastcompat.errors import UsageError
 from fastcompat.metrics import ALIASES, METRICS, compute, missing, with_reference
-from fastcompat.rows import MISSING, SCORED_STATUSES, Message, as_table, paired, spoken
+from fastcompat.rows import MISSING, SCORED_STATUSES, Message, as_table, is_long, only, paired, spoken
 from fastcompat.store import Run
 
 FloatArray = NDArray[np.float64]
@@ -164,15 +164,9 @@ def _metric(name: str, table: pa.Table, settings: SelectionSettings, scored: NDA
 
 def _one_pair(table: pa.Table, settings: SelectionSettings) -> pa.Table:
     """The paired rows of the one base model and the one reward model that are meant."""
-    for column, chosen in (("base_model", settings.base_model), ("reward_model", settings.reward_model)):
-        if chosen is None:
-            continue
-        there = pc.unique(table[column].drop_null()).to_pylist() if column in table.column_names else []
-        if chosen not in there:
-            raise UsageError(f"{column} {chosen}: not in the scores; there are {', '.join(map(str, there)) or 'none'}")
-        table = table.filter(pc.fill_null(pc.equal(table[column], chosen), _is_long(table, column)))
+    table = only(table, base_model=settings.base_model, reward_model=settings.reward_model)
     needs = {column for name in settings.weights for column in METRICS[name].needs}
-    if "reward" not in needs and _is_long(table, "base_model"):
+    if "reward" not in needs and is_long(table, "base_model"):
         table = table.filter(table["base_model"].is_valid())
     table = paired(table)
     for column in ("base_model", "reward_model"):
@@ -183,15 +177,6 @@ def _one_pair(table: pa.Table, settings: SelectionSettings) -> pa.Table:
                 f"choose one with --{column.replace('_', '-')} (in Python {column}=)"
             )
     return table
-
-
-def _is_long(table: pa.Table, column: str) -> bool:
-    """Whether rows without this kind of model are another kind's."""
-    other = "reward_model" if column == "base_model" else "base_model"
-    if not {column, other} <= set(table.column_names):
-        return False
-    alone = pc.and_(table[other].is_valid(), table[column].is_null())
-    return bool(pc.any(alone).as_py()) and table[column].null_count < table.num_rows
 
 
 def _select(

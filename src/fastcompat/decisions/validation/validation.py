@@ -145,7 +145,10 @@ def validate(
     elif METADATA_KEY not in ((against := as_table(against)).schema.metadata or {}):
         against = outcomes_in(against.to_pylist(), "the table of outcomes")
     figures = scores if isinstance(scores, pa.Table) and scores.schema.names == FIGURES_SCHEMA.names else None
-    if figures is None:
+    if figures is not None:
+        # A metric that reads no such model has none.
+        figures = only(figures, base_model=base_model, reward_model=reward_model, of_neither=True)
+    else:
         figures = generator_metrics(
             scores,
             metrics=metrics,
