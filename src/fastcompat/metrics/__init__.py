@@ -14,13 +14,15 @@ from fastcompat.metrics.catalogue import (
     missing,
     with_reference,
 )
-from fastcompat.metrics.response_formulas import car, check_losses, finite, negative_reward
+from fastcompat.metrics.response_formulas import BETA, car, check_losses, checked_betas, finite, negative_reward
 
 __all__ = [
     "ALIASES",
+    "BETA",
     "METRICS",
     "car",
     "check_losses",
+    "checked_betas",
     "compute",
     "compute_by_group",
     "finite",

@@ -22,7 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from fastcompat.errors import UsageError
 from fastcompat.metrics import token_formulas
 from fastcompat.metrics.response_formulas import (
-    FloatArray,
     as_given,
     bits_per_byte,
     car,
@@ -37,7 +36,7 @@ from fastcompat.metrics.response_formulas import (
     persyn,
     rank_surprisal_ratio,
 )
-from fastcompat.rows import COLUMNS, EXTRAS, Extras
+from fastcompat.rows import COLUMNS, EXTRAS, Extras, FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fastcompat.errors import UsageError
+from fastcompat.rows import FloatArray
 
-FloatArray = NDArray[np.float64]
+# Of CAR, where nobody chose: that of other people's code (arXiv 2502.11779), since the paper's own is not published.
+BETA = 3.0
 
 # A certain token's NLL may come out this far below 0: float32 logits, rounded.
 ROUNDING = 1e-4
@@ -60,7 +62,7 @@ def bits_per_byte(nll_sum: ArrayLike, n_bytes: ArrayLike) -> FloatArray:
     return _per(nll_sum, n_bytes, "n_bytes", unit=float(np.log(2)))
 
 
-def car(reward: ArrayLike, loss: ArrayLike, beta: float = 3.0, *, reward_shift: float = 0.0) -> FloatArray:
+def car(reward: ArrayLike, loss: ArrayLike, beta: float = BETA, *, reward_shift: float = 0.0) -> FloatArray:
     """Compatibility-adjusted reward: (reward + reward_shift) / (1 + beta * loss), in units of the reward.
 
     reward, loss: of a response, or their means over a generator's responses, r(D) and L(D) of the paper; loss in nats
@@ -83,6 +85,18 @@ def car(reward: ArrayLike, loss: ArrayLike, beta: float = 3.0, *, reward_shift: 
         among = f" ({refused.sum():,} of {known.sum():,})" if known.sum() > 1 else ""
         raise UsageError(negative_reward("reward", rewards[refused].min(), reward_shift, among))
     return _plain((rewards + reward_shift) / (1 + beta * np.maximum(losses, 0)))
+
+
+def checked_betas(beta: object) -> tuple[float, ...]:
+    """The different values of one or several betas, in their order. UsageError for what is no beta."""
+    try:
+        values = np.atleast_1d(np.asarray(beta))
+    except ValueError:  # lists within lists, of several lengths
+        values = np.empty(0)
+    numbers = values.ndim == 1 and len(values) > 0 and values.dtype.kind in "iuf"
+    if not numbers or not (np.isfinite(values) & (values >= 0)).all():
+        raise UsageError(f"beta must be one or more numbers of at least 0, got {beta!r}")
+    return tuple(dict.fromkeys(values.astype(np.float64).tolist()))
 
 
 def negative_reward(whose: str, reward: float, reward_shift: float, among: str = "") -> str:

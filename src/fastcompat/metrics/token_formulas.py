@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fastcompat.errors import UsageError
-from fastcompat.metrics.response_formulas import FloatArray
-
-IntArray = NDArray[np.int64]
+from fastcompat.rows import FloatArray, IntArray
 
 # Tokens sorted at once: keys and values take about 128 MiB.
 TOKENS_PER_STEP = 1 << 22

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fastcompat.report.data import Options, report_data
+from fastcompat.metrics import BETA
+from fastcompat.report.data import BETAS, Options, report_data
 from fastcompat.report.page import render
 from fastcompat.store import Run
 
@@ -25,8 +26,8 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     by: str = "generator",
-    betas: Sequence[float] = (0.0, 1.0, 3.0, 10.0),
-    beta: float = 3.0,
+    betas: Sequence[float] = BETAS,
+    beta: float = BETA,
     average: Literal["response", "token"] = "response",
     reward_shift: float = 0.0,
     leave_out: Literal["response", "prompt"] = "response",

@@ -13,19 +13,17 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from fastcompat.decisions import BetaRange, Figure, average_ranks, rank, sensitivity
 from fastcompat.errors import UsageError
-from fastcompat.metrics import METRICS, compute, compute_by_group, missing
+from fastcompat.metrics import BETA, METRICS, compute, compute_by_group, missing
 from fastcompat.report.examples import Examples, find_examples
 from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
-from fastcompat.rows import by_pair, carrying, paired
+from fastcompat.rows import FloatArray, IntArray, by_pair, carrying, paired
 from fastcompat.store import UNIT, Run
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-
+# Beside the one that decides.
+BETAS = (0.0, 1.0, BETA, 10.0)
 # Pairs of a base model and a reward model that get a section.
 MAX_SECTIONS = 6
 # Generators over all sections: each costs about 4 KB, and every section shows at least the first `MIN_GENERATORS`.
@@ -45,8 +43,8 @@ class Options:
     """As of `write_report`."""
 
     by: str = "generator"
-    betas: tuple[float, ...] = (0.0, 1.0, 3.0, 10.0)
-    beta: float = 3.0
+    betas: tuple[float, ...] = BETAS
+    beta: float = BETA
     average: Literal["response", "token"] = "response"
     reward_shift: float = 0.0
     leave_out: Literal["response", "prompt"] = "response"

@@ -5,9 +5,11 @@ response    the row: a conversation whose last message is the response
 status      what became of it
 columns     every column: its type, its meaning, what computes it; the tables that are made of them
 frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
+arrays      arrays of figures, by the type of their values
 pairing     loss and reward of one response in one row
 """
 
+from fastcompat.rows.arrays import BoolArray, FloatArray, IntArray
 from fastcompat.rows.columns import (
     COLUMNS,
     EXTRAS,
@@ -59,7 +61,10 @@ __all__ = [
     "SAID_KEYS",
     "SCORED_STATUSES",
     "SCORES_SCHEMA",
+    "BoolArray",
     "Extras",
+    "FloatArray",
+    "IntArray",
     "Message",
     "Response",
     "Status",

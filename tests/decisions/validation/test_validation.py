@@ -259,7 +259,7 @@ def test_what_is_asked_for_wrongly_is_said():
     with pytest.raises(UsageError, match="beta must"):
         validate(table, against(REWARD), betas=[-1])
     for betas in ("3", None, [], [3.0, "1"], {}):
-        with pytest.raises(UsageError, match="betas must be a number or a list of numbers"):
+        with pytest.raises(UsageError, match="beta must be one or more numbers of at least 0"):
             validate(table, against(REWARD), betas=betas)
     assert validate(table, against(REWARD), betas=1) == validate(table, against(REWARD), betas=np.array([1.0]))
     for permutations in (0, -1):

@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate, FloatArray, Moments
+from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate, Moments
 from fastcompat.errors import UsageError
 from fastcompat.metrics import car, check_losses, finite
+from fastcompat.rows import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +42,6 @@ class RankingSettings:
         for name, value, least in (("draws", self.draws, 1), ("seed", self.seed, 0)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def all_betas(beta: object) -> tuple[float, ...]:
-    """The different values of one or several betas, in their order. UsageError for what is no beta."""
-    try:
-        values = np.atleast_1d(np.asarray(beta))
-    except ValueError:  # lists within lists, of several lengths
-        values = np.empty(0)
-    numbers = values.ndim == 1 and len(values) > 0 and values.dtype.kind in "iuf"
-    if not numbers or not (np.isfinite(values) & (values >= 0)).all():
-        raise UsageError(f"beta must be one or more numbers of at least 0, got {beta!r}")
-    return tuple(dict.fromkeys(values.astype(np.float64).tolist()))
 
 
 def values_of(

@@ -19,9 +19,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+from fastcompat.rows import BoolArray, FloatArray, IntArray
 
 # Prompts in a block: their weights are [prompts, B] float32, 64 MiB for 1,000 draws.
 BLOCK_PROMPTS = 1 << 14

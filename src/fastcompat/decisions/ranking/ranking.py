@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastcompat.decisions.ranking.estimates import RankingSettings, all_betas, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import BoolArray, ClusteredMeans, Estimate, FloatArray, IntArray
+from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
+from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate
 from fastcompat.errors import UsageError
-from fastcompat.metrics import negative_reward
-from fastcompat.rows import as_table, by_pair, carrying, only, paired
+from fastcompat.metrics import BETA, checked_betas, negative_reward
+from fastcompat.rows import BoolArray, FloatArray, IntArray, as_table, by_pair, carrying, only, paired
 from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
@@ -58,7 +58,7 @@ def rank(
     by: str = "generator",
     base_model: str | None = None,
     reward_model: str | None = None,
-    beta: float | Sequence[float] = 3.0,
+    beta: float | Sequence[float] = BETA,
     average: Literal["response", "token"] = "response",
     reward_shift: float = 0.0,
     leave_out: Literal["response", "prompt"] = "response",
@@ -93,7 +93,7 @@ def rank(
     negative where CAR decides; sorted by another figure, its `car` is null.
     """
     options = RankingSettings(
-        betas=all_betas(beta),
+        betas=checked_betas(beta),
         average=average,
         reward_shift=reward_shift,
         leave_out=leave_out,

@@ -20,12 +20,20 @@ from numpy.typing import NDArray
 
 from fastcompat.decisions.selection.settings import MIXTURE, SelectionSettings
 from fastcompat.errors import UsageError
-from fastcompat.metrics import ALIASES, METRICS, compute, missing, with_reference
-from fastcompat.rows import MISSING, SCORED_STATUSES, Message, as_table, is_long, only, paired, spoken
+from fastcompat.metrics import ALIASES, BETA, METRICS, compute, missing, with_reference
+from fastcompat.rows import (
+    MISSING,
+    SCORED_STATUSES,
+    FloatArray,
+    IntArray,
+    Message,
+    as_table,
+    is_long,
+    only,
+    paired,
+    spoken,
+)
 from fastcompat.store import Run
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
 
 # Schema metadata of a selection: its settings and counts as JSON, for the card.
 METADATA_KEY = b"fastcompat.selection"
@@ -35,7 +43,7 @@ def select(
     scores: Any,
     *,
     by: str | Mapping[str, float] = "car",
-    beta: float = 3.0,
+    beta: float = BETA,
     reward_shift: float = 0.0,
     top: int | None = None,
     threshold: float | None = None,
@@ -293,8 +301,8 @@ def _apply_length_guards(table: pa.Table, settings: SelectionSettings, reasons: 
 
 
 def _best_first(
-    value: FloatArray, loss: FloatArray, row_key: pa.ChunkedArray, prompt: IndexArray | None = None
-) -> IndexArray:
+    value: FloatArray, loss: FloatArray, row_key: pa.ChunkedArray, prompt: IntArray | None = None
+) -> IntArray:
     """[E] order by prompt, then the highest value, the lower loss, the row key that is first as text."""
     keys = (loss, -value) if prompt is None else (loss, -value, prompt)
     order = np.lexsort(keys)
@@ -313,9 +321,7 @@ def _best_first(
     return order
 
 
-def _without_duplicates(
-    order: IndexArray, prompt: IndexArray, responses: pa.ChunkedArray, reasons: _Reasons
-) -> IndexArray:
+def _without_duplicates(order: IntArray, prompt: IntArray, responses: pa.ChunkedArray, reasons: _Reasons) -> IntArray:
     """`order` with the first of equal responses to one prompt only; a null response equals nothing."""
     code = _codes(responses)
     known = order[code[order] >= 0]
@@ -356,10 +362,10 @@ def _run_responses(run: Run, table: pa.Table) -> pa.ChunkedArray:
     return pa.chunked_array(digests, pa.binary(16)).take(found)
 
 
-def _codes(column: pa.ChunkedArray) -> IndexArray:
+def _codes(column: pa.ChunkedArray) -> IntArray:
     """[N] integers, equal for equal values; null is -1."""
     encoded = column.combine_chunks().dictionary_encode()
-    codes: IndexArray = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    codes: IntArray = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     return codes
 
 

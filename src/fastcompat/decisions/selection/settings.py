@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fastcompat.errors import UsageError
+from fastcompat.metrics import BETA
 
 # The column of a mixture's values.
 MIXTURE = "mixture"
@@ -19,7 +20,7 @@ class SelectionSettings:
     """What `select` is asked for; its docstring says what each means."""
 
     by: str | Mapping[str, float] = "car"
-    beta: float = 3.0
+    beta: float = BETA
     reward_shift: float = 0.0
     top: int | None = None
     threshold: float | None = None

@@ -18,19 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from fastcompat.decisions.selection.dataset_card import dataset_card
 from fastcompat.decisions.selection.selection import METADATA_KEY
 from fastcompat.errors import RunError, UsageError
-from fastcompat.rows import ROW_SCHEMA, Message
+from fastcompat.rows import ROW_SCHEMA, IntArray, Message
 from fastcompat.store import Run, replacing
 
 # Conversations in memory at once: some 60 MB.
 ROWS_AT_ONCE = 20_000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
-IndexArray = NDArray[np.int64]
 Write = Callable[[pa.Table, pa.Table], None]  # conversations, and what is written beside them
 
 _CONVERSATION = ["messages", "tools"]
@@ -87,7 +85,7 @@ def _values(chosen: pa.Table, record: dict[str, Any]) -> pa.Table:
     return chosen.select(list(dict.fromkeys(names))).replace_schema_metadata(None)
 
 
-def _places(run: Run, chosen: pa.Table) -> list[IndexArray]:
+def _places(run: Run, chosen: pa.Table) -> list[IntArray]:
     """For each unit, for each of its rows: its place in `chosen`, -1 where it is not chosen."""
     keys = [run.unit_rows(unit, ["row_key"])["row_key"] for unit in run.units]
     every_key = pa.chunked_array([chunk for key in keys for chunk in key.chunks], pa.string())
@@ -100,7 +98,7 @@ def _places(run: Run, chosen: pa.Table) -> list[IndexArray]:
     return np.split(places, np.cumsum([len(key) for key in keys])[:-1])
 
 
-def _in_order(run: Run, places: list[IndexArray], n_rows: int, path: Path) -> Iterator[tuple[int, pa.Table]]:
+def _in_order(run: Run, places: list[IntArray], n_rows: int, path: Path) -> Iterator[tuple[int, pa.Table]]:
     """(first row, messages and tools) of `ROWS_AT_ONCE` rows after the other, by their places.
 
     Units hold the prompts of a hash bucket, so a unit's rows belong all over the file: they are dealt into one
@@ -159,7 +157,7 @@ class _ParquetForm:
     has_tools: bool
 
     @classmethod
-    def of(cls, run: Run, places: list[IndexArray], path: Path) -> Self:
+    def of(cls, run: Run, places: list[IntArray], path: Path) -> Self:
         """The form that holds all chosen conversations. Raises UsageError where a key has no one type."""
         types: dict[str, pa.DataType] = {}
         has_tools = False

@@ -9,11 +9,10 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fastcompat.errors import UsageError
-
-FloatArray = NDArray[np.float64]
+from fastcompat.rows import FloatArray
 
 # Up to this many generators every permutation is looked at: 8! = 40,320.
 MAX_EXACT = 8

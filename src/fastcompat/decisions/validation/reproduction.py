@@ -24,7 +24,7 @@ from fastcompat.decisions.validation import paper
 from fastcompat.decisions.validation.outcomes import METADATA_KEY, PAPER, outcomes
 from fastcompat.decisions.validation.validation import VALIDATION_SCHEMA, generator_metrics, unmatched, validate
 from fastcompat.errors import UsageError
-from fastcompat.metrics import missing
+from fastcompat.metrics import BETA, missing
 from fastcompat.rows import as_table
 from fastcompat.store import Run
 
@@ -41,7 +41,6 @@ BASE_MODELS = {
 GPT2 = "openai-community/gpt2"
 TEMPLATE = "plain"
 MAX_LENGTH = 4096
-BETA = 3.0
 # What the paper does not say -> what is done here.
 CHOICES = {
     "beta": f"{BETA:g}, as in code of others (arXiv 2502.11779)",

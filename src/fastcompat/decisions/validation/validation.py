@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from fastcompat.decisions.validation import paper
 from fastcompat.decisions.validation.correlation import MAX_EXACT, permutation_p, rho_interval, spearman
 from fastcompat.decisions.validation.outcomes import METADATA_KEY, match_generators, outcomes, outcomes_in
 from fastcompat.errors import UsageError
-from fastcompat.metrics import METRICS, car, compute_by_group, metric_names, missing
+from fastcompat.metrics import BETA, METRICS, checked_betas, compute_by_group, metric_names, missing
 from fastcompat.rows import as_table, is_scored, only, paired
 
 # Of three generators even a perfect rho has p = 1/3.
@@ -62,7 +61,7 @@ def generator_metrics(
     scores: Any,
     *,
     metrics: str | Sequence[str] | None = None,
-    betas: float | Sequence[float] = (3.0,),
+    betas: float | Sequence[float] = BETA,
     reward_shift: float = 0.0,
     by: str = "generator",
     base_model: str | None = None,
@@ -78,7 +77,7 @@ def generator_metrics(
 
     Raises UsageError: no such column or metric, a null in `by`, a beta out of range.
     """
-    betas = _checked_betas(betas)
+    betas = checked_betas(betas)
     table = as_table(scores)
     if by not in table.column_names:
         raise UsageError(f"no column {by!r} to group by; there are {', '.join(table.column_names)}")
@@ -119,7 +118,7 @@ def validate(
     against: Any,
     *,
     metrics: str | Sequence[str] | None = None,
-    betas: float | Sequence[float] = (3.0,),
+    betas: float | Sequence[float] = BETA,
     reward_shift: float = 0.0,
     by: str = "generator",
     base_model: str | None = None,
@@ -258,16 +257,6 @@ def unmatched(told: Mapping[str, Any]) -> list[str]:
         if told[key]:
             lines.append(f"{where}, left out: {', '.join(told[key])}.")
     return lines
-
-
-def _checked_betas(betas: Any) -> list[float]:
-    """One beta or several, as a list. Raises UsageError for what is none."""
-    several: list[Any] = [betas] if isinstance(betas, Real) else list(betas) if isinstance(betas, Iterable) else []
-    if not several or not all(isinstance(each, Real) for each in several):
-        raise UsageError(f"betas must be a number or a list of numbers, got {betas!r}")
-    for each in several:
-        car(1.0, 1.0, each)  # raises for what is out of range
-    return [float(each) for each in several]
 
 
 def _row(series: Series, of: str | None, n: int, note: str | None) -> dict[str, Any]:
