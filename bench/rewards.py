@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
-
-from fastcompat.benchmark.reward_loops import BATCH_SIZES
-from fastcompat.benchmark.reward_measurement import (
+from reward_loops import BATCH_SIZES
+from reward_measurement import (
     RewardSettings,
     classifier_subject,
     measure_rewards,
     rendered,
     save_random_classifier,
 )
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
 from fastcompat.benchmark.subjects import SHAPES
 from fastcompat.benchmark.workloads import WORKLOADS, chosen_workloads
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from families import small_model
+from reward_loops import exact_rewards, id_tokenizer, packed_reward_loop, reward_loops, texts_of
 from reward_makers import VOCABULARY, classifier
+from reward_measurement import classifier_subject, tokenization_seconds
 
-from fastcompat.benchmark.reward_loops import exact_rewards, id_tokenizer, packed_reward_loop, reward_loops, texts_of
-from fastcompat.benchmark.reward_measurement import classifier_subject, tokenization_seconds
 from fastcompat.benchmark.subjects import SHAPES
 from fastcompat.benchmark.workloads import Lengths, Workload
 from fastcompat.rows.status import Status

@@ -11,7 +11,6 @@ What users run; what we measure for ourselves is in bench/.
     measurement.py   all of it: seconds, efficiency, and how far each one's losses are from float32
     machine.py       on what: processor, memory, versions
     table.py         as people read it
-    reward_loops.py, reward_measurement.py    the same for reward models, beside transformers' pipeline
 
 `bench/end_to_end.py` runs the same with more peers, `bench/rewards.py` that of reward models.
 """

@@ -14,16 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from fastcompat.benchmark.flops import up_projection
-from fastcompat.benchmark.loops import Sequences
-from fastcompat.benchmark.machine import machine
-from fastcompat.benchmark.measurement import Problem, release
-from fastcompat.benchmark.reward_loops import (
+from reward_loops import (
     BATCH_SIZES,
     PIPELINE,
     Rewards,
@@ -35,6 +26,15 @@ from fastcompat.benchmark.reward_loops import (
     reward_loops,
     texts_of,
 )
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fastcompat.benchmark.flops import up_projection
+from fastcompat.benchmark.loops import Sequences
+from fastcompat.benchmark.machine import machine
+from fastcompat.benchmark.measurement import Problem, release
 from fastcompat.benchmark.rounds import LoopResult, run_in_turn
 from fastcompat.benchmark.subjects import SHAPES, Subject, draw_weights
 from fastcompat.models import (
