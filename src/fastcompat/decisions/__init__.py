@@ -10,7 +10,6 @@ from fastcompat.decisions.ranking.reading import FIGURE_NAMES, Row, beta_span, g
 from fastcompat.decisions.selection.selection import select
 from fastcompat.decisions.selection.training_file import write_selection
 from fastcompat.decisions.validation.correlation import average_ranks
-from fastcompat.decisions.validation.validation import validate
 
 __all__ = [
     "FIGURE_NAMES",
@@ -24,6 +23,5 @@ __all__ = [
     "rank",
     "select",
     "sensitivity",
-    "validate",
     "write_selection",
 ]

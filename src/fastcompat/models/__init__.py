@@ -33,14 +33,13 @@ from fastcompat.models.configuration import (
     text_config,
     windows,
 )
-from fastcompat.models.loading import Described, describe, load_causal_lm, load_reward_model, reward_model_on
+from fastcompat.models.loading import describe, load_causal_lm, load_reward_model, reward_model_on
 from fastcompat.models.packed_model import PackedModel, settings_of
 from fastcompat.models.reward_model import RewardModel
 
 __all__ = [
     "LAYER_WEIGHT",
     "CausalLM",
-    "Described",
     "ModelSettings",
     "PackedModel",
     "RewardModel",

@@ -36,7 +36,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
-from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, paired, rows_at
+from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, paired
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
     REWARDS_TYPE,
@@ -86,7 +86,6 @@ __all__ = [
     "prompt_id",
     "reasoning_of",
     "records",
-    "rows_at",
     "says_something",
     "spoken",
     "to_table",
