@@ -6,14 +6,14 @@ Dimension key: N responses, F figures, G generators.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pyarrow as pa
 
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate, Moments
+from fastcompat.decisions.ranking.intervals import ClusteredMeans, Differences, Estimate, Moments
 from fastcompat.errors import UsageError
 from fastcompat.metrics import car, check_losses, finite
 from fastcompat.rows import FloatArray
@@ -76,67 +76,90 @@ def _token_sums(used: pa.Table) -> tuple[FloatArray, FloatArray]:
 
 
 def estimates_of(
-    means: ClusteredMeans, units: Mapping[str, float], settings: RankingSettings
+    means: ClusteredMeans,
+    moments: Moments,
+    units: Mapping[str, float],
+    settings: RankingSettings,
+    *,
+    carried: float = 0.0,
 ) -> dict[str | float, Estimate]:
     """The estimates of each figure under its name, and of CAR under its beta where there are both figures.
 
-    means, units: of what `values_of` gave. A generator whose shifted mean reward is negative has no CAR: NaN.
+    means, units: of what `values_of` gave; moments: theirs. A generator whose shifted mean reward is negative has no
+    CAR: NaN. carried: the loss is what `means` has in its place, plus so many times the reward (`known_rewards`).
     """
     figures = list(units)
-    moments = means.moments()
-    replicates = means.replicates(settings.draws, settings.seed)
+    draw = cache(partial(means.replicates, settings.draws, settings.seed))
     estimates: dict[str | float, Estimate] = {}
     for k, name in enumerate(figures):
         sign = -1 if name == "loss" else 1
         unit = np.eye(len(figures))[k]
+        if name == "loss" and carried:
+            unit[figures.index("reward")] = carried
+        value = np.tensordot(unit, np.stack(means.estimates), axes=1)
         deviation, acceleration = moments.of(np.repeat(unit[:, None], means.n_groups, axis=1))
         estimates[name] = Estimate(
-            value=means.estimates[k],
+            value=value,
             deviation=deviation,
             acceleration=acceleration,
             freedom=means.freedom[k],
-            replicates=replicates[k],
             sign=sign,
             unit=units[name],
-            differences=partial(_differences, sign * means.estimates[k], moments, sign * unit),
+            draw=partial(_drawn, draw, k),
+            compare=partial(_differences, sign * value, moments, sign * unit),
         )
     if len(figures) < 2:
         return estimates
-    shift, (reward, loss) = settings.reward_shift / units["reward"], means.estimates
+    shift, reward, loss = settings.reward_shift / units["reward"], estimates["reward"].value, estimates["loss"].value
     reward = np.where(reward + shift >= 0, reward, np.nan)
     for beta in settings.betas:
         weight = beta * units["loss"]
         value = car(reward, loss, weight, reward_shift=shift)
-        slopes = np.stack([1 / (1 + weight * loss), -weight * value / (1 + weight * loss)])
+        slopes = np.stack([1 - weight * value * carried, -weight * value]) / (1 + weight * loss)
         deviation, acceleration = moments.of(np.nan_to_num(slopes))
         estimates[beta] = Estimate(
             value=value,
             deviation=deviation,
             acceleration=acceleration,
             freedom=np.minimum(*means.freedom),
-            replicates=(replicates[0] + shift) / (1 + weight * replicates[1]),
             sign=1,
             unit=units["reward"],
-            differences=partial(_car_differences, reward + shift, loss, weight, moments),
+            draw=partial(_drawn_cars, draw, shift, weight),
+            compare=partial(_car_differences, reward + shift, loss, weight, moments, carried),
         )
     return estimates
 
 
-def _differences(
-    figure: FloatArray, moments: Moments, derivatives: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    return figure[:, None] - figure, *moments.of_differences(derivatives[:, None, None])
+def _drawn(draw: Callable[[], list[FloatArray]], figure: int) -> FloatArray:
+    return draw()[figure]
+
+
+def _drawn_cars(draw: Callable[[], list[FloatArray]], shift: float, weight: float) -> FloatArray:
+    reward, loss = draw()
+    return (reward + shift) / (1 + weight * loss)
+
+
+def _differences(figure: FloatArray, moments: Moments, derivatives: FloatArray) -> Differences:
+    difference = figure[:, None] - figure
+    deviation, acceleration = moments.of_differences(derivatives[:, None, None])
+    return Differences(
+        value=difference, deviation=deviation, acceleration=acceleration, scale=np.ones_like(difference)
+    )
 
 
 def _car_differences(
-    reward: FloatArray, loss: FloatArray, beta: float, moments: Moments
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+    reward: FloatArray, loss: FloatArray, beta: float, moments: Moments, carried: float
+) -> Differences:
     """Two CARs are equal where `r - c * (1 + beta * L)` is, with c the CAR of both together.
 
     That is linear in the means and treats both alike. The difference of the CARs themselves is not: their slope is
     lower where the loss is higher, so that one huge loss would look surer than it is.
     """
-    pooled = np.add.outer(reward, reward) / (2 + beta * np.add.outer(loss, loss))
+    weight = 1 + beta * loss
+    pooled = np.add.outer(reward, reward) / np.add.outer(weight, weight)
     difference = (reward[:, None] - reward) - pooled * beta * (loss[:, None] - loss)
-    slopes = np.stack([np.ones_like(pooled), -beta * pooled])
-    return difference, *moments.of_differences(np.nan_to_num(slopes))
+    slopes = np.stack([1 - beta * pooled * carried, -beta * pooled])
+    deviation, acceleration = moments.of_differences(np.nan_to_num(slopes))
+    # r_i - c w_i - (r_j - c w_j) = (r_i / w_i - r_j / w_j) * 2 w_i w_j / (w_i + w_j)
+    scale = 2 * np.multiply.outer(weight, weight) / np.add.outer(weight, weight)
+    return Differences(value=difference, deviation=deviation, acceleration=acceleration, scale=scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from statistics import NormalDist
 
@@ -204,6 +204,19 @@ def _acceleration(squares: FloatArray, cubes: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Differences:
+    """By how much the row's generator is better than the column's, [G, G] each, paired by prompt.
+
+    value / scale is the difference of the figures themselves; a CAR's is compared in a form that treats both alike.
+    """
+
+    value: FloatArray
+    deviation: FloatArray
+    acceleration: FloatArray
+    scale: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A figure of every generator with all that is known of its error."""
 
@@ -211,47 +224,70 @@ class Estimate:
     deviation: FloatArray  # [G]
     acceleration: FloatArray  # [G]
     freedom: FloatArray  # [G]
-    replicates: FloatArray  # [B, G]
     sign: int  # 1 where higher is better, else -1
     unit: float  # that the figures are in, so that their size is about 1
-    # [G, G] by how much the row's generator is better than the column's: difference, deviation, acceleration.
-    differences: Callable[[], tuple[FloatArray, FloatArray, FloatArray]]
+    draw: Callable[[], FloatArray]  # [B, G] of the bootstrap; dear, and not always asked for
+    compare: Callable[[], Differences]
 
-    def figures(self, known: BoolArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """(value, low, high) [G] as users know them; without bounds where there are not enough prompts to know."""
-        low, high = interval(self.value, self.deviation, self.acceleration, self.freedom)
+    @cached_property
+    def differences(self) -> Differences:
+        return self.compare()
+
+    def figures(self, known: BoolArray, tail: float = 0.025) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(value, low, high) [G] as users know them; without bounds where there are not enough prompts to know.
+
+        tail: the chance that either bound may be passed.
+        """
+        low, high = interval(self.value, self.deviation, self.acceleration, self.freedom, 1 - 2 * tail)
         low, high = np.where(known, low, np.nan), np.where(known, high, np.nan)
         return self.value * self.unit, low * self.unit, high * self.unit
 
     def p_best(self, known: BoolArray) -> FloatArray:
         """[G] share of the draws in which each is the best of those that are known."""
-        figure = np.where(known & ~np.isnan(self.replicates), self.sign * self.replicates, -np.inf)
+        replicates = self.draw()
+        figure = np.where(known & ~np.isnan(replicates), self.sign * replicates, -np.inf)
         best = (figure == figure.max(axis=1, keepdims=True)) & known
         share = (best / np.maximum(best.sum(axis=1, keepdims=True), 1)).mean(axis=0)
         return np.where(known, share, np.nan)
 
-    def ranks(self, known: BoolArray) -> tuple[NDArray[np.int64], list[int | None]]:
-        """The generators by their figures, the best first, and their ranks: 1 + how many are clearly better."""
-        order = np.argsort(np.where(np.isnan(self.value), np.inf, -self.sign * self.value), kind="stable")
-        n_better = self.clearly_better(known).sum(axis=0)
-        return order, [None if np.isnan(self.value[g]) else 1 + int(n_better[g]) for g in order]
+    def order(self) -> IntArray:
+        """The generators by their figures, the best first."""
+        return np.argsort(np.where(np.isnan(self.value), np.inf, -self.sign * self.value), kind="stable")
 
-    def clearly_better(self, known: BoolArray) -> BoolArray:
+    def ranks(self, better: BoolArray) -> list[int | None]:
+        """[G] 1 + how many are better than each, as `better` [G, G] has it; None for one without a figure."""
+        n_better = better.sum(axis=0)
+        return [None if np.isnan(value) else 1 + int(n) for value, n in zip(self.value, n_better, strict=True)]
+
+    def clearly_better(
+        self, known: BoolArray, tail: Callable[[int], float] = lambda n_pairs: FALSE_DIFFERENCES / 2 / n_pairs
+    ) -> BoolArray:
         """[G, G] whether the row's generator is better than the column's, and the interval of the difference says so.
 
-        All pairs of known generators are compared, and each gets its share of `FALSE_DIFFERENCES` (Bonferroni).
+        All pairs of known generators are compared, and each gets its share of `FALSE_DIFFERENCES`; what is told apart
+        leaves its share to the others (Holm 1979, "A simple sequentially rejective multiple test procedure").
+        tail: of so many pairs, how often the interval of each may lie wholly on the wrong side.
         """
-        n_known = int(known.sum())
-        n_pairs = max(1, n_known * (n_known - 1) // 2)
-        quantiles = student_t_quantile(1 - FALSE_DIFFERENCES / 2 / n_pairs, self.freedom)
-        difference, deviation, acceleration = self.differences()
+        open_pairs = known[:, None] & known & ~np.eye(len(known), dtype=bool)
+        better = np.zeros_like(open_pairs)
+        while open_pairs.any():
+            new: BoolArray = open_pairs & (self.differences.value > self.reach(tail(int(open_pairs.sum()) // 2)))
+            if not new.any():
+                break
+            better |= new
+            open_pairs &= ~(new | new.T)
+        return better
+
+    def reach(self, tail: float) -> FloatArray:
+        """[G, G] how far above zero a difference must be if it may be there by chance in `tail` of all cases."""
+        quantiles = student_t_quantile(1 - tail, self.freedom)
         side, _ = sides(
-            np.maximum.outer(quantiles, quantiles), acceleration, np.minimum.outer(self.freedom, self.freedom)
+            np.maximum.outer(quantiles, quantiles),
+            self.differences.acceleration,
+            np.minimum.outer(self.freedom, self.freedom),
         )
         # Equal figures may differ in their last bits, where nothing varies at all.
-        rounding = np.maximum(1e-12 * np.abs(self.value)[:, None], VANISHING)
-        better: BoolArray = known[:, None] & known & (difference > side * deviation + rounding)
-        return better
+        return side * self.differences.deviation + np.maximum(1e-12 * np.abs(self.value)[:, None], VANISHING)
 
 
 def interval(

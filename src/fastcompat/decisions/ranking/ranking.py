@@ -209,7 +209,7 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
     values, units = values_of(used, figures, options.average)
     means = ClusteredMeans(prompt[carries], group[carries], len(names), values)
     known = means.n_prompts >= MIN_PROMPTS
-    estimates = estimates_of(means, units, options)
+    estimates = estimates_of(means, means.moments(), units, options)
     if sort_by == "car":
         _check_rewards(estimates["reward"], names, options.reward_shift)
     of_responses = {
@@ -224,12 +224,14 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
     for beta in options.betas if len(figures) == 2 else [None]:
         by_name: dict[str, str | float] = {name: name for name in figures} | ({} if beta is None else {"car": beta})
         ranked = estimates[by_name[sort_by]]
-        order, ranks = ranked.ranks(known)
-        by_generator: dict[str, NDArray[Any]] = of_responses | {"p_best": ranked.p_best(known)}
+        order = ranked.order()
+        ranks = ranked.ranks(ranked.clearly_better(known))
+        by_generator: dict[str, Any] = of_responses | {"p_best": ranked.p_best(known)}
         for name, key in by_name.items():
             columns_of = (name, f"{name}_low", f"{name}_high")
             by_generator |= dict(zip(columns_of, estimates[key].figures(known), strict=True))
-        columns: dict[str, Any] = {name: values[order] for name, values in by_generator.items()} | {"rank": ranks}
+        columns: dict[str, Any] = {name: values[order] for name, values in by_generator.items()}
+        columns["rank"] = [ranks[g] for g in order]
         constants = {
             "base_model": models[0],
             "reward_model": models[1],
