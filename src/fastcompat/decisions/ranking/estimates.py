@@ -142,9 +142,7 @@ def _drawn_cars(draw: Callable[[], list[FloatArray]], shift: float, weight: floa
 def _differences(figure: FloatArray, moments: Moments, derivatives: FloatArray) -> Differences:
     difference = figure[:, None] - figure
     deviation, acceleration = moments.of_differences(derivatives[:, None, None])
-    return Differences(
-        value=difference, deviation=deviation, acceleration=acceleration, scale=np.ones_like(difference)
-    )
+    return Differences(value=difference, deviation=deviation, acceleration=acceleration, scale=np.ones_like(difference))
 
 
 def _car_differences(

@@ -70,6 +70,11 @@ class ClusteredMeans:
                 np.fmax(total**2 / square - 1, 1.0) for total, square in zip(self._totals, squares, strict=True)
             ]
 
+    def replace_mean(self, figure: int, mean: FloatArray, total: FloatArray) -> None:
+        """Take a mean [G] that more rows than these have given, whose weights sum to `total` [G]: these rows' influences
+        are then their own on that mean."""
+        self.estimates[figure], self._totals[figure] = mean, total
+
     def moments(self) -> Moments:
         """Moments of the influences of prompts on the figures' means.
 

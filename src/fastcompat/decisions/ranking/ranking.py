@@ -193,7 +193,7 @@ def _check_groups(scores: pa.Table, by: str) -> None:
 
 def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: RankingSettings) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
-    names, group = _coded(rows[by].cast(pa.string()))
+    names, group = coded(rows[by].cast(pa.string()))
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
     sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
     if sort_by not in [*figures, *(["car"] if len(figures) == 2 else [])]:
@@ -246,7 +246,7 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
     return pa.concat_tables(parts)
 
 
-def _coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
+def coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
     """The different values, sorted, null last; and [N] which of them each is: whatever the order of the rows."""
     encoded = column.combine_chunks().dictionary_encode("encode")
     order = pc.sort_indices(encoded.dictionary).to_numpy()
@@ -256,10 +256,10 @@ def _coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
 
 def _prompts(rows: pa.Table) -> IntArray:
     """[N] codes of prompts; a row without prompt_id is one of its own."""
-    prompts, codes = _coded(rows["prompt_id"])
+    prompts, codes = coded(rows["prompt_id"])
     if not rows["prompt_id"].null_count:
         return codes
-    _, own = _coded(rows["row_key"])
+    _, own = coded(rows["row_key"])
     return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
 
 
