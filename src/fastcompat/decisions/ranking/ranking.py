@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
 from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate
