@@ -1,4 +1,4 @@
-"""The rule of a race: the figures of so many prompts and what former looks decided -> who is out, and whether it is over.
+"""The rule of a race: figures of so many prompts, and what former looks decided -> who is out, whether it is over.
 
 At a look every pair of generators that is still open is compared exactly as `rank` compares them, only that the
 interval of a difference is one that may be looked at again and again (`ranking.looks`). What is told apart leaves its
@@ -299,8 +299,8 @@ def _until_winner(contest: Contest, settings: RaceSettings, history: History, ta
             break
         own_tail = tail(n_pairs)
         sure = contest.surely_better(own_tail) & inside[:, None] & inside
-        losers = np.flatnonzero(sure.any(axis=0))
-        if not len(losers):
+        losers = np.flatnonzero(sure.any(axis=0)).tolist()
+        if not losers:
             break
         for loser in losers:
             better = [g for g in contest.order if sure[g, loser]]
@@ -314,7 +314,7 @@ def _until_winner(contest: Contest, settings: RaceSettings, history: History, ta
         others = inside.copy()
         others[leader] = False
         if settings.margin and contest.hardly_worse(own_tail, settings.margin)[leader, others].all():
-            verdict.equal = {(names[leader], names[g]) for g in np.flatnonzero(others)}
+            verdict.equal = {(names[leader], names[g]) for g in np.flatnonzero(others).tolist()}
             verdict.over = "margin"
     return verdict
 
@@ -332,10 +332,10 @@ def _until_ranking(contest: Contest, settings: RaceSettings, history: History, t
         equal = near & near.T & ~sure & ~sure.T
         if not (sure.any() or equal.any()):
             break
-        verdict.claims |= {(names[i], names[j]) for i, j in np.argwhere(sure)}
-        verdict.equal |= {(names[i], names[j]) for i, j in np.argwhere(np.triu(equal))}
+        verdict.claims |= {(names[i], names[j]) for i, j in np.argwhere(sure).tolist()}
+        verdict.equal |= {(names[i], names[j]) for i, j in np.argwhere(np.triu(equal)).tolist()}
         is_open &= ~(sure | sure.T | equal)
-    for g in np.flatnonzero(~is_open.any(axis=1)):
+    for g in np.flatnonzero(~is_open.any(axis=1)).tolist():
         verdict.out[names[g]] = f"out of the race {when}: its place among {everybody} is settled"
     verdict.over = "" if is_open.any() else "ranking"
     return verdict
@@ -349,7 +349,7 @@ def _until_precision(contest: Contest, settings: RaceSettings, history: History,
     low, high = interval(own.value, own.deviation, own.acceleration, own.freedom)
     widest = np.maximum(high - own.value, own.value - low)
     enough: BoolArray = contest.known & (widest <= settings.precision * np.abs(own.value))
-    for g in np.flatnonzero(enough):
+    for g in np.flatnonzero(enough).tolist():
         verdict.out[contest.names[g]] = (
             f"out of the race {when}: known to within {settings.precision:.3g} of its figure"
         )

@@ -71,8 +71,8 @@ class ClusteredMeans:
             ]
 
     def replace_mean(self, figure: int, mean: FloatArray, total: FloatArray) -> None:
-        """Take a mean [G] that more rows than these have given, whose weights sum to `total` [G]: these rows' influences
-        are then their own on that mean."""
+        """Take a mean [G] that more rows than these gave, with weights that sum to `total` [G]: the influences of these
+        rows are then theirs on that mean."""
         self.estimates[figure], self._totals[figure] = mean, total
 
     def moments(self) -> Moments:
