@@ -5,20 +5,27 @@ beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
 run           the corpus and all scorers, and what they have told so far, as one table
 preparing     a corpus becomes a run
+races         races over a run, and what their looks found
 verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
 from fastcompat.store.durable import replacing
 from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
+from fastcompat.store.verification import pending_rows
 
 __all__ = [
     "UNIT",
     "Packing",
+    "RaceStore",
     "Run",
     "ScorerStore",
     "Unit",
     "open_run",
+    "pending_rows",
+    "races_of",
     "replacing",
+    "start_race",
 ]

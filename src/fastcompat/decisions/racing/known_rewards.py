@@ -81,8 +81,8 @@ def contest_with(
 
 
 def _groups(rows: pa.Table, names: Sequence[str]) -> IntArray:
-    found = pc.index_in(rows["generator"], value_set=pa.array(names, pa.string()))
-    return found.to_numpy().astype(np.int64)
+    group: IntArray = pc.index_in(rows["generator"], value_set=pa.array(names, pa.string())).to_numpy().astype(np.int64)
+    return group
 
 
 def _slope(reward: FloatArray, loss: FloatArray, prompt: IntArray, group: IntArray, n_groups: int) -> float:

@@ -27,6 +27,8 @@ BLOCK_PROMPTS = 1 << 14
 BLOCK_CELLS = 1 << 20
 # How often any of equal generators may be told from another: aimed below 5%, which is then kept under heavy tails too.
 FALSE_DIFFERENCES = 0.04
+# On either side of a 95% interval.
+PLAIN_TAIL = 0.025
 # The longest side of an interval, in Student's: Hall's correction leaps where one value makes all of the skewness.
 LONGEST_SIDE = 2.0
 # Of figures of size 1: squares of what is smaller vanish, so that nothing seems to vary.
@@ -53,9 +55,11 @@ class ClusteredMeans:
         self._prompt, self._group = prompt[order], group[order]
         ordered = {id(weights): weights[order] for _, weights in figures}
         self._figures = [(values[order], ordered[id(weights)]) for values, weights in figures]
-        self._totals = [np.bincount(self._group, weights, n_groups) for _, weights in self._figures]
+        self._totals: list[FloatArray] = [
+            np.bincount(self._group, weights, n_groups).astype(np.float64, copy=False) for _, weights in self._figures
+        ]
         with np.errstate(invalid="ignore"):
-            self.estimates = [
+            self.estimates: list[FloatArray] = [
                 np.bincount(self._group, values, n_groups) / total
                 for (values, _), total in zip(self._figures, self._totals, strict=True)
             ]
@@ -238,7 +242,7 @@ class Estimate:
     def differences(self) -> Differences:
         return self.compare()
 
-    def figures(self, known: BoolArray, tail: float = 0.025) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def figures(self, known: BoolArray, tail: float = PLAIN_TAIL) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(value, low, high) [G] as users know them; without bounds where there are not enough prompts to know.
 
         tail: the chance that either bound may be passed.

@@ -45,6 +45,11 @@ def planned_looks(n_prompts: int, *, ratio: float = RATIO, first: int = FIRST_LO
     return [*(first * ratio**k / n_prompts for k in range(n_looks)), 1.0]
 
 
+def prompts_below(share: float) -> str:
+    """The prompt ids, hashes in 32 hex digits, below this text are this share of all there can be."""
+    return f"{int(share * 2.0**128):032x}" if share < 1 else "g"  # a digit beyond every hash
+
+
 def repeated_tail(tail: float, shares: list[float]) -> float:
     """The one-sided tail of each look's interval, if in `tail` of all runs it may be passed at any look on the way.
 

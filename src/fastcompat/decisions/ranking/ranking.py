@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate
+from fastcompat.decisions.ranking.intervals import PLAIN_TAIL, ClusteredMeans, Estimate
+from fastcompat.decisions.ranking.looks import repeated_tail
+from fastcompat.decisions.ranking.unfinished import Models, Unfinished, unfinished_pairs
 from fastcompat.errors import UsageError
 from fastcompat.metrics import BETA, checked_betas, negative_reward
-from fastcompat.rows import BoolArray, FloatArray, IntArray, as_table, by_pair, carrying, only, paired
+from fastcompat.rows import BoolArray, FloatArray, IntArray, Status, as_table, by_pair, carrying, only, paired
 from fastcompat.store import Run
 
 # A handful of prompts says nothing about the next prompt.
@@ -43,6 +46,9 @@ _SCHEMA = pa.schema(
         ("mean_tokens", pa.float64()),
         *((name + end, pa.float64()) for name in ("reward", "loss", "car") for end in ("", "_low", "_high")),
         ("p_best", pa.float64()),
+        ("interval", pa.string()),
+        ("stopped_after", pa.int64()),
+        ("claim", pa.string()),
     ]
 )
 # Columns that say nothing of whose a response is: scorers, keys, reasons, counts, and the ranking's own names.
@@ -87,6 +93,11 @@ def rank(
     above it. `p_best` is the share of `draws` bootstrap draws of prompts in which the generator is the best, equals
     sharing a draw. Fewer than `MIN_PROMPTS` prompts give no interval and no `p_best`, and are compared with nobody.
 
+    Of a `Run` that is not finished, or that a race stopped (`fastcompat score --until`), `interval` is "repeated": 95%
+    intervals that may be looked at again and again; `p_best` is null (`unfinished`). `rank` then counts what the race
+    claimed, or what such intervals tell apart at 99%; `stopped_after` are the prompts after which a generator was
+    scored no further, and `claim` says what the race found. Otherwise `interval` is "plain", and both are null.
+
     The order of the rows changes nothing but the rounding of sums. Raises UsageError for a column whose values cannot
     be ranked, options out of range, a negative loss, no prompt left by `leave_out="prompt"`, and a mean reward that is
     negative where CAR decides; sorted by another figure, its `car` is null.
@@ -111,7 +122,10 @@ def rank(
         )
     scores = only(scores, base_model=base_model, reward_model=reward_model)
     rows = paired(scores.select([name for name in scores.column_names if name in needed]))
-    parts = [_rank_pair(group, models, by, options) for models, group in by_pair(rows)]
+    unfinished = unfinished_pairs(table, options) if isinstance(table, Run) else {}
+    if unfinished:
+        rows = rows.filter(pc.not_equal(rows["status"], Status.LEFT_OUT))
+    parts = [_rank_pair(group, models, by, options, unfinished.get(models)) for models, group in by_pair(rows)]
     names = [by if name == "generator" else name for name in _SCHEMA.names]
     return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
 
@@ -190,8 +204,12 @@ def _check_groups(scores: pa.Table, by: str) -> None:
         raise UsageError(f"--by {by}: {count:,} different values are no groups to rank")
 
 
-def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, options: RankingSettings) -> pa.Table:
+def _rank_pair(
+    rows: pa.Table, models: Models, by: str, options: RankingSettings, unfinished: Unfinished | None
+) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
+    if unfinished is not None:
+        rows = rows.filter(pa.array(unfinished.used(rows, by)))
     names, group = coded(rows[by].cast(pa.string()))
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
     sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
@@ -223,12 +241,12 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
     for beta in options.betas if len(figures) == 2 else [None]:
         by_name: dict[str, str | float] = {name: name for name in figures} | ({} if beta is None else {"car": beta})
         ranked = estimates[by_name[sort_by]]
-        order = ranked.order()
-        ranks = ranked.ranks(ranked.clearly_better(known))
-        by_generator: dict[str, Any] = of_responses | {"p_best": ranked.p_best(known)}
+        sight = _sight(unfinished, ranked, known, names, by, sort_by, beta, n_prompts_total, options)
+        order, ranks = sight.order, ranked.ranks(sight.better)
+        by_generator: dict[str, Any] = of_responses | sight.columns
         for name, key in by_name.items():
             columns_of = (name, f"{name}_low", f"{name}_high")
-            by_generator |= dict(zip(columns_of, estimates[key].figures(known), strict=True))
+            by_generator |= dict(zip(columns_of, _bounds(estimates[key], known, sight), strict=True))
         columns: dict[str, Any] = {name: values[order] for name, values in by_generator.items()}
         columns["rank"] = [ranks[g] for g in order]
         constants = {
@@ -243,6 +261,62 @@ def _rank_pair(rows: pa.Table, models: tuple[str | None, str | None], by: str, o
         arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in _SCHEMA]
         parts.append(pa.table(arrays, schema=_SCHEMA))
     return pa.concat_tables(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sight:
+    """How surely a group is seen. better: [G, G]; plain: [G] whose ordinary intervals are right; tail: that of the
+    others' bounds; columns: what the table says of it."""
+
+    order: IntArray
+    better: BoolArray
+    plain: BoolArray
+    tail: float
+    columns: dict[str, Any]
+
+
+def _sight(
+    unfinished: Unfinished | None,
+    ranked: Estimate,
+    known: BoolArray,
+    names: list[str | None],
+    by: str,
+    sort_by: str,
+    beta: float | None,
+    n_prompts: int,
+    options: RankingSettings,
+) -> _Sight:
+    if unfinished is None:
+        columns = {"p_best": ranked.p_best(known), "interval": np.full(len(names), "plain", dtype=object)}
+        everybody = np.ones(len(names), bool)
+        return _Sight(
+            order=ranked.order(), better=ranked.clearly_better(known), plain=everybody, tail=PLAIN_TAIL, columns=columns
+        )
+    race = unfinished.race if by == "generator" else None
+    claims = race is not None and race.asks(sort_by, beta, options)
+    plain = unfinished.is_plain(names)
+    columns = {
+        "p_best": ranked.p_best(known) if plain.all() else np.full(len(names), np.nan),
+        "interval": np.where(plain, "plain", "repeated").astype(object),
+        "stopped_after": np.array([unfinished.stopped_after(name) for name in names], dtype=object),
+        "claim": np.array([race.claim(name) if race and claims else None for name in names], dtype=object),
+    }
+    return _Sight(
+        order=unfinished.order(ranked, names, claims),
+        better=unfinished.better(ranked, known, names, claims),
+        plain=plain,
+        tail=repeated_tail(PLAIN_TAIL, unfinished.shares(n_prompts)),
+        columns=columns,
+    )
+
+
+def _bounds(estimate: Estimate, known: BoolArray, sight: _Sight) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(value, low, high) [G]."""
+    value, low, high = estimate.figures(known)
+    if sight.plain.all():
+        return value, low, high
+    _, lowest, highest = estimate.figures(known, sight.tail)
+    return value, np.where(sight.plain, low, lowest), np.where(sight.plain, high, highest)
 
 
 def coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
