@@ -22,6 +22,7 @@ class Status(StrEnum):
     NO_REWARD = "no_reward"  # the corpus has rewards of its own, but none for this response
     TOO_LONG = "too_long"  # no reward: the conversation is longer than the model's limit, and was not to be cut
     NONFINITE = "nonfinite"  # the model gave NaN or infinity
+    LEFT_OUT = "left_out"  # not scored: its generator had left the race, or was not asked for (`score --only`)
     OOM = "oom"  # too large for the device's memory even alone
 
 

@@ -104,6 +104,57 @@ class Run:
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
 
+    def first_prompts(self) -> dict[Unit, str]:
+        """The lowest prompt_id of every unit, from the shards' footers. Raises RunError for a damaged shard."""
+        return {
+            unit: first
+            for generation in self.generations
+            for shard in generation.shards
+            for unit, first in self._first_prompts(shard_number(shard.name), shard.units)
+        }
+
+    def _first_prompts(self, shard: int, sizes: Sequence[int]) -> Iterator[tuple[Unit, str]]:
+        path = self.shard_path(shard)
+        try:
+            metadata = pq.read_metadata(path)
+            column = next(k for k in range(metadata.num_columns) if metadata.schema.column(k).path == "prompt_id")
+        except (OSError, StopIteration, pa.ArrowException) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        for group, n_rows in enumerate(sizes):
+            unit = Unit(shard=shard, group=group, n_rows=n_rows)
+            statistics = (
+                metadata.row_group(group).column(column).statistics if group < metadata.num_row_groups else None
+            )
+            if statistics is not None and statistics.has_min_max:
+                yield unit, statistics.min
+            else:
+                yield unit, pc.min(self.unit_rows(unit, ["prompt_id"])["prompt_id"]).as_py()
+
+    def units_by_prompt(self) -> list[Unit]:
+        """Every unit of all generations by its first prompt, so that any beginning is a random sample of the prompts:
+        a prompt's id is a hash. What `--extend` added lies between what was there; in runs of earlier versions, whose
+        shards each span all hashes, the shards' units take turns."""
+        first = self.first_prompts()
+        return sorted(self.units, key=lambda unit: (first[unit], unit))
+
+    def n_prompts(self) -> int:
+        """Different prompts in the corpus. Reads one column of every shard."""
+        shards = [shard_number(shard.name) for generation in self.generations for shard in generation.shards]
+        with ThreadPoolExecutor(READERS) as pool:
+            ids = list(pool.map(self._prompts_of, shards))
+        # A shard has all responses that its generation has to a prompt; another generation may have more.
+        if len(self.generations) == 1:
+            return sum(len(own) for own in ids)
+        return len(pc.unique(pa.chunked_array(ids, pa.string())))
+
+    def _prompts_of(self, shard: int) -> pa.Array:
+        path = self.shard_path(shard)
+        try:
+            table = pq.read_table(path, columns=["prompt_id"], page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        return pc.unique(table["prompt_id"])
+
     @property
     def reward_columns(self) -> dict[str, int]:
         """Rewards that came with the corpus: name -> rows that have it."""
