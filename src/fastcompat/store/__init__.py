@@ -10,15 +10,17 @@ verification  how far a run is, and whether every file is what it should be
 
 from fastcompat.store.beginnings import Packing
 from fastcompat.store.durable import replacing
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.run import UNIT, Run, open_run
 
 __all__ = [
     "UNIT",
+    "LeaveOut",
     "Packing",
     "Run",
     "ScorerStore",
     "Unit",
+    "leave_nothing_out",
     "open_run",
     "replacing",
 ]

@@ -34,7 +34,7 @@ from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
 from fastcompat.store.durable import read_json, write_json
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 
 FORMAT = 2
 
@@ -187,10 +187,17 @@ class Run:
         return store
 
     def current_scorers(self) -> list[ScorerStore]:
-        """Without those that another one, with more columns, has replaced: it has finished all that they have begun."""
+        """Without those that another one, with more columns, has replaced: it has finished all that they have begun,
+        and left out nothing that they have scored."""
         stores = self.scorers()
         begun = {store.name: store.begun() for store in stores}
         finished = {store.name: store.finished() for store in stores}
+
+        def hides(new: ScorerStore, old: ScorerStore) -> bool:
+            """Whether it has left out what the other one has scored."""
+            begun_or_finished = finished[old.name] | begun[old.name]
+            shared = [unit for unit in self.units if unit.name in begun_or_finished] if new.leaves_out else []
+            return any(new.left_out(unit) - old.left_out(unit) for unit in shared)
 
         def is_replaced(old: ScorerStore) -> bool:
             return any(
@@ -198,6 +205,7 @@ class Run:
                 and new.but_extras == old.but_extras
                 and set(new.extras.columns) > set(old.extras.columns)
                 and finished[new.name] >= finished[old.name] | begun[old.name]
+                and not hides(new, old)
                 for new in stores
             )
 
@@ -222,10 +230,22 @@ class Run:
         counts = Counter(labels.values())
         return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
-    def pending(self, scorer: ScorerStore, *, worker: int = 0, n_workers: int = 1) -> list[Unit]:
-        """Units that have no part yet, of those that fall to this worker."""
+    def pending(
+        self,
+        scorer: ScorerStore,
+        *,
+        worker: int = 0,
+        n_workers: int = 1,
+        units: Sequence[Unit] | None = None,
+        leave_out: LeaveOut = leave_nothing_out,
+    ) -> list[Unit]:
+        """Of `units` (None: all), those that fall to this worker and of which something is to be scored: they have no
+        part, or one that leaves out a generator which `leave_out` does not name."""
         finished = scorer.finished()
-        return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
+        own = (self.units if units is None else units)[worker::n_workers]
+        if not scorer.leaves_out:
+            return [unit for unit in own if unit.name not in finished]
+        return [unit for unit in own if unit.name not in finished or scorer.lacks(unit, leave_out(unit))]
 
     def refuse_unscored(self) -> None:
         """UsageError where there is nothing yet to decide with."""
