@@ -22,7 +22,8 @@ from fastcompat.store.run import Run
 class ScorerProgress:
     """How far one scorer is: rows scored, their statuses, and for each status but `ok` one row with its reason.
 
-    Rows that were left out are among the statuses only. n_begun_rows: those of n_rows that belong to the n_begun_units units which are not finished.
+    Rows that were left out are among the statuses only.
+    n_begun_rows: those of n_rows that belong to the n_begun_units units which are not finished.
     """
 
     name: str
