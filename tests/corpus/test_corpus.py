@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -250,7 +251,8 @@ def test_buckets_follow_the_hash() -> None:
     ids = [prompt_id([Message("user", str(i))]) for i in range(2000)]
     for n_buckets in (1, 7, 1024):
         buckets = bucket_of(pa.chunked_array([ids]), n_buckets)
-        assert buckets.tolist() == [int(text[:8], 16) % n_buckets for text in ids]
+        assert buckets.tolist() == [int(text[:8], 16) * n_buckets >> 32 for text in ids]
+        assert (np.diff(buckets[np.argsort(ids)]) >= 0).all()
         assert len(set(buckets.tolist())) > 0.8 * n_buckets
 
 

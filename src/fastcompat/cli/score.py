@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from fastcompat.cli.display import errors, say
 from fastcompat.cli.options import (
+    Average,
     Bos,
     Carried,
     Device,
@@ -23,6 +24,7 @@ from fastcompat.cli.options import (
     MaxLength,
     ReadOutRule,
     Reasoning,
+    SortBy,
     Template,
     TemplateOption,
     TokenBudget,
@@ -36,12 +38,16 @@ from fastcompat.cli.options import (
 from fastcompat.errors import Interrupted, UsageError
 
 REWARDS = "Rewards"
+RACE = "Until it is sure"
 
 if TYPE_CHECKING:
     from fastcompat.corpus import PreparationProgress
     from fastcompat.scoring.passes import Pass, Worker
     from fastcompat.scoring.rewards import RewardScorer
-    from fastcompat.store.run import Run
+    from fastcompat.store import LeaveOut, Run
+
+# Generators that a refusal lists.
+SHOWN_GENERATORS = 12
 
 
 def score(
@@ -130,6 +136,40 @@ def score(
     worker: Annotated[
         str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
     ] = "1/1",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="GENERATOR", help="Score only its responses. Repeatable.")
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=RACE,
+            metavar="GOAL",
+            help="Score prompts in random order only until this is sure: winner, ranking or precision=0.5%.",
+        ),
+    ] = None,
+    margin: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=RACE,
+            metavar="SHARE",
+            help="Figures this close count as equal; 0: go on until one is better.",
+            show_default="1%",
+        ),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(rich_help_panel=RACE, help="Of CAR.", show_default="3")] = None,
+    average: Annotated[
+        Average | None,
+        typer.Option(rich_help_panel=RACE, help="Loss: mean over responses or over tokens.", show_default="response"),
+    ] = None,
+    reward_shift: Annotated[
+        float | None, typer.Option(rich_help_panel=RACE, help="As of rank.", show_default="0")
+    ] = None,
+    sort: Annotated[
+        SortBy | None,
+        typer.Option(
+            rich_help_panel=RACE, help="What is compared; auto: CAR, without rewards the loss.", show_default="auto"
+        ),
+    ] = None,
 ) -> None:
     """Score a corpus: losses under base models, rewards of reward models, into a run directory.
 
@@ -140,6 +180,7 @@ def score(
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.cli.display import LiveDisplay, show_corpus
+    from fastcompat.cli.racing import hold_races, race_asked
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.losses import Scorer
@@ -154,6 +195,15 @@ def score(
         raise UsageError(f"{', '.join(idle)} is about reward models: name one with --reward-model")
     transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
+    race = race_asked(
+        until,
+        only=only,
+        margin=margin,
+        beta=beta,
+        average=average and average.value,
+        reward_shift=reward_shift,
+        sort=sort and sort.value,
+    )
     overrides = [*(mapping or []), *([] if reward_column is None else [f"reward={reward_column}"])]
     settings = CorpusSettings(overrides=parse_overrides(overrides), strict=strict)
     extras = extras_needed_by(metric_names(metrics) if metrics else (), keep_tokens=keep_tokens)
@@ -209,10 +259,26 @@ def score(
             run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
         if summary is not None:
             show_corpus(summary, time.monotonic() - display.began)
-        for served in passes:
-            work_off(run, served, token_budget=token_budget, worker=share, stop=stop)
+        leave_out = everybody_but(run, only or [])
+        if race is not None:
+            hold_races(run, passes, race, token_budget=token_budget, worker=share, stop=stop)
+        for served in passes if race is None else ():
+            work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
             served.unload()  # the next model needs the room
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
+    if race is not None:
+        say("To score the rest, for the best response to every prompt: the same command without --until.")
+
+
+def everybody_but(run: Run, names: Sequence[str]) -> LeaveOut:
+    """--only: every other generator is left out of every unit."""
+    there = sorted({name for generation in run.generations for name in generation.generators})
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        listed = ", ".join(there[:SHOWN_GENERATORS]) + (" ..." if len(there) > SHOWN_GENERATORS else "")
+        raise UsageError(f"--only {unknown[0]}: not a generator of this run; there are {listed}")
+    others = {name: "not asked for: score --only" for name in there if names and name not in names}
+    return lambda unit: others
 
 
 def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -> list[RewardScorer]:
@@ -234,7 +300,15 @@ def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -
     return scorers
 
 
-def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker, stop: Callable[[], bool]) -> None:
+def work_off(
+    run: Run,
+    served: Pass,
+    *,
+    token_budget: int | None,
+    worker: Worker,
+    stop: Callable[[], bool],
+    leave_out: LeaveOut,
+) -> None:
     """One pass over the corpus, with its progress on the screen."""
     from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_statuses
     from fastcompat.scoring.engine import Progress
@@ -257,7 +331,15 @@ def work_off(run: Run, served: Pass, *, token_budget: int | None, worker: Worker
     progress = Progress(notify=display.scoring)
     try:
         with display.showing():
-            stores = score_corpus(run, served, token_budget=token_budget, worker=worker, progress=progress, stop=stop)
+            stores = score_corpus(
+                run,
+                served,
+                token_budget=token_budget,
+                worker=worker,
+                progress=progress,
+                leave_out=leave_out,
+                stop=stop,
+            )
     except Interrupted:
         say(figures_of(progress))
         raise Interrupted(

@@ -7,7 +7,7 @@ large it may be in `token_budget.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.rows import Response, from_table
+from fastcompat.scoring.leaving_out import Share, share_of
 from fastcompat.scoring.packs import pack_sequences, score_pack
 from fastcompat.scoring.pipeline import Stopwatch, Writer, prefetch, sharing_processor
 from fastcompat.scoring.scores import Model, Scores
 from fastcompat.scoring.token_budget import PackLimit
-from fastcompat.store import Packing, Run, ScorerStore, Unit
+from fastcompat.store import LeaveOut, Packing, Run, ScorerStore, Unit, leave_nothing_out
 from fastcompat.tokens import PrefixForest
 
 # An interrupted unit keeps its finished packs; while it runs, they are kept this often.
@@ -44,12 +45,16 @@ def score_run(
     token_budget: int,
     units: Sequence[Unit],
     progress: Progress,
+    leave_out: LeaveOut = leave_nothing_out,
     stop: Callable[[], bool] = lambda: False,
     ahead: int = 1,
 ) -> None:
     """Score and commit `units`, one after the other.
 
-    begin: tokenises a unit's responses; its scores fill one part of each of `stores`. When `stop()` turns true the pack
+    begin: tokenises a unit's responses; its scores fill one part of each of `stores`.
+    leave_out: whose responses in a unit get no figure; asked by the thread that prepares it, `ahead` units before its
+    turn. A part that lacks others is completed: it keeps every figure that it has.
+    When `stop()` turns true the pack
     at hand is finished and kept, and Interrupted is raised.
     ahead: units that are prepared before their turn. 0: nothing runs beside the forward pass. No byte of the run
     depends on it.
@@ -57,18 +62,22 @@ def score_run(
     progress.began = progress.began or time.monotonic()
     timings = progress.timings
     limit = PackLimit(token_budget)
-    prepare = partial(prepare_unit, run, stores, model, begin, token_budget)
+    prepare = partial(prepare_unit, run, stores, model, begin, token_budget, leave_out)
     with (
         sharing_processor(with_forward_pass=model.device.type == "cpu") if ahead else nullcontext(),
         closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
         Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
     ):
         for unit, prepared in zip(units, prepared_units, strict=True):
-            if prepared is None or _finished(stores, unit):  # another process was here in the meantime
+            if prepared is None or not _lack(
+                stores, unit, prepared.leave_out
+            ):  # another process was here in the meantime
                 progress.n_rows_skipped += unit.n_rows
                 continue
-            scores, packs, n_done = prepared.scores, prepared.packs, prepared.n_done
-            n_without_tokens = unit.n_rows - sum(map(prepared.n_rows, packs))
+            share, scores, packs, n_done = prepared.share, prepared.scores, prepared.packs, prepared.n_done
+            progress.n_rows_skipped += unit.n_rows - len(share.at)
+            progress.n_rows_left_out += share.n_left_out
+            n_without_tokens = len(share.at) - sum(map(prepared.n_rows, packs))
             if n_done:
                 progress.n_rows_skipped += n_without_tokens + sum(map(prepared.n_rows, packs[:n_done]))
             else:
@@ -79,13 +88,16 @@ def score_run(
                 progress.count(forest, prepared.n_rows(forest))
                 writer.check()
                 stopping = stop()
-                if stopping or time.monotonic() - kept > KEEP_SECONDS:
+                # Of a part that is completed nothing is kept before the end: a beginning beside it would count for
+                # nothing, and with some of its rows in the part the others would be packed, and rounded, otherwise.
+                if not share.completes and (stopping or time.monotonic() - kept > KEEP_SECONDS):
                     packing = Packing(token_budget=token_budget, n_stores=len(stores), n_packs=k)
-                    writer.submit(_keep_beginning, stores, unit, scores.tables(prepared.rows), packing)
+                    tables = [share.whole(table, None) for table in scores.tables(share.computed)]
+                    writer.submit(_keep_beginning, stores, unit, tables, packing)
                     kept = time.monotonic()
                 if stopping:
                     _interrupt(writer)
-            writer.submit(_commit, run, stores, unit, scores, prepared.rows)
+            writer.submit(_commit, run, stores, unit, scores, share)
             if stop():
                 _interrupt(writer)
 
@@ -94,8 +106,9 @@ def score_run(
 class PreparedUnit:
     """All that a unit needs before its forward passes."""
 
-    rows: pa.Table  # `response.ROW_SCHEMA`
-    scores: Scores
+    leave_out: Mapping[str, str]
+    share: Share
+    scores: Scores  # of the share's rows
     packs: list[PrefixForest]
     n_done: int  # packs that an interrupted session has finished; `scores` has their figures
 
@@ -105,20 +118,32 @@ class PreparedUnit:
 
 
 def prepare_unit(
-    run: Run, stores: Sequence[ScorerStore], model: Model, begin: Begin, token_budget: int, unit: Unit
+    run: Run,
+    stores: Sequence[ScorerStore],
+    model: Model,
+    begin: Begin,
+    token_budget: int,
+    leave_out: LeaveOut,
+    unit: Unit,
 ) -> PreparedUnit | None:
-    """Read, tokenise and pack a unit; None where it is finished. Raises RunError where its shard is damaged."""
-    if _finished(stores, unit):
+    """Read, tokenise and pack a unit; None where nothing is lacking. Raises RunError for a damaged shard or part."""
+    names = leave_out(unit)
+    if not _lack(stores, unit, names):
         return None
-    rows = run.unit_rows(unit)
-    scores = begin(from_table(rows))
+    share = share_of(run.unit_rows(unit), stores, unit, names)
+    scores = begin(from_table(share.computed))
     packs = pack_sequences(model, scores, token_budget=token_budget)
-    n_done = _restore(scores, packs, stores, unit, token_budget)
-    return PreparedUnit(rows=rows, scores=scores, packs=packs, n_done=n_done)
+    n_done = 0 if share.completes else _restore(scores, packs, stores, unit, share, token_budget)
+    return PreparedUnit(leave_out=names, share=share, scores=scores, packs=packs, n_done=n_done)
 
 
 def _restore(
-    scores: Scores, packs: Sequence[PrefixForest], stores: Sequence[ScorerStore], unit: Unit, token_budget: int
+    scores: Scores,
+    packs: Sequence[PrefixForest],
+    stores: Sequence[ScorerStore],
+    unit: Unit,
+    share: Share,
+    token_budget: int,
 ) -> int:
     """Take what an interrupted session has kept of a unit, and return how many packs that is."""
     try:
@@ -127,13 +152,16 @@ def _restore(
         return 0  # its packs are computed again, which is all that is lost
     if len(kept) < len(stores) or any(own.packing[:2] != (token_budget, len(stores)) for own in kept):
         return 0
+    # A row counts as done where it was left out then; now it may be wanted.
+    if any(own.left_out != share.left_out for own in kept):
+        return 0
     # Several stores are kept one after the other: the packs that all of them have count.
     n_done = min(own.packing.n_packs for own in kept)
     # A row that those packs have and the file does not was packed otherwise then.
-    there = kept[0].done.to_numpy()
+    there = kept[0].done.to_numpy()[share.at]
     if not all(there[_rows(forest, scores)].all() for forest in packs[:n_done]):
         return 0
-    scores.restore([own.table for own in kept])
+    scores.restore([own.table.take(pa.array(share.at)) for own in kept])
     return n_done
 
 
@@ -164,7 +192,8 @@ class Progress:
     n_rows: int = 0
     n_tokens: int = 0  # computed
     n_unshared_tokens: int = 0  # what plain packing would have computed
-    n_rows_skipped: int = 0  # finished in an earlier session, or by another process
+    n_rows_skipped: int = 0  # finished in an earlier session or by another process, or left out
+    n_rows_left_out: int = 0  # of those skipped, in the units that this session worked at
     began: float = 0.0  # time.monotonic() when the model was loaded and the first unit taken
     timings: Timings = field(default_factory=Timings)
     notify: Callable[[Progress], None] = lambda progress: None
@@ -186,8 +215,8 @@ class Progress:
         self.notify(self)
 
 
-def _finished(stores: Sequence[ScorerStore], unit: Unit) -> bool:
-    return all(store.part(unit).exists() for store in stores)
+def _lack(stores: Sequence[ScorerStore], unit: Unit, leave_out: Mapping[str, str]) -> bool:
+    return any(store.lacks(unit, leave_out) for store in stores)
 
 
 def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[pa.Table], packing: Packing) -> None:
@@ -195,11 +224,17 @@ def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[
         store.keep_beginning(unit, table, packing)
 
 
-def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, rows: pa.Table) -> None:
-    for store, table in zip(stores, scores.tables(rows), strict=True):
-        if not store.part(unit).exists():
-            store.commit(unit, table)
-            run.log("commit", scorer=store.name, unit=unit.name, rows=unit.n_rows)
+def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, share: Share) -> None:
+    for store, table in zip(stores, scores.tables(share.computed), strict=True):
+        part = None
+        if store.part(unit).exists():
+            if not store.left_out(unit):
+                continue
+            # As it is now: another process may have completed it. Where its rename falls between this and ours, its
+            # rows are left out again, which the part says: they are pending, not lost.
+            part = store.read(unit)
+        store.commit(unit, share.whole(table, part))
+        run.log("commit", scorer=store.name, unit=unit.name, rows=len(share.at))
 
 
 def _interrupt(writer: Writer) -> NoReturn:

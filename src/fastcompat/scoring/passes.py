@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fastcompat.errors import UsageError
+from fastcompat.models import weight_files
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.joint import JointScorer, share_body
 from fastcompat.scoring.losses import Scorer
+from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
-from fastcompat.store import Run, ScorerStore, Unit
+from fastcompat.store import LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,20 @@ class Pass:
     def name(self) -> str:
         return " + ".join(scorer.name for scorer in self.scorers)
 
+    @cached_property
+    def joint(self) -> JointScorer | None:
+        """Both scorers in one; from here on the reward model has the base model's body."""
+        return JointScorer(self.base, self.reward) if self.base is not None and self.reward is not None else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Roughly what the weights take when they are loaded; of two models that share a body, the body counts once."""
+        scorer = self.scorers[0]
+        return sum(path.stat().st_size for path in weight_files(scorer.source, scorer.settings.revision))
+
     def unload(self) -> None:
         """Give the weights' memory back."""
+        self.__dict__.pop("joint", None)
         for scorer in self.scorers:
             scorer.unload()
 
@@ -57,6 +72,21 @@ def passes_of(bases: Sequence[Scorer], rewards: Sequence[RewardScorer]) -> list[
             alone.remove(partner)
         passes.append(Pass(base=base, reward=partner))
     return passes + [Pass(reward=reward) for reward in alone]
+
+
+def fit_together(passes: Sequence[Pass]) -> bool:
+    """Whether the models of all passes may stay in memory at once, with as much again for the work."""
+    if len(passes) < 2:
+        return True
+    needed = sum(served.weight_bytes for served in passes)
+    # A checkpoint in half precision takes twice its size where it is computed in float32.
+    return 4 * needed <= free_memory(passes[0].scorers[0].device)
+
+
+def scorer_name(run: Run, scorer: ModelScorer) -> str:
+    """The name under which the run has, or will have, this scorer."""
+    there = find_scorer(run, scorer)
+    return there.name if there else scorer.directory_name
 
 
 def open_scorer(run: Run, scorer: ModelScorer, *, token_budget: int | None) -> tuple[ScorerStore, int]:
@@ -86,48 +116,51 @@ def score_corpus(
     token_budget: int | None,
     worker: Worker,
     progress: Progress,
+    units: Sequence[Unit] | None = None,
+    leave_out: LeaveOut = leave_nothing_out,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[ScorerStore]:
     """Work off what is pending for one pass, and return its scorers' stores.
 
+    units: of which the worker has its share, in the order in which they are worked off (None: all, as in `run.units`).
+    leave_out: whose responses in a unit are not scored, as `score_run` asks it; parts that lack others are completed.
     token_budget: None: the one that each began with. Raises Interrupted once `stop()` is true and the work at hand
     kept.
     """
     scorers = served.scorers
-    own = run.units[worker.index :: worker.count]
+    own = (run.units if units is None else units)[worker.index :: worker.count]
     progress.n_rows_total = sum(unit.n_rows for unit in own)
     there = [find_scorer(run, scorer) for scorer in scorers]
-    if all(store is not None and {unit.name for unit in own} <= store.finished() for store in there):
+    if all(store is not None and not run.pending(store, units=own, leave_out=leave_out) for store in there):
         progress.n_rows_skipped = progress.n_rows_total
         return [store for store in there if store is not None]
-    joint = None
-    if served.base is not None and served.reward is not None:
-        joint = JointScorer(served.base, served.reward)  # from here on the reward model has the base model's body
+    joint = served.joint
     opened = [open_scorer(run, scorer, token_budget=token_budget) for scorer in scorers]
     stores = [store for store, _ in opened]
-    pending = [run.pending(store, worker=worker.index, n_workers=worker.count) for store in stores]
-    progress.n_rows_skipped = sum(unit.n_rows for unit in own if not any(unit in units for units in pending))
+    pending = [run.pending(store, units=own, leave_out=leave_out) for store in stores]
+    progress.n_rows_skipped = sum(unit.n_rows for unit in set(own).difference(*pending))
     # Units that lack both figures are computed once; what lacks one of them, by its own scorer.
     both = set(pending[0]).intersection(*pending) if joint is not None else set()
     work: list[tuple[list[ScorerStore], ModelScorer | JointScorer, int, list[Unit]]] = [
-        ([store], scorer, budget, [unit for unit in units if unit not in both])
-        for (store, budget), scorer, units in zip(opened, scorers, pending, strict=True)
+        ([store], scorer, budget, [unit for unit in lacking if unit not in both])
+        for (store, budget), scorer, lacking in zip(opened, scorers, pending, strict=True)
     ]
     if joint is not None:
         work.insert(0, (stores, joint, opened[0][1], [unit for unit in own if unit in both]))
     try:
-        for fills, computes, budget, units in work:
-            if not units:
+        for fills, computes, budget, todo in work:
+            if not todo:
                 continue
-            run.log("score", scorers=[store.name for store in fills], units=len(units), token_budget=budget)
+            run.log("score", scorers=[store.name for store in fills], units=len(todo), token_budget=budget)
             score_run(
                 run,
                 fills,
                 computes.model,
                 computes.begin,
                 token_budget=budget,
-                units=units,
+                units=todo,
                 progress=progress,
+                leave_out=leave_out,
                 stop=stop,
             )
     finally:

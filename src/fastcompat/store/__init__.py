@@ -11,18 +11,20 @@ verification  how far a run is, and whether every file is what it should be
 
 from fastcompat.store.beginnings import Packing
 from fastcompat.store.durable import replacing
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
 from fastcompat.store.verification import pending_rows
 
 __all__ = [
     "UNIT",
+    "LeaveOut",
     "Packing",
     "RaceStore",
     "Run",
     "ScorerStore",
     "Unit",
+    "leave_nothing_out",
     "open_run",
     "pending_rows",
     "races_of",

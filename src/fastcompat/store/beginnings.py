@@ -7,7 +7,8 @@ goes when the part is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
-from fastcompat.rows import is_scored
+from fastcompat.rows import Status, is_scored
 from fastcompat.store.durable import write_table
+
+# Of a file's metadata, and only where rows are left out: a JSON list of their generators.
+LEFT_OUT = "left_out"
 
 
 class Packing(NamedTuple):
@@ -34,11 +38,15 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """A unit's rows, [N], and which of them are done: they have their figure, or a status that says why not."""
+    """A unit's rows, [N], and which of them are done: they have their figure, or a status that says why not.
+
+    left_out: generators of rows that are done only because they were left out.
+    """
 
     table: pa.Table
     done: pa.ChunkedArray
     packing: Packing
+    left_out: frozenset[str]
 
     @property
     def rows(self) -> pa.Table:
@@ -53,8 +61,28 @@ class Beginning:
 
 def write_beginning(path: Path, table: pa.Table, *, scorer: str, packing: Packing) -> None:
     """Keep a unit's rows, whole or not at all."""
-    metadata = {"scorer": scorer} | {name: str(value) for name, value in packing._asdict().items()}
+    metadata = whose(table, scorer) | {name: str(value) for name, value in packing._asdict().items()}
     write_table(path, table.replace_schema_metadata(metadata))
+
+
+def whose(table: pa.Table, scorer: str) -> dict[str, str]:
+    """What a file of these rows says of itself: whose they are, and which generators' rows are left out, if any."""
+    names = left_out_in(table)
+    return {"scorer": scorer} | ({LEFT_OUT: json.dumps(sorted(names))} if names else {})
+
+
+def left_out_in(table: pa.Table) -> frozenset[str]:
+    """The generators of which these rows leave something out."""
+    names = table.filter(pc.equal(table["status"], str(Status.LEFT_OUT)))["generator"]
+    return frozenset(names.unique().to_pylist())
+
+
+def left_out_by(metadata: Mapping[bytes, bytes] | None) -> frozenset[str]:
+    """The same as a file's metadata has it. Raises ValueError for what is no list."""
+    names = json.loads((metadata or {}).get(LEFT_OUT.encode(), b"[]"))
+    if not isinstance(names, list):
+        raise ValueError(f"left_out is {names!r}")
+    return frozenset(names)
 
 
 def read_beginning(
@@ -75,6 +103,7 @@ def read_beginning(
         metadata = found.metadata or {}
         packing = Packing(*(int(metadata[name.encode()]) for name in Packing._fields))
         its_scorer = metadata[b"scorer"].decode()
+        left_out = left_out_by(metadata)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -88,4 +117,5 @@ def read_beginning(
         raise RunError(f"{unusable}: it is another scorer's")
     unscored = pc.invert(is_scored(table["status"]))
     done = pc.or_(pc.is_valid(table[figure]), unscored)
-    return Beginning(table=table.select(wanted).replace_schema_metadata(None), done=done, packing=packing)
+    table = table.select(wanted).replace_schema_metadata(None)
+    return Beginning(table=table, done=done, packing=packing, left_out=left_out)

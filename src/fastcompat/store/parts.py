@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
 from fastcompat.rows import FIGURES, Extras, part_schema
-from fastcompat.store.beginnings import Beginning, Packing, read_beginning, write_beginning
-from fastcompat.store.durable import remove_abandoned, write_table
+from fastcompat.store.beginnings import (
+    Beginning,
+    Packing,
+    left_out_by,
+    left_out_in,
+    read_beginning,
+    whose,
+    write_beginning,
+)
+from fastcompat.store.durable import remove_abandoned, write_json, write_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -28,6 +36,15 @@ class Unit:
     @property
     def name(self) -> str:
         return f"{self.shard:05d}-{self.group:04d}"
+
+
+# Of a unit: the generators whose responses are not scored -> why, for people.
+LeaveOut: TypeAlias = Callable[[Unit], Mapping[str, str]]
+
+
+def leave_nothing_out(unit: Unit) -> Mapping[str, str]:
+    """Every response is scored."""
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +92,33 @@ class ScorerStore:
         """Names of the units of which a beginning is kept."""
         return {path.stem.removeprefix("begun-") for path in self.directory.glob("begun-*.parquet")}
 
+    def left_out(self, unit: Unit) -> frozenset[str]:
+        """The generators of which a committed unit leaves rows out. Raises RunError where its part is damaged."""
+        if not self.leaves_out:
+            return frozenset()
+        path = self.part(unit)
+        try:
+            return left_out_by(pq.read_metadata(path).metadata)
+        except FileNotFoundError:
+            return frozenset()
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it and score again") from error
+
+    def lacks(self, unit: Unit, leave_out: Collection[str]) -> bool:
+        """Whether something of a unit is to be scored, where these generators are left out."""
+        return not self.part(unit).exists() or bool(self.left_out(unit) - set(leave_out))
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there may be parts with rows left out; where there are none, no footer needs to be read."""
+        # The mark is there before the first such part and stays for good: no kill and no other process can come
+        # between the two, and what is asked for after a part was seen is never too old.
+        return self._left_out_mark.exists()
+
+    @property
+    def _left_out_mark(self) -> Path:
+        return self.directory / "left_out.json"
+
     def with_rows(self, units: Sequence[Unit]) -> list[Unit]:
         """The units of which something is scored, finished or begun."""
         # A unit that is finished between the two has its part: beginnings are listed first.
@@ -85,7 +129,9 @@ class ScorerStore:
     def commit(self, unit: Unit, scores: pa.Table) -> None:
         """Make a unit's scores durable, then drop what was kept of its beginning."""
         assert scores.num_rows == unit.n_rows
-        write_table(self.part(unit), scores.replace_schema_metadata({"scorer": self.name}))
+        if left_out_in(scores) and not self.leaves_out:
+            write_json(self._left_out_mark, {"parts": "some have rows of status left_out"})
+        write_table(self.part(unit), scores.replace_schema_metadata(whose(scores, self.name)))
         self.beginning(unit).unlink(missing_ok=True)
 
     def keep_beginning(self, unit: Unit, scores: pa.Table, packing: Packing) -> None:

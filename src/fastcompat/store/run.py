@@ -34,7 +34,7 @@ from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
 from fastcompat.store.durable import read_json, write_json
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 
 FORMAT = 2
 
@@ -104,6 +104,57 @@ class Run:
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
 
+    def first_prompts(self) -> dict[Unit, str]:
+        """The lowest prompt_id of every unit, from the shards' footers. Raises RunError for a damaged shard."""
+        return {
+            unit: first
+            for generation in self.generations
+            for shard in generation.shards
+            for unit, first in self._first_prompts(shard_number(shard.name), shard.units)
+        }
+
+    def _first_prompts(self, shard: int, sizes: Sequence[int]) -> Iterator[tuple[Unit, str]]:
+        path = self.shard_path(shard)
+        try:
+            metadata = pq.read_metadata(path)
+            column = next(k for k in range(metadata.num_columns) if metadata.schema.column(k).path == "prompt_id")
+        except (OSError, StopIteration, pa.ArrowException) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        for group, n_rows in enumerate(sizes):
+            unit = Unit(shard=shard, group=group, n_rows=n_rows)
+            statistics = (
+                metadata.row_group(group).column(column).statistics if group < metadata.num_row_groups else None
+            )
+            if statistics is not None and statistics.has_min_max:
+                yield unit, statistics.min
+            else:
+                yield unit, pc.min(self.unit_rows(unit, ["prompt_id"])["prompt_id"]).as_py()
+
+    def units_by_prompt(self) -> list[Unit]:
+        """Every unit of all generations by its first prompt, so that any beginning is a random sample of the prompts:
+        a prompt's id is a hash. What `--extend` added lies between what was there; in runs of earlier versions, whose
+        shards each span all hashes, the shards' units take turns."""
+        first = self.first_prompts()
+        return sorted(self.units, key=lambda unit: (first[unit], unit))
+
+    def n_prompts(self) -> int:
+        """Different prompts in the corpus. Reads one column of every shard."""
+        shards = [shard_number(shard.name) for generation in self.generations for shard in generation.shards]
+        with ThreadPoolExecutor(READERS) as pool:
+            ids = list(pool.map(self._prompts_of, shards))
+        # A shard has all responses that its generation has to a prompt; another generation may have more.
+        if len(self.generations) == 1:
+            return sum(len(own) for own in ids)
+        return len(pc.unique(pa.chunked_array(ids, pa.string())))
+
+    def _prompts_of(self, shard: int) -> pa.Array:
+        path = self.shard_path(shard)
+        try:
+            table = pq.read_table(path, columns=["prompt_id"], page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        return pc.unique(table["prompt_id"])
+
     @property
     def reward_columns(self) -> dict[str, int]:
         """Rewards that came with the corpus: name -> rows that have it."""
@@ -136,10 +187,17 @@ class Run:
         return store
 
     def current_scorers(self) -> list[ScorerStore]:
-        """Without those that another one, with more columns, has replaced: it has finished all that they have begun."""
+        """Without those that another one, with more columns, has replaced: it has finished all that they have begun,
+        and left out nothing that they have scored."""
         stores = self.scorers()
         begun = {store.name: store.begun() for store in stores}
         finished = {store.name: store.finished() for store in stores}
+
+        def hides(new: ScorerStore, old: ScorerStore) -> bool:
+            """Whether it has left out what the other one has scored."""
+            begun_or_finished = finished[old.name] | begun[old.name]
+            shared = [unit for unit in self.units if unit.name in begun_or_finished] if new.leaves_out else []
+            return any(new.left_out(unit) - old.left_out(unit) for unit in shared)
 
         def is_replaced(old: ScorerStore) -> bool:
             return any(
@@ -147,6 +205,7 @@ class Run:
                 and new.but_extras == old.but_extras
                 and set(new.extras.columns) > set(old.extras.columns)
                 and finished[new.name] >= finished[old.name] | begun[old.name]
+                and not hides(new, old)
                 for new in stores
             )
 
@@ -171,10 +230,22 @@ class Run:
         counts = Counter(labels.values())
         return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
-    def pending(self, scorer: ScorerStore, *, worker: int = 0, n_workers: int = 1) -> list[Unit]:
-        """Units that have no part yet, of those that fall to this worker."""
+    def pending(
+        self,
+        scorer: ScorerStore,
+        *,
+        worker: int = 0,
+        n_workers: int = 1,
+        units: Sequence[Unit] | None = None,
+        leave_out: LeaveOut = leave_nothing_out,
+    ) -> list[Unit]:
+        """Of `units` (None: all), those that fall to this worker and of which something is to be scored: they have no
+        part, or one that leaves out a generator which `leave_out` does not name."""
         finished = scorer.finished()
-        return [unit for unit in self.units[worker::n_workers] if unit.name not in finished]
+        own = (self.units if units is None else units)[worker::n_workers]
+        if not scorer.leaves_out:
+            return [unit for unit in own if unit.name not in finished]
+        return [unit for unit in own if unit.name not in finished or scorer.lacks(unit, leave_out(unit))]
 
     def refuse_unscored(self) -> None:
         """UsageError where there is nothing yet to decide with."""

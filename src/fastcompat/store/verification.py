@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from fastcompat.errors import RunError
 from fastcompat.rows import FIGURES, Status, is_scored
+from fastcompat.store.beginnings import left_out_in
 from fastcompat.store.parts import ScorerStore, Unit
 from fastcompat.store.run import Run
 
@@ -21,7 +22,8 @@ from fastcompat.store.run import Run
 class ScorerProgress:
     """How far one scorer is: rows scored, their statuses, and for each status but `ok` one row with its reason.
 
-    n_begun_rows: those of them that belong to the n_begun_units units which are not finished.
+    Rows that were left out are among the statuses only.
+    n_begun_rows: those of n_rows that belong to the n_begun_units units which are not finished.
     """
 
     name: str
@@ -40,9 +42,10 @@ def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
     n_rows = n_begun_rows = n_begun_units = 0
     for unit in scorer.with_rows(run.units):
         rows = scorer.rows(unit, ["row_key", "status", "detail"])
-        n_rows += rows.num_rows
+        n_scored = rows.num_rows - _n_left_out(rows)
+        n_rows += n_scored
         if unit.name not in finished:
-            n_begun_rows += rows.num_rows
+            n_begun_rows += n_scored
             n_begun_units += 1
         for count in pc.value_counts(rows["status"]).to_pylist():
             status = count["values"]
@@ -60,28 +63,39 @@ def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
     )
 
 
+def _n_left_out(rows: pa.Table) -> int:
+    return int(pc.sum(pc.equal(rows["status"], str(Status.LEFT_OUT)), min_count=0).as_py())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """What one scorer has not scored yet: so many rows, and of so many prompts some responses but not all."""
+    """What one scorer has not scored yet: so many rows, and of so many prompts some responses but not all.
+
+    A row that was left out is not scored, but does not make a prompt one of those.
+    """
 
     n_rows: int
     n_split_prompts: int
 
 
 def pending_rows(run: Run, scorer: ScorerStore) -> Pending:
-    """What is missing of `scorer`'s scores. Reads nothing of the units that are finished."""
+    """What is missing of `scorer`'s scores. Of the units that are finished, reads those that leave rows out. Raises
+    RunError where such a part is damaged."""
     begun, finished = scorer.begun(), scorer.finished()
     n_rows = n_split_prompts = 0
+    leaves_out = scorer.leaves_out
     for unit in run.units:
         if unit.name in finished:
+            if leaves_out and scorer.left_out(unit):
+                n_rows += _n_left_out(scorer.read(unit, ["status"]))
             continue
         n_rows += unit.n_rows
         try:
-            beginning = scorer.read_beginning(unit, ["prompt_id"]) if unit.name in begun else None
+            beginning = scorer.read_beginning(unit, ["prompt_id", "status"]) if unit.name in begun else None
         except RunError:  # `Run.scores` has said so
             beginning = None
         if beginning is not None:
-            n_rows -= beginning.n_rows
+            n_rows -= beginning.n_rows - _n_left_out(beginning.table)
             missing = beginning.table.filter(pc.invert(beginning.done))["prompt_id"]
             there = beginning.rows["prompt_id"].unique()
             n_split_prompts += pc.sum(pc.is_in(there, value_set=missing.combine_chunks())).as_py() or 0
@@ -127,22 +141,30 @@ def _damaged_units(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> 
         try:
             if unit.name in finished:
                 part = scorer.read(unit)
-                yield from _damage(run, scorer, unit, scorer.part(unit), part["row_key"], part)
+                yield from _damage(run, scorer, unit, scorer.part(unit), part, part, scorer.left_out(unit))
             elif unit.name in begun and (beginning := scorer.read_beginning(unit)) is not None:
-                every_key = beginning.table["row_key"]
-                yield from _damage(run, scorer, unit, scorer.beginning(unit), every_key, beginning.rows)
+                path = scorer.beginning(unit)
+                yield from _damage(run, scorer, unit, path, beginning.table, beginning.rows, beginning.left_out)
         except RunError as error:
             yield str(error)
 
 
 def _damage(
-    run: Run, scorer: ScorerStore, unit: Unit, path: Path, every_key: pa.ChunkedArray, rows: pa.Table
+    run: Run,
+    scorer: ScorerStore,
+    unit: Unit,
+    path: Path,
+    table: pa.Table,
+    rows: pa.Table,
+    left_out: frozenset[str],
 ) -> Iterator[str]:
-    """every_key: of all rows of the file at `path`; rows: those that are finished."""
-    if not every_key.equals(run.unit_rows(unit, ["row_key"])["row_key"]):
+    """table: all rows of the file at `path`; rows: those that are finished; left_out: as the file says it."""
+    if not table["row_key"].equals(run.unit_rows(unit, ["row_key"])["row_key"]):
         yield f"{path} does not hold the rows of its unit; delete it and score again"
         return
     scored = is_scored(rows["status"])
     figure = FIGURES[scorer.kind]
     if not pc.all(pc.equal(scored, pc.is_valid(rows[figure])), min_count=0).as_py():
         yield f"{path} has a status without its {figure}, or a {figure} without its status; delete it and score again"
+    if left_out_in(table) != left_out:
+        yield f"{path} leaves out other rows than it says, so nobody would score them; delete it and score again"

@@ -1,0 +1,291 @@
+"""`fastcompat score --until`: the loop of a race, and what people see of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from fastcompat.cli.display import LiveDisplay, say
+from fastcompat.errors import Interrupted, UsageError
+from fastcompat.wording import counted_noun, duration, printable
+
+if TYPE_CHECKING:
+    from fastcompat.decisions.racing.rule import Look, RaceSettings
+    from fastcompat.decisions.racing.run_race import RunRace
+    from fastcompat.scoring.passes import Pass, Worker
+    from fastcompat.store import Run, Unit
+
+# A pair that needs two models of which only one is in memory at a time takes fewer turns.
+RATIO_OF_TURNS = 1.5
+# Names that a line lists.
+SHOWN = 4
+
+
+def race_asked(until: str | None, *, only: Sequence[str] | None, **options: Any) -> dict[str, Any] | None:
+    """What `RaceSettings` takes, but `figure` may be None; None where no race was asked for. Raises UsageError.
+
+    options: those of `score` that only a race has, None where they were not given.
+    """
+    from fastcompat.decisions.racing.rule import RaceSettings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if until is None:
+        if given:
+            listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{listed}: here a race asks that (--until winner); without one, rank does")
+        return None
+    if only:
+        raise UsageError("--only scores what a race has left out: give it without --until")
+    figure = given.pop("sort", "auto")
+    if "margin" in given:
+        given["margin"] = parse_share("--margin", given["margin"])
+    asked = parse_until(until) | given
+    RaceSettings(**asked)  # refuses now what is out of range
+    return asked | {"figure": None if figure == "auto" else figure}
+
+
+def parse_until(text: str) -> dict[str, Any]:
+    """--until winner, ranking or precision=0.5% -> what `RaceSettings` takes."""
+    goal, equals, share = text.partition("=")
+    if (goal == "precision") != bool(equals) or goal not in ("winner", "ranking", "precision"):
+        raise UsageError(f"--until {text}: write winner, ranking or precision=X, for example precision=0.5%")
+    return {"until": goal} | ({"precision": parse_share("--until precision", share)} if equals else {})
+
+
+def parse_share(option: str, text: str) -> float:
+    """0.5% or 0.005 -> 0.005."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    if match is None:
+        raise UsageError(f"{option} {text}: write a share, 0.5% or 0.005")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def hold_races(
+    run: Run,
+    passes: Sequence[Pass],
+    asked: Mapping[str, Any],
+    *,
+    token_budget: int | None,
+    worker: Worker,
+    stop: Callable[[], bool],
+) -> None:
+    """Score prompts in the order of their hash until every race is over: one for each base model and reward model.
+
+    asked: what `RaceSettings` takes, but `figure` may be None: CAR where there are losses and rewards.
+    """
+    from fastcompat.decisions.racing.run_race import Field
+    from fastcompat.scoring.passes import fit_together
+
+    field = Field.of(run)
+    resident = fit_together(passes)
+    races = _races(run, passes, asked, field, ratio=None if resident else RATIO_OF_TURNS)
+    held = dict(zip(races, _names(run, races), strict=True))
+    _show_start(races[0], len(races), field.n_prompts)
+    order, first = run.units_by_prompt(), run.first_prompts()
+    began = time.monotonic()
+    tokens = 0
+    for race in races:
+        for look in race.history.looks:
+            _show_look(run, race, look, held[race])
+    while open_races := [race for race in races if not race.over]:
+        least = min(len(race.history.looks) for race in open_races)
+        due = [race for race in open_races if len(race.history.looks) == least]
+        below = due[0].next_threshold
+        for served in passes:
+            own = [race for race in races if _served(run, served) & {race.base_model, race.reward_model}]
+            if all(race.over for race in own):
+                continue
+            leave_out = partial(_left_out_by_all, own, first)
+            turn = partial(_score, run, served, leave_out=leave_out, token_budget=token_budget, stop=stop)
+            share = order[worker.index :: worker.count]
+            tokens += turn([unit for unit in share if first[unit] < below])
+            if worker.count > 1:
+                # Others may be slow, or gone: what they have not done yet, from the end, where they come last.
+                tokens += turn([unit for unit in reversed(order) if first[unit] < below])
+            if not resident:
+                served.unload()
+        units = [unit for unit in sorted(order) if first[unit] < below]
+        for race in due:
+            _show_look(run, race, race.look(units), held[race])
+    for race in races:
+        _show_end(run, race, held[race])
+    if tokens:
+        say(f"{tokens:,} tokens in {duration(time.monotonic() - began)}")
+
+
+def _score(
+    run: Run,
+    served: Pass,
+    units: Sequence[Unit],
+    *,
+    leave_out: Callable[[Unit], Mapping[str, str]],
+    token_budget: int | None,
+    stop: Callable[[], bool],
+) -> int:
+    """Score units up to the next look; the tokens that were computed."""
+    from fastcompat.scoring.engine import Progress
+    from fastcompat.scoring.passes import Worker, score_corpus
+
+    display = LiveDisplay(served.name)
+    progress = Progress(notify=display.scoring)
+    try:
+        with display.showing():
+            score_corpus(
+                run,
+                served,
+                token_budget=token_budget,
+                worker=Worker(),
+                progress=progress,
+                units=units,
+                leave_out=leave_out,
+                stop=stop,
+            )
+    except Interrupted:
+        raise Interrupted(
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            "Give the same command again to go on with the race."
+        ) from None
+    return progress.n_tokens
+
+
+def _left_out_by_all(races: Sequence[RunRace], first: Mapping[Unit, str], unit: Unit) -> dict[str, str]:
+    """Whom no race needs in a unit -> why, as the first race says."""
+    of_each = [race.left_out(first[unit]) for race in races]
+    return {name: why for name, why in of_each[0].items() if all(name in own for own in of_each)}
+
+
+def _served(run: Run, served: Pass) -> set[str | None]:
+    from fastcompat.scoring.passes import scorer_name
+
+    return {scorer_name(run, scorer) for scorer in served.scorers}
+
+
+def _races(
+    run: Run, passes: Sequence[Pass], asked: Mapping[str, Any], field: Any, *, ratio: float | None
+) -> list[RunRace]:
+    """One race for each base model with each reward model; without reward models, with each reward of the corpus's."""
+    from fastcompat.decisions.racing.rule import RaceSettings
+    from fastcompat.decisions.racing.run_race import COLUMN, RunRace
+    from fastcompat.decisions.ranking.looks import RATIO
+    from fastcompat.scoring.passes import scorer_name
+
+    bases: list[str | None] = [scorer_name(run, served.base) for served in passes if served.base is not None]
+    judges: list[str | None] = [scorer_name(run, served.reward) for served in passes if served.reward is not None]
+    rewards = judges or [f"{COLUMN}{name}" for name in run.reward_columns]
+    figure = asked["figure"] or ("car" if bases and rewards else "loss" if bases else "reward")
+    if figure != "reward" and not bases:
+        raise UsageError(f"a race by {figure} needs losses: name a base model with --base-model")
+    if figure != "loss" and not rewards:
+        raise UsageError(f"a race by {figure} needs rewards: name a reward model with --reward-model")
+    if figure == "loss":
+        rewards = [None]
+    elif figure == "reward":
+        bases = [None]
+    settings = RaceSettings(**{**asked, "figure": figure})
+    return [
+        RunRace.start(run, settings, field, base_model=base, reward_model=reward, ratio=ratio or RATIO)
+        for base in bases
+        for reward in rewards
+    ]
+
+
+def _names(run: Run, races: Sequence[RunRace]) -> list[str]:
+    """What tells several races apart, for people: nothing, where there is one."""
+    if len(races) == 1:
+        return [""]
+    return [" · ".join(name for name in (race.base_model, race.reward_model) if name) for race in races]
+
+
+def question(settings: RaceSettings) -> str:
+    """What a race asks, in a few words."""
+    figure = {"car": f"CAR, beta {settings.beta:g}", "loss": "loss", "reward": "reward"}[str(settings.figure)]
+    if settings.until == "precision":
+        return f"every generator's {figure} to within {settings.precision:.2g} of it"
+    goal = "the best" if settings.until == "winner" else "the whole ranking"
+    close = f", {100 * settings.margin:.2g}% counts as equal" if settings.margin else ""
+    return f"{goal} by {figure}{close}"
+
+
+def _show_start(race: RunRace, n_races: int, n_prompts: int) -> None:
+    planned = [f"{round(share * n_prompts):,}" for share in race.shares]
+    looks = ", ".join(planned[:3]) + (" ..." if len(planned) > 3 else "")
+    error = (
+        "plain 95% intervals, since the rule asks only how wide they are"
+        if race.settings.until == "precision"
+        else "any false claim: 1% on the way, below 5% in all"
+    )
+    several = f"; {n_races} races, one for each pair of models" if n_races > 1 else ""
+    field = f"{len(race.history.names)} generators, {n_prompts:,} prompts in random order"
+    say(f"\n[bold]race[/] for {question(race.settings)}: {field}")
+    say(f"{counted_noun(len(planned), 'look')}, at {looks} prompts; {error}{several}")
+
+
+def _show_look(run: Run, race: RunRace, look: Look, name: str) -> None:
+    share = look.n_prompts / race.n_prompts
+    parts = []
+    if look.out:
+        names = list(look.out)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        parts.append(f"{len(names)} out: {', '.join(map(printable, names[:SHOWN]))}{more}")
+    if not look.over:
+        out = {name for own in race.history.looks[: look.number] for name in own.out} | set(race.history.before)
+        still_in = [name for name in race.history.names if name not in out]
+        parts.append(f"{len(still_in)} still in")
+        parts.append(_lead(look))
+        counts = [generation.generators for generation in run.generations]
+        left = sum(own.get(name, 0) for own in counts for name in still_in) * (1 - share)
+        parts.append(f"at most {round(left):,} responses more")
+    prefix = f"{escape(printable(name))}: " if name else ""
+    text = " · ".join(part for part in parts if part)
+    say(f"  {prefix}{look.n_prompts:>9,} prompts {100 * share:>6.2g}%  {escape(text)}")
+
+
+def _lead(look: Look) -> str:
+    """By how much the leader leads: chatty leads full-documentation by 1.9% (-0.8% to 4.6%)."""
+    known = [standing for standing in look.standings if standing.lead is not None]
+    if len(known) < 2:
+        return ""
+    first, second = known[:2]
+    assert second.lead is not None
+    if second.lead_low is None or second.lead_high is None:
+        return f"{printable(first.generator)} leads"
+    lead, low, high = (f"{-100 * share:z.1f}%" for share in (second.lead, second.lead_high, second.lead_low))
+    return f"{printable(first.generator)} leads {printable(second.generator)} by {lead} ({low} to {high})"
+
+
+def outcome(race: RunRace) -> str:
+    """How a race ended, or stands, in a sentence."""
+    if not race.history.looks:
+        return "not looked at yet"
+    last, margin = race.history.looks[-1], race.settings.margin
+    when = f"after {last.n_prompts:,} of {race.n_prompts:,} prompts ({100 * last.n_prompts / race.n_prompts:.2g}%)"
+    if not race.over:
+        return f"{len(race.history.still_in)} of {len(race.history.names)} generators still in {when}"
+    if race.over == "winner":
+        return f"winner: {last.leader}, {when}"
+    if race.over == "margin":
+        others = ", ".join(b for _, b in last.equal[:SHOWN]) + (" ..." if len(last.equal) > SHOWN else "")
+        return f"winner: {last.leader}, or within {100 * margin:.2g}% of the best ({others}), {when}"
+    if race.over in ("ranking", "precision"):
+        return f"{'every pair is settled' if race.over == 'ranking' else 'every figure is known'} {when}"
+    still_in = race.history.still_in
+    if race.settings.until == "precision":
+        return f"the corpus ended before {counted_noun(len(still_in), 'generator')} was known well enough"
+    listed = ", ".join(still_in[:SHOWN]) + (" ..." if len(still_in) > SHOWN else "")
+    return f"the corpus ended before {listed} were told apart"
+
+
+def _show_end(run: Run, race: RunRace, name: str) -> None:
+    from fastcompat.store.verification import scorer_progress
+
+    raced = [store for store in run.scorers() if store.name in (race.base_model, race.reward_model)]
+    counts = [scorer_progress(run, store).n_rows for store in raced]
+    share = max(counts) / max(run.n_rows, 1)
+    prefix = f"{escape(printable(name))}: " if name else ""
+    scored = f"{max(counts):,} of {run.n_rows:,} responses scored ({100 * share:.2g}%)"
+    say(f"{prefix}[bold]{escape(printable(outcome(race)))}[/]; {scored}")
