@@ -42,6 +42,7 @@ def rank(
 
     With --against, every metric's rank correlation with outcomes that you know, or with the paper's.
     """
+    from fastcompat.cli.racing import tell_races
     from fastcompat.cli.tables import show_ranking, write_table
     from fastcompat.decisions.ranking.ranking import Figure, sensitivity
     from fastcompat.decisions.ranking.ranking import rank as rank_scores
@@ -74,6 +75,8 @@ def rank(
             say(f"\n[bold]{escape(title)}[/]: {escape(lines[0])}")
             for line in lines[1:]:
                 say(escape(line))
+        if ranking["stopped_after"].null_count < ranking.num_rows:
+            tell_races(run)
     _note_pending(run)
 
 

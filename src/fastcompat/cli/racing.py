@@ -15,15 +15,13 @@ from fastcompat.errors import Interrupted, UsageError
 from fastcompat.wording import counted_noun, duration, printable
 
 if TYPE_CHECKING:
-    from fastcompat.decisions.racing.rule import Look, RaceSettings
+    from fastcompat.decisions.racing.rule import Look
     from fastcompat.decisions.racing.run_race import RunRace
     from fastcompat.scoring.passes import Pass, Worker
     from fastcompat.store import Run, Unit
 
 # A pair that needs two models of which only one is in memory at a time takes fewer turns.
 RATIO_OF_TURNS = 1.5
-# Names that a line lists.
-SHOWN = 4
 
 
 def race_asked(until: str | None, *, only: Sequence[str] | None, **options: Any) -> dict[str, Any] | None:
@@ -201,17 +199,9 @@ def _names(run: Run, races: Sequence[RunRace]) -> list[str]:
     return [" · ".join(name for name in (race.base_model, race.reward_model) if name) for race in races]
 
 
-def question(settings: RaceSettings) -> str:
-    """What a race asks, in a few words."""
-    figure = {"car": f"CAR, beta {settings.beta:g}", "loss": "loss", "reward": "reward"}[str(settings.figure)]
-    if settings.until == "precision":
-        return f"every generator's {figure} to within {settings.precision:.2g} of it"
-    goal = "the best" if settings.until == "winner" else "the whole ranking"
-    close = f", {100 * settings.margin:.2g}% counts as equal" if settings.margin else ""
-    return f"{goal} by {figure}{close}"
-
-
 def _show_start(race: RunRace, n_races: int, n_prompts: int) -> None:
+    from fastcompat.decisions.racing.reading import question
+
     planned = [f"{round(share * n_prompts):,}" for share in race.shares]
     looks = ", ".join(planned[:3]) + (" ..." if len(planned) > 3 else "")
     error = (
@@ -226,66 +216,39 @@ def _show_start(race: RunRace, n_races: int, n_prompts: int) -> None:
 
 
 def _show_look(run: Run, race: RunRace, look: Look, name: str) -> None:
-    share = look.n_prompts / race.n_prompts
-    parts = []
-    if look.out:
-        names = list(look.out)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        parts.append(f"{len(names)} out: {', '.join(map(printable, names[:SHOWN]))}{more}")
+    from fastcompat.decisions.racing.reading import lead, listed, share
+
+    scored = look.n_prompts / race.n_prompts
+    parts = [f"{len(look.out)} out: {listed(list(look.out))}"] if look.out else []
     if not look.over:
         out = {name for own in race.history.looks[: look.number] for name in own.out} | set(race.history.before)
         still_in = [name for name in race.history.names if name not in out]
-        parts.append(f"{len(still_in)} still in")
-        parts.append(_lead(look))
         counts = [generation.generators for generation in run.generations]
-        left = sum(own.get(name, 0) for own in counts for name in still_in) * (1 - share)
-        parts.append(f"at most {round(left):,} responses more")
+        left = sum(own.get(name, 0) for own in counts for name in still_in) * (1 - scored)
+        parts += [f"{len(still_in)} still in", lead(look), f"at most {round(left):,} responses more"]
     prefix = f"{escape(printable(name))}: " if name else ""
-    text = " · ".join(part for part in parts if part)
-    say(f"  {prefix}{look.n_prompts:>9,} prompts {100 * share:>6.2g}%  {escape(text)}")
-
-
-def _lead(look: Look) -> str:
-    """By how much the leader leads: chatty leads full-documentation by 1.9% (-0.8% to 4.6%)."""
-    known = [standing for standing in look.standings if standing.lead is not None]
-    if len(known) < 2:
-        return ""
-    first, second = known[:2]
-    assert second.lead is not None
-    if second.lead_low is None or second.lead_high is None:
-        return f"{printable(first.generator)} leads"
-    lead, low, high = (f"{-100 * share:z.1f}%" for share in (second.lead, second.lead_high, second.lead_low))
-    return f"{printable(first.generator)} leads {printable(second.generator)} by {lead} ({low} to {high})"
-
-
-def outcome(race: RunRace) -> str:
-    """How a race ended, or stands, in a sentence."""
-    if not race.history.looks:
-        return "not looked at yet"
-    last, margin = race.history.looks[-1], race.settings.margin
-    when = f"after {last.n_prompts:,} of {race.n_prompts:,} prompts ({100 * last.n_prompts / race.n_prompts:.2g}%)"
-    if not race.over:
-        return f"{len(race.history.still_in)} of {len(race.history.names)} generators still in {when}"
-    if race.over == "winner":
-        return f"winner: {last.leader}, {when}"
-    if race.over == "margin":
-        others = ", ".join(b for _, b in last.equal[:SHOWN]) + (" ..." if len(last.equal) > SHOWN else "")
-        return f"winner: {last.leader}, or within {100 * margin:.2g}% of the best ({others}), {when}"
-    if race.over in ("ranking", "precision"):
-        return f"{'every pair is settled' if race.over == 'ranking' else 'every figure is known'} {when}"
-    still_in = race.history.still_in
-    if race.settings.until == "precision":
-        return f"the corpus ended before {counted_noun(len(still_in), 'generator')} was known well enough"
-    listed = ", ".join(still_in[:SHOWN]) + (" ..." if len(still_in) > SHOWN else "")
-    return f"the corpus ended before {listed} were told apart"
+    text = " · ".join(part for part in parts if part) or "over"
+    say(f"  {prefix}{look.n_prompts:>9,} prompts {share(scored):>6}  {escape(text)}")
 
 
 def _show_end(run: Run, race: RunRace, name: str) -> None:
+    from fastcompat.decisions.racing.reading import outcome, share
     from fastcompat.store.verification import scorer_progress
 
     raced = [store for store in run.scorers() if store.name in (race.base_model, race.reward_model)]
-    counts = [scorer_progress(run, store).n_rows for store in raced]
-    share = max(counts) / max(run.n_rows, 1)
+    most = max(scorer_progress(run, store).n_rows for store in raced)
     prefix = f"{escape(printable(name))}: " if name else ""
-    scored = f"{max(counts):,} of {run.n_rows:,} responses scored ({100 * share:.2g}%)"
+    scored = f"{most:,} of {run.n_rows:,} responses scored ({share(most / max(run.n_rows, 1))})"
     say(f"{prefix}[bold]{escape(printable(outcome(race)))}[/]; {scored}")
+
+
+def tell_races(run: Run) -> None:
+    """Every race of a run: what it asks, and how it ended or stands."""
+    from fastcompat.decisions.racing.reading import outcome, question
+    from fastcompat.decisions.racing.run_race import RunRace
+    from fastcompat.store import races_of
+
+    races = [RunRace(run, store) for store in races_of(run)]
+    for race, name in zip(races, _names(run, races), strict=True):
+        prefix = f"{escape(printable(name))}: " if name else ""
+        say(f"race for {question(race.settings)}: {prefix}[bold]{escape(printable(outcome(race)))}[/]")

@@ -11,6 +11,7 @@ from fastcompat.cli.options import RunDirectory
 def status(directory: RunDirectory) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
     from fastcompat.cli.display import show_reward_columns, show_statuses
+    from fastcompat.cli.racing import tell_races
     from fastcompat.store.run import open_run
     from fastcompat.store.verification import scorer_progress
     from fastcompat.wording import counted_noun
@@ -19,6 +20,7 @@ def status(directory: RunDirectory) -> None:
     n_files = sum(len(generation.files) for generation in run.generations)
     say(f"{run.n_rows:,} rows from {n_files:,} files in {len(run.units):,} units of work")
     show_reward_columns(run.reward_columns)
+    tell_races(run)
     for scorer in run.scorers():
         entry = scorer_progress(run, scorer)
         done = entry.n_rows == run.n_rows and not entry.n_begun_units

@@ -6,7 +6,7 @@ Dimension key: N responses, G generators, B bootstrap draws.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -122,7 +122,11 @@ def rank(
         )
     scores = only(scores, base_model=base_model, reward_model=reward_model)
     rows = paired(scores.select([name for name in scores.column_names if name in needed]))
-    unfinished = unfinished_pairs(table, options) if isinstance(table, Run) else {}
+    return rank_paired(rows, by, options, unfinished_pairs(table, options) if isinstance(table, Run) else {})
+
+
+def rank_paired(rows: pa.Table, by: str, options: RankingSettings, unfinished: Mapping[Models, Unfinished]) -> pa.Table:
+    """`rank` of rows that are paired already; unfinished: what `unfinished_pairs` says of their run."""
     if unfinished:
         rows = rows.filter(pc.not_equal(rows["status"], Status.LEFT_OUT))
     parts = [_rank_pair(group, models, by, options, unfinished.get(models)) for models, group in by_pair(rows)]

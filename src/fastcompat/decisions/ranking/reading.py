@@ -110,6 +110,8 @@ def coverage_notes(ranking: pa.Table) -> list[str]:
     """
     by, notes = group_column(ranking), []
     for _, rows in groups_of(ranking):
+        if any(row["stopped_after"] is not None for row in rows):
+            continue  # a race asked them so
         lacking = [row for row in rows if 0 < row["n_prompts"] < row["n_prompts_total"]]
         if lacking:
             fewest = min(lacking, key=lambda row: row["n_prompts"])
@@ -129,9 +131,23 @@ def what_the_figures_are(ranking: pa.Table, average: str, draws: int) -> list[st
     if has_reward:
         lines.append("reward: mean over responses.")
     lines += _formula(ranking)
-    sure = f"95% intervals for new prompts; best: in how many of {draws:,} bootstrap draws of prompts."
-    rank = "rank: 1 + how many generators are clearly better, question by question, at 96% for all pairs together."
-    return [" ".join(lines), sure, rank, *coverage_notes(ranking)]
+    return [" ".join(lines), *_how_sure(ranking, draws), *coverage_notes(ranking)]
+
+
+def _how_sure(ranking: pa.Table, draws: int) -> list[str]:
+    """What the intervals and the ranks are."""
+    better = "rank: 1 + how many generators are"
+    if "repeated" not in ranking["interval"].to_pylist():
+        sure = f"95% intervals for new prompts; best: in how many of {draws:,} bootstrap draws of prompts."
+        return [sure, f"{better} clearly better, question by question, at 96% for all pairs together."]
+    lines = ["95% intervals that hold at every look at an unfinished run, so wider than those of a finished one."]
+    if ranking["claim"].null_count == ranking.num_rows:
+        return [*lines, f"{better} surely better, at 99% for all pairs and looks together."]
+    return [
+        *lines,
+        f"{better} surely better, as the race found; any false claim: 1% on the way, below 5% in all.",
+        "Who left the race was scored no further: do not compare the figures of two of them.",
+    ]
 
 
 def _formula(ranking: pa.Table) -> list[str]:
