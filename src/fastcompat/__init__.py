@@ -18,6 +18,7 @@ from fastcompat.errors import FastcompatError
 from fastcompat.version import __version__
 
 _HOMES = {
+    "Race": "fastcompat.decisions",
     "RewardScorer": "fastcompat.scoring",
     "Run": "fastcompat.store",
     "Scorer": "fastcompat.scoring",
@@ -32,6 +33,7 @@ _HOMES = {
 
 __all__ = [
     "FastcompatError",
+    "Race",
     "RewardScorer",
     "Run",
     "Scorer",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastcompat.decisions import rank, select, write_selection
+    from fastcompat.decisions import Race, rank, select, write_selection
     from fastcompat.metrics import car
     from fastcompat.ops import linear_nll, packed_nll
     from fastcompat.scoring import RewardScorer, Scorer

@@ -140,6 +140,9 @@ def select(
     min_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at least so many tokens.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Only responses of at most so many tokens.")] = None,
     drop_duplicates: Annotated[bool, typer.Option(help="Equal responses to a prompt count once.")] = True,
+    generator: Annotated[
+        list[str] | None, typer.Option("--generator", metavar="NAME", help="Only its responses. Repeatable.")
+    ] = None,
     base_model: Annotated[str | None, typer.Option(help="Whose losses, where the run has several.")] = None,
     reward_model: Annotated[str | None, typer.Option(help="Whose rewards, where the run has several.")] = None,
 ) -> None:
@@ -161,6 +164,7 @@ def select(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         drop_duplicates=drop_duplicates,
+        generators=generator,
         base_model=base_model,
         reward_model=reward_model,
     )

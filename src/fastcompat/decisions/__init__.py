@@ -1,10 +1,13 @@
-"""A run, or any frame of scores, -> a decision. Three alcoves that do not know each other. No torch.
+"""A run, or any frame of scores, -> a decision. Four alcoves; racing builds on ranking, else they do not
+know each other. No torch.
 
 ranking/     which generator, and how sure that is
+racing/      the same from as few prompts as it takes
 selection/   which responses to train on
 validation/  which metric to trust
 """
 
+from fastcompat.decisions.racing.race import Race
 from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, BetaRange, Figure, rank, sensitivity
 from fastcompat.decisions.ranking.reading import FIGURE_NAMES, Row, beta_span, groups_of
 from fastcompat.decisions.selection.selection import select
@@ -16,6 +19,7 @@ __all__ = [
     "MIN_PROMPTS",
     "BetaRange",
     "Figure",
+    "Race",
     "Row",
     "average_ranks",
     "beta_span",

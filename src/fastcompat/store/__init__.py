@@ -14,7 +14,7 @@ from fastcompat.store.durable import replacing
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
-from fastcompat.store.verification import pending_rows
+from fastcompat.store.verification import pending_rows, unscored_generators
 
 __all__ = [
     "UNIT",
@@ -30,4 +30,5 @@ __all__ = [
     "races_of",
     "replacing",
     "start_race",
+    "unscored_generators",
 ]

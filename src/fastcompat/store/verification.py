@@ -102,6 +102,19 @@ def pending_rows(run: Run, scorer: ScorerStore) -> Pending:
     return Pending(n_rows=n_rows, n_split_prompts=n_split_prompts)
 
 
+def unscored_generators(run: Run) -> set[str]:
+    """The generators of which some scorer in use has not scored every response yet."""
+    found: set[str] = set()
+    for scorer in run.current_scorers():
+        finished = scorer.finished()
+        for unit in run.units:
+            if unit.name not in finished:
+                found.update(run.unit_rows(unit, ["generator"])["generator"].unique().to_pylist())
+            else:
+                found |= scorer.left_out(unit)
+    return found
+
+
 def find_damage(run: Run) -> list[str]:
     """One line for everything in a run that is missing, damaged or does not belong; empty when all is whole."""
     shards = {

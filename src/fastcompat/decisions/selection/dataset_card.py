@@ -92,6 +92,8 @@ def _settings(chosen: pa.Table, record: dict[str, Any]) -> str:
         lines.append(f"- {label}: {', '.join(models) or 'not named'}")
     if record["reference"]:
         lines.append(f"- reference of `excess_loss`: `{record['reference']}`")
+    if settings["generators"] is not None:
+        lines.append(f"- generators: {', '.join(f'`{name}`' for name in settings['generators'])}")
     for name in ("top", "threshold", "budget", "min_tokens", "max_tokens", "drop_duplicates"):
         if settings[name] is not None:
             lines.append(f"- {name}: {settings[name]}")

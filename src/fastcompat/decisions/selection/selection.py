@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fastcompat.decisions.selection.generators import only_of, refuse_raced
 from fastcompat.decisions.selection.settings import MIXTURE, SelectionSettings
 from fastcompat.errors import UsageError
 from fastcompat.metrics import ALIASES, BETA, METRICS, compute, missing, with_reference
@@ -51,6 +52,7 @@ def select(
     min_tokens: int | None = None,
     max_tokens: int | None = None,
     drop_duplicates: bool = True,
+    generators: Sequence[str] | None = None,
     base_model: str | None = None,
     reward_model: str | None = None,
 ) -> pa.Table:
@@ -69,7 +71,11 @@ def select(
     min_tokens, max_tokens: only responses of that many tokens of the base model, both ends included.
     drop_duplicates: of equal responses to one prompt only the best counts. Needs the column `response` or `response_id`
         in a frame, where several of a prompt can be chosen; a run has the texts.
+    generators: only their responses; all where none is named.
     base_model, reward_model: whose figures, where there are several.
+
+    A run that a race stopped has figures of a few prompts only, and of some generators of fewer still: nothing is
+    chosen from it but what has been scored since of all `generators`.
 
     A row is never chosen whose value is null, NaN or infinite, or whose status says that it could not be scored, nor
     one whose metric is above `Metric.valid_at_most`: an IFD above 1, where the prompt makes the response harder. Of
@@ -91,15 +97,19 @@ def select(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         drop_duplicates=drop_duplicates,
+        generators=None if generators is None else tuple(generators),
         base_model=base_model,
         reward_model=reward_model,
     )
     if isinstance(scores, Run):
+        refuse_raced(scores, settings.generators)
         table = scores.scores()
         if not table.num_rows:
             scores.refuse_unscored()
     else:
         table = as_table(scores)
+    if settings.generators is not None:
+        table = only_of(table, settings.generators)
     if "prompt_id" not in table.column_names and settings.per_prompt is not None:
         raise UsageError("the best of every prompt needs a column prompt_id; without one, choose with threshold")
     _check_metrics(settings.weights, table)

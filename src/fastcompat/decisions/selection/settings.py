@@ -28,6 +28,7 @@ class SelectionSettings:
     min_tokens: int | None = None
     max_tokens: int | None = None
     drop_duplicates: bool = True
+    generators: tuple[str, ...] | None = None
     base_model: str | None = None
     reward_model: str | None = None
 
