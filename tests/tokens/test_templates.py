@@ -24,8 +24,9 @@ from fastcompat.errors import TemplateError
 from fastcompat.rows.status import Status
 from fastcompat.tokens.built_in_templates import BUILT_IN_TEMPLATES
 from fastcompat.tokens.conversations import ConversationTokenizer
+from fastcompat.tokens.dates import PINNED_DATE
 from fastcompat.tokens.settings import TokenizationSettings
-from fastcompat.tokens.templates import _SENTINEL, PINNED_DATE
+from fastcompat.tokens.templates import _SENTINEL
 
 
 @pytest.mark.parametrize(

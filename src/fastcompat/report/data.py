@@ -20,7 +20,7 @@ from fastcompat.metrics import BETA, METRICS, compute, compute_by_group, missing
 from fastcompat.report.examples import Examples, find_examples
 from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
 from fastcompat.rows import FloatArray, IntArray, by_pair, carrying, paired
-from fastcompat.store import UNIT, Run
+from fastcompat.store import UNIT, Run, ScorerStore
 
 # Beside the one that decides.
 BETAS = (0.0, 1.0, BETA, 10.0)
@@ -132,24 +132,33 @@ class ReportData:
 
 def report_data(run: Run, options: Options) -> ReportData:
     """Everything a report shows of a run. Raises UsageError for a run without scores, RunError for a damaged one."""
-    scores = run.scores_by_unit()
+    current = run.current_scorers()
+    labels = run.labels(current)
+    scorers = {labels[store.name]: store for store in current}
+    scores = run.scores_by_unit(current)
     if not scores.num_rows:
         run.refuse_unscored()
     rows = paired(scores)
     pairs = list(by_pair(rows))
     shown = pairs[:MAX_SECTIONS]
-    sections = [_section(run, part, models, options, n_sections=len(shown)) for models, part in shown]
+    sections = [_section(run, scorers, part, models, options, n_sections=len(shown)) for models, part in shown]
     return ReportData(
         sections=sections,
         n_pairs=len(pairs),
         accounts=account_of_scorers(run, scores, options.by),
         corpus=corpus_of(run),
-        settings=settings_of_scorers(run),
+        settings=settings_of_scorers(scorers),
     )
 
 
 def _section(
-    run: Run, rows: pa.Table, models: tuple[str | None, str | None], options: Options, *, n_sections: int
+    run: Run,
+    scorers: Mapping[str, ScorerStore],
+    rows: pa.Table,
+    models: tuple[str | None, str | None],
+    options: Options,
+    *,
+    n_sections: int,
 ) -> Section:
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows]
     ranking, refused = _ranked(rows, options)
@@ -182,6 +191,7 @@ def _section(
         of_generators=_agreement_of_generators(used, group, len(groups), options),
         examples=find_examples(
             run,
+            scorers.get(models[0] or ""),
             used,
             by=options.by,
             beta=options.beta if has_car else None,

@@ -56,12 +56,20 @@ class Examples:
 
 
 def find_examples(
-    run: Run, rows: pa.Table, *, by: str, beta: float | None, reward_shift: float, n_examples: int, n_sections: int
+    run: Run,
+    scorer: ScorerStore | None,
+    rows: pa.Table,
+    *,
+    by: str,
+    beta: float | None,
+    reward_shift: float,
+    n_examples: int,
+    n_sections: int,
 ) -> list[Examples]:
     """Those of the loss and of CAR, or of the reward where there is no loss.
 
-    rows: scored rows of one pair of models, with `reading.UNIT`. beta: None without CAR; responses whose reward is
-    negative have no CAR of their own.
+    scorer: the base model's. rows: scored rows of one pair of models, with `store.UNIT`. beta: None without CAR;
+    responses whose reward is negative have no CAR of their own.
     """
     if not n_examples or not rows.num_rows:
         return []
@@ -80,7 +88,7 @@ def find_examples(
     ends = {name: _ends(values, rows, n_examples) for name, values in figures.items()}
     chosen = np.unique(np.concatenate([np.concatenate(end) for end in ends.values()]))
     n_bytes = max(300, BUDGET // (n_sections * n_examples * 2 * max(1, len(ends))) - BYTES_PER_EXAMPLE)
-    read = _read(run, rows.take(pa.array(chosen)), by, car[chosen], n_bytes)
+    read = _read(run, scorer, rows.take(pa.array(chosen)), by, car[chosen], n_bytes)
     by_row = dict(zip(chosen.tolist(), read, strict=True))
     return [
         Examples(figure=name, lowest=[by_row[n] for n in low.tolist()], highest=[by_row[n] for n in high.tolist()])
@@ -111,11 +119,10 @@ def _ends(values: NDArray[np.float64], rows: pa.Table, n_examples: int) -> tuple
     return low, high[~np.isin(high, low)]
 
 
-def _read(run: Run, rows: pa.Table, by: str, car: NDArray[np.float64], n_bytes: int) -> list[Example]:
+def _read(
+    run: Run, scorer: ScorerStore | None, rows: pa.Table, by: str, car: NDArray[np.float64], n_bytes: int
+) -> list[Example]:
     """The texts of rows, in their order."""
-    base_model = rows["base_model"][0].as_py()
-    labels = run.labels()
-    stores = [s for s in run.current_scorers() if s.kind == "base_model" and labels[s.name] == base_model]
     texts: dict[str, list[dict[str, str]]] = {}
     tokens: dict[str, list[tuple[str, float]]] = {}
     unit_of = rows[UNIT].to_pylist()
@@ -125,8 +132,8 @@ def _read(run: Run, rows: pa.Table, by: str, car: NDArray[np.float64], n_bytes: 
         own = run.unit_rows(unit, ["row_key", "messages"])
         for row in own.filter(pc.is_in(own["row_key"], wanted)).to_pylist():
             texts[row["row_key"]] = row["messages"] or []
-        for store in stores:
-            tokens |= _tokens(store, run, index, wanted)
+        if scorer is not None:
+            tokens |= _tokens(scorer, run, index, wanted)
     examples = []
     for row, own_car in zip(rows.to_pylist(), car.tolist(), strict=True):
         examples.append(_example(row, row[by], own_car, texts.get(row["row_key"], []), tokens, n_bytes))

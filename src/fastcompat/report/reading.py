@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.rows import SCORED_STATUSES
-from fastcompat.store import Run
+from fastcompat.store import Run, ScorerStore
 
 # Reasons of one scorer that are told, files that are listed.
 SHOWN_REASONS = 8
@@ -95,16 +95,18 @@ def corpus_of(run: Run) -> dict[str, Any]:
     }
 
 
-def settings_of_scorers(run: Run) -> list[dict[str, Any]]:
-    """The record of every scorer that the page shows: name, what it is, settings, identity, when it was first used."""
-    labels = run.labels()
+def settings_of_scorers(scorers: Mapping[str, ScorerStore]) -> list[dict[str, Any]]:
+    """The record of every scorer that the page shows: name, what it is, settings, identity, when it was first used.
+
+    scorers: by their labels.
+    """
     return [
         {
-            "label": labels[store.name],
+            "label": label,
             "kind": store.kind.replace("_", " "),
             "created": store.record["created"],
             "settings": dict(store.record["settings"]),
             "identity": dict(store.record["identity"]),
         }
-        for store in run.current_scorers()
+        for label, store in scorers.items()
     ]

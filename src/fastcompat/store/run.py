@@ -277,10 +277,13 @@ class Run:
         # What only some scorers tell is null for the others.
         return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
-    def scores_by_unit(self) -> pa.Table:
+    def scores_by_unit(self, current: Sequence[ScorerStore] | None = None) -> pa.Table:
         """`scores()` without list columns, in the order of the units, with the column `UNIT`: the row's unit, as its
-        index in `units`, int32."""
-        stores = self.current_scorers()
+        index in `units`, int32.
+
+        current: as of `labels`.
+        """
+        stores = self.current_scorers() if current is None else current
         schema = pa.unify_schemas([SCORES_SCHEMA, *(pa.schema(store.extras.fields) for store in stores)])
         columns = [field.name for field in schema if not pa.types.is_list(field.type)]
         empty = SCORES_SCHEMA.empty_table().append_column(UNIT, pa.array([], pa.int32()))

@@ -3,6 +3,7 @@
 settings            every choice that changes a token
 templates           a conversation -> one string, and which characters of it count
 built_in_templates  templates for models that have none
+dates               today's date in a template, pinned to one
 spellings           how a template wants calls, answers and tools to be written
 omissions           what a template leaves out of what a conversation says
 loading             tokenizer.json, and the tokenizer with its ids

@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any, Literal
@@ -26,16 +25,10 @@ from typing import Any, Literal
 from fastcompat.errors import TemplateError
 from fastcompat.rows import REASONING_KEYS, Message, Status, reasoning_of
 from fastcompat.tokens.built_in_templates import IDENTITIES
+from fastcompat.tokens.dates import with_pinned_dates
 from fastcompat.tokens.omissions import find_omission, structure
 from fastcompat.tokens.spellings import Spellings
 
-# Llama-3.2's, Mistral's and others' templates print today's date. A run that is resumed tomorrow must give the same
-# ids, so the date is that which Llama-3's own template falls back to.
-PINNED_DATE = datetime(2024, 7, 26)
-_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
-# What is left of them after that, other than the question whether there is such a function.
-_OTHER_DATE = re.compile(r"\bstrftime_now\b(?!\s+is\s)")
-_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # transformers records the blocks in the compiled template, which all of a process share.
 _RECORDING_BLOCKS = Lock()
@@ -94,17 +87,8 @@ class ChatTemplate:
     ) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        self.source, n_dates = _DATE_CALL.subn(_pinned_date, source)
+        self.source, self.description = with_pinned_dates(source, description)
         self.identity = IDENTITIES.get(source, self.source)
-        self.description = description
-        if _OTHER_DATE.search(_COMMENT.sub("", self.source)):
-            raise TemplateError(
-                f"{description}: it prints today's date in a way that cannot be pinned, so that a run resumed tomorrow "
-                "would differ; copy the template to a file, write a date in the place of strftime_now(...), and give "
-                "that with --template FILE"
-            )
-        if n_dates:
-            self.description += f", its date pinned to {PINNED_DATE:%d %b %Y}"
         self._variables = dict(variables)
         longest_first = sorted({token for token in special_tokens if token}, key=len, reverse=True)
         self._special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -391,10 +375,6 @@ def _spans_of_blocks(blocks: Sequence[Span], turns: Sequence[_Turn], score_eos: 
 def _parsed(tools: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(tools)
     return found
-
-
-def _pinned_date(call: re.Match[str]) -> str:
-    return repr(PINNED_DATE.strftime(call["format"]))
 
 
 def _sentence(error: Exception) -> str:

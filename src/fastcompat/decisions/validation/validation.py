@@ -290,7 +290,10 @@ def _by_series(figures: pa.Table, generators: list[str]) -> Iterator[tuple[Serie
 
 
 def _pairs(table: pa.Table, by: str) -> Iterator[tuple[str | None, str | None, pa.Table]]:
-    """Paired rows of each base model and reward model in turn: all pairs at once would not fit into memory."""
+    """Paired rows of each base model and reward model in turn: all pairs at once would not fit into memory.
+
+    Other than with `rows.by_pair`, rows that name no model are no pair of their own where others name one.
+    """
     if "status" in table.column_names:
         scored = pc.or_(table["status"].is_null(), is_scored(table["status"]))
         table = table if pc.all(scored).as_py() else table.filter(scored)
