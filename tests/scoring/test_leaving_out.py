@@ -6,6 +6,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -494,3 +497,24 @@ def test_two_workers_share_what_is_completed(tmp_path, corpus, passes, untouched
     second, first = (score_with(run, passes["plain"], units=order, worker=worker) for worker in workers[::-1])
     assert first.n_rows + second.n_rows == 39
     assert parts_of(run) == untouched["plain"]
+
+
+def test_a_completing_process_that_is_killed_is_taken_up_by_the_next(tmp_path, corpus, model, passes):
+    """SIGKILL, at a moment that nobody chose."""
+    runs = [prepare_small_units(tmp_path / name, corpus, target_unit_chars=2000) for name in ("whole", "run")]
+    score_with(runs[0], passes["plain"])
+    run = runs[1]
+    score_with(run, passes["plain"], leave_out=without(A, B))
+    n_pending = len(run.pending(*run.scorers()))
+    command = [sys.executable, "-m", "fastcompat", "score", "-o", str(run.directory), "--base-model", str(model)]
+    command += ["--dtype", "float32", "--token-budget", "256"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(run.pending(*run.scorers())) == n_pending:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert find_damage(run) == []
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert run.pending(*run.scorers()) == []
+    assert parts_of(run) == parts_of(runs[0])
