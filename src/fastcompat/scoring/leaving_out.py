@@ -59,7 +59,8 @@ class Share:
         fills = np.flatnonzero(lacks[self.at])
         order = np.arange(n_rows)
         order[self.at[fills]] = n_rows + fills
-        whole = pa.concat_tables([part, scores]).take(pa.array(order)).combine_chunks()
+        # Parquet gives the values of a list another name than they had, which the file's schema would tell.
+        whole = pa.concat_tables([part.cast(scores.schema), scores]).take(pa.array(order)).combine_chunks()
         if whole["detail"].null_count:
             raise RunError("a part went away while it was completed; give the same command again")
         return whole
