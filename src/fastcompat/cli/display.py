@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastcompat.benchmark.doctor import Finding
     from fastcompat.corpus import CorpusSummary, PreparationProgress
     from fastcompat.scoring.engine import Progress as EngineProgress
+    from fastcompat.scoring.passes import Pass
     from fastcompat.store.verification import ScorerProgress
 
 # Off a terminal nothing is cut to eighty columns: names that differ at their ends must stay apart.
@@ -86,6 +87,22 @@ def figures_of(progress: EngineProgress) -> str:
     if progress.n_rows and left:
         parts.append(f"{duration(left * seconds / progress.n_rows)} left")
     return " · ".join(parts)
+
+
+def show_pass(served: Pass) -> None:
+    """Which models a pass over the corpus serves, and how they read it."""
+    from fastcompat.tokens.loading import THE_FILES
+
+    say("")
+    for scorer in served.scorers:
+        say(
+            f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
+            f"template: {escape(scorer.tokenizer.description)}"
+        )
+        if scorer.tokenizer.token_ids != THE_FILES:
+            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
+    if len(served.scorers) > 1:
+        say("one body with two heads: one pass serves both")
 
 
 def saved_share(progress: EngineProgress) -> float:

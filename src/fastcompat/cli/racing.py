@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from fastcompat.cli.display import LiveDisplay, say
+from fastcompat.cli.display import LiveDisplay, say, show_pass
 from fastcompat.errors import Interrupted, UsageError
 from fastcompat.wording import counted_noun, duration, printable
 
@@ -79,6 +79,8 @@ def hold_races(
     from fastcompat.decisions.racing.run_race import Field
     from fastcompat.scoring.passes import fit_together
 
+    for served in passes:
+        show_pass(served)
     field = Field.of(run)
     resident = fit_together(passes)
     races = _races(run, passes, asked, field, ratio=None if resident else RATIO_OF_TURNS)

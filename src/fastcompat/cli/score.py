@@ -310,23 +310,13 @@ def work_off(
     leave_out: LeaveOut,
 ) -> None:
     """One pass over the corpus, with its progress on the screen."""
-    from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_statuses
+    from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_pass, show_statuses
     from fastcompat.scoring.engine import Progress
     from fastcompat.scoring.passes import score_corpus
     from fastcompat.store.verification import scorer_progress
-    from fastcompat.tokens.loading import THE_FILES
     from fastcompat.wording import duration
 
-    say("")
-    for scorer in served.scorers:
-        say(
-            f"[bold]{escape(scorer.name)}[/] · {scorer.what} · {scorer.identity['dtype']} on {scorer.device} · "
-            f"template: {escape(scorer.tokenizer.description)}"
-        )
-        if scorer.tokenizer.token_ids != THE_FILES:
-            say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
-    if len(served.scorers) > 1:
-        say("one body with two heads: one pass serves both")
+    show_pass(served)
     display = LiveDisplay(served.name)
     progress = Progress(notify=display.scoring)
     try:
@@ -353,11 +343,12 @@ def work_off(
             else "nothing to score: this worker's share is empty"
         )
         return
+    before = progress.n_rows_skipped - progress.n_rows_left_out
     say(
         f"{progress.n_rows:,} responses in {duration(progress.seconds)} · "
         f"{progress.n_tokens / progress.seconds:,.0f} tokens/s · "
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
-        + (f" · {progress.n_rows_skipped:,} were scored before" if progress.n_rows_skipped else "")
+        + (f" · {before:,} were scored before" if before else "")
     )
     for store in stores:
         show_statuses(scorer_progress(run, store))

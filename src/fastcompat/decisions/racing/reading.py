@@ -32,7 +32,7 @@ def outcome(race: RunRace) -> str:
         return f"winner: {last.leader}, {when}"
     if race.over == "margin":
         others = listed([name for _, name in last.equal])
-        return f"winner: {last.leader}, within {share(race.settings.margin)} of the best at least ({others}), {when}"
+        return f"winner: {last.leader}, at most {share(race.settings.margin)} below {others}, {when}"
     if race.over in ("ranking", "precision"):
         return f"{'every pair is settled' if race.over == 'ranking' else 'every figure is known'} {when}"
     still_in = race.history.still_in

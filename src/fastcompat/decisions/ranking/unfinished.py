@@ -71,7 +71,7 @@ class Race:
         if self.over in ("winner", "margin") and generator == standings[0]:
             return "the winner"
         if self.over == "margin":
-            return f"within {self.record['settings']['margin']:.2g} of {standings[0]}, relatively"
+            return f"not told apart from {standings[0]} by more than the margin"
         return "not told apart when the corpus ended" if self.over else "still in the race"
 
 
