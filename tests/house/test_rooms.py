@@ -106,9 +106,11 @@ def test_nobody_reaches_past_a_door():
 
 
 def test_alcoves_do_not_know_each_other():
+    """But racing, which asks at every look what ranking asks at the end."""
     for found in IMPORTS:
         if found.room == "decisions" and found.module.startswith("fastcompat.decisions."):
-            assert found.file.split("/")[1] in (found.module.split(".")[2], "__init__.py"), found
+            alcove, used = found.file.split("/")[1], found.module.split(".")[2]
+            assert alcove in (used, "__init__.py") or (alcove, used) == ("racing", "ranking"), found
 
 
 def test_what_is_private_to_a_file_stays_in_it():

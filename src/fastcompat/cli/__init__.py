@@ -3,6 +3,7 @@
 application  the program: it registers the commands and ends with an exit code
 options      options that several commands have
 score        score
+racing       score --until: the loop of a race
 decide       rank, report, select, reproduce
 runs         status, verify
 inspect      inspect: one row, its tokens, and what of them counts

@@ -117,6 +117,7 @@ def _validate(
             say(f"[dim]{escape(note)}[/]")
         else:  # who reads the table alone gets it without a foreign line
             errors.print(escape(note), highlight=False, soft_wrap=True)
+    _note_pending(run)
 
 
 def select(

@@ -43,8 +43,15 @@ def demo(
         "What Python's standard library says about itself, answered by several response generators;\n"
         "which of them would teach the small base model best?"
     )
-    command(f"score {corpus} --base-model {base} --reward-model {judge} --keep-tokens -o {directory}")
-    score(directory, [str(corpus)], [base], [judge], keep_tokens=True)
+    models = f"--base-model {base} --reward-model {judge} --keep-tokens -o {directory}"
+    command(f"score {corpus} {models} --until winner")
+    score(directory, [str(corpus)], [base], [judge], keep_tokens=True, until="winner")
+    say(
+        "\n500 prompts are few for a race: of 100,000 with generators like these, it needs about one response in a\n"
+        "hundred. Now the rest, for the report and the best response to every prompt."
+    )
+    command(f"score {models}")
+    score(directory, None, [base], [judge], keep_tokens=True)
     command(f"rank {directory}")
     rank(directory)
     say(

@@ -137,23 +137,24 @@ class Run:
         first = self.first_prompts()
         return sorted(self.units, key=lambda unit: (first[unit], unit))
 
-    def n_prompts(self) -> int:
-        """Different prompts in the corpus. Reads one column of every shard."""
+    def corpus(self, columns: Sequence[str]) -> pa.Table:
+        """Some columns of every row, in the order of `units`; shards are read several at a time."""
         shards = [shard_number(shard.name) for generation in self.generations for shard in generation.shards]
         with ThreadPoolExecutor(READERS) as pool:
-            ids = list(pool.map(self._prompts_of, shards))
-        # A shard has all responses that its generation has to a prompt; another generation may have more.
-        if len(self.generations) == 1:
-            return sum(len(own) for own in ids)
-        return len(pc.unique(pa.chunked_array(ids, pa.string())))
+            return pa.concat_tables(pool.map(partial(self._shard, columns=list(columns)), shards))
 
-    def _prompts_of(self, shard: int) -> pa.Array:
+    def _shard(self, shard: int, columns: list[str]) -> pa.Table:
         path = self.shard_path(shard)
         try:
-            table = pq.read_table(path, columns=["prompt_id"], page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                there = [name for name in columns if name in file.schema_arrow.names]
+                return with_later_columns(file.read(columns=there), columns)
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
-        return pc.unique(table["prompt_id"])
+
+    def n_prompts(self) -> int:
+        """Different prompts in the corpus. Reads one column of every shard."""
+        return int(pc.count_distinct(self.corpus(["prompt_id"])["prompt_id"]).as_py())
 
     @property
     def reward_columns(self) -> dict[str, int]:

@@ -35,7 +35,7 @@ class Field(NamedTuple):
 
     @classmethod
     def of(cls, run: Run) -> Field:
-        rows = pa.concat_tables(run.unit_rows(unit, ["prompt_id", "generator", "status"]) for unit in run.units)
+        rows = run.corpus(["prompt_id", "generator", "status"])
         scorable = rows["generator"].filter(pc.equal(rows["status"], "ok"))
         names = tuple(sorted(name for name in pc.unique(scorable).to_pylist() if name is not None))
         return cls(names, pc.count_distinct(rows["prompt_id"]).as_py())
@@ -185,13 +185,10 @@ class RunRace:
         """Rewards of the corpus's own, of all prompts."""
         if self._column is None or self.settings.figure != "car" or self.settings.average != "response":
             return None
-        tables = []
-        for unit in self._run.units:
-            rows = with_reward(self._run.unit_rows(unit, _REWARD_COLUMNS), self._column)
-            rows = rows.select(["prompt_id", "generator", "reward", "status"])
-            racing = pc.is_in(rows["generator"], value_set=pa.array(self.history.names, pa.string()))
-            tables.append(rows.filter(pc.and_(racing, carrying(rows, ["reward"]))))
-        return KnownRewards.of(pa.concat_tables(tables), self.history.names)
+        rows = with_reward(self._run.corpus(_REWARD_COLUMNS), self._column)
+        racing = pc.is_in(rows["generator"], value_set=pa.array(self.history.names, pa.string()))
+        rows = rows.filter(pc.and_(racing, carrying(rows, ["reward"])))
+        return KnownRewards.of(rows, self.history.names)
 
 
 _REWARD_COLUMNS = ["prompt_id", "generator", "status", "detail", "rewards"]

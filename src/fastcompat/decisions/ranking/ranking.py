@@ -89,7 +89,7 @@ def rank(
     95% intervals for new prompts, from the clustered variance by prompt with a correction for skewness
     (`intervals.interval`; bench/coverage.py measures what they cover). `rank` is 1 + the number of generators
     that are clearly better: those whose difference from this one, paired by prompt, has such an interval above zero, at
-    96% for all pairs together (Bonferroni). So a generator that few data say little of may have a better rank than one
+    96% for all pairs together (Holm). So a generator that few data say little of may have a better rank than one
     above it. `p_best` is the share of `draws` bootstrap draws of prompts in which the generator is the best, equals
     sharing a draw. Fewer than `MIN_PROMPTS` prompts give no interval and no `p_best`, and are compared with nobody.
 

@@ -165,7 +165,7 @@ def unfinished_pairs(run: Run, settings: RankingSettings) -> dict[Models, Unfini
     bases = [store for store in stores if store.kind == "base_model"]
     rewards: dict[str | None, str | None] = {s.name: labels[s.name] for s in stores if s.kind == "reward_model"}
     rewards |= {f"column {name}": f"column {name}" for name in run.reward_columns}
-    n_prompts = _n_prompts(run)
+    n_prompts = run.n_prompts()
     races = races_of(run)
     found: dict[Models, Unfinished] = {}
     for base in [None, *(store.name for store in bases)]:
@@ -194,8 +194,3 @@ def _race_of(
         return asked and same_figure, race.record["shares"][len(race.looks) - 1]
 
     return max(fitting, key=fits, default=None)
-
-
-def _n_prompts(run: Run) -> int:
-    ids = pa.concat_tables(run.unit_rows(unit, ["prompt_id"]) for unit in run.units)["prompt_id"]
-    return int(pc.count_distinct(ids).as_py())
