@@ -50,6 +50,12 @@ class RunError(FastcompatError):
     exit_code = 5
 
 
+class SetAside(FastcompatError):
+    """Everything is scored but units over which workers died again and again; the message names them."""
+
+    exit_code = 3
+
+
 class Interrupted(FastcompatError):
     """SIGINT or SIGTERM was received: everything finished so far is committed, the run can be resumed."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import subprocess
 import sys
@@ -43,8 +42,7 @@ def whole(tmp_path, corpus) -> dict[str, bytes]:
 
 
 def log_of(run: Run) -> list[dict]:
-    path = run.directory / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return run.logged()
 
 
 def committed(run: Run) -> list[str]:
@@ -112,9 +110,9 @@ def test_units_are_prepared_and_written_by_a_thread_each(tmp_path, corpus, monke
     seen: dict[str, set[int]] = {"prepare": set(), "write": set(), "notify": set()}
     commit = ScorerStore.commit
 
-    def seen_commit(*arguments):
+    def seen_commit(*arguments, **options):
         seen["write"].add(threading.get_ident())
-        commit(*arguments)
+        return commit(*arguments, **options)
 
     def seen_tokenizer(rows):
         seen["prepare"].add(threading.get_ident())
@@ -166,9 +164,9 @@ def test_a_unit_that_another_process_finishes_is_not_computed(tmp_path, corpus, 
 def commit_slowly(monkeypatch) -> None:
     commit = ScorerStore.commit
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         time.sleep(0.2)
-        commit(*arguments)
+        return commit(*arguments, **options)
 
     monkeypatch.setattr(ScorerStore, "commit", slow)
 
@@ -200,7 +198,7 @@ def test_a_write_that_fails_ends_the_run_within_a_pack_or_two(tmp_path, corpus, 
     failed = threading.Event()
     n_packs_later = 0
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         failed.set()
         raise error
 

@@ -62,7 +62,7 @@ def parts(run: Run) -> dict[tuple[str, str], bytes]:
 
 
 def commits(run: Run) -> list[tuple[str, str]]:
-    lines = [json.loads(line) for line in (run.directory / "log.jsonl").read_text().splitlines()]
+    lines = run.logged()
     return [(line["scorer"], line["unit"]) for line in lines if line["event"] == "commit"]
 
 

@@ -138,7 +138,7 @@ def test_the_threads_give_way_and_the_caller_keeps_its_priority():
     found: list[int] = []
     with Writer(behind=1, waited=Stopwatch()) as writer:
         writer.submit(lambda: found.append(priority()))
-    assert list(prefetch(priority, [None], ahead=1, waited=Stopwatch())) == found == [min(own + NICENESS, 19)]
+    assert list(prefetch(priority, [0], ahead=1, waited=Stopwatch())) == found == [min(own + NICENESS, 19)]
     assert priority() == own
 
 

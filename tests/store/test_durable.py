@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +18,8 @@ import pytest
 from fastcompat.errors import RunError
 from fastcompat.store import durable
 from fastcompat.store.durable import (
+    create_json,
+    create_table,
     own_name,
     read_json,
     remove_abandoned,
@@ -68,7 +73,29 @@ def test_what_is_no_record_is_named(tmp_path, text, message):
         read_json(tmp_path / "b.json")
 
 
-def test_only_what_a_dead_process_of_this_host_left_long_ago_is_removed(tmp_path):
+def test_of_many_writers_the_first_wins(tmp_path):
+    table = pa.table({"writer": [0]})
+    with ThreadPoolExecutor(16) as pool:
+        for k in range(50):
+            write = partial(create_table, tmp_path / f"{k}.parquet")
+            won = list(pool.map(lambda w, write=write: write(table.set_column(0, "writer", [[w]])), range(16)))
+            assert won.count(True) == 1
+            assert pq.read_table(tmp_path / f"{k}.parquet")["writer"].to_pylist() == [won.index(True)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_without_hard_links_keeps_what_is_there(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert create_json(tmp_path / "a.json", {"first": True})
+    assert not create_json(tmp_path / "a.json", {"first": False})
+    assert read_json(tmp_path / "a.json") == {"first": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_only_what_a_dead_process_left_long_ago_is_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     host = own_name("x").removeprefix(".x.").rpartition("-")[0].rpartition("-")[0]
@@ -77,12 +104,15 @@ def test_only_what_a_dead_process_of_this_host_left_long_ago_is_removed(tmp_path
         "young": f".b.json.{host}-{process.pid}-00000000",
         "living": f".c.json.{host}-{os.getpid()}-00000000",
         "elsewhere": f".d.json.another-{process.pid}-00000000",
+        "forgotten": f".e.json.another-{process.pid}-00000000",
         "not_ours": ".gitignore",
     }
     for kind, name in names.items():
         path = tmp_path / name
         path.write_text(kind)
-        if kind != "young":
+        if kind == "elsewhere":
+            os.utime(path, (time.time() - 7200, time.time() - 7200))
+        elif kind != "young":
             os.utime(path, (0, 0))
     directory = tmp_path / f".corpus.{host}-{process.pid}-00000000"
     (directory / "deeper").mkdir(parents=True)

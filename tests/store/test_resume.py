@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -53,7 +52,7 @@ def parts(run: Run) -> dict[str, bytes]:
 
 
 def committed(directory: Path) -> list[str]:
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    lines = open_run(directory).logged()
     return [line["unit"] for line in lines if line["event"] == "commit"]
 
 
@@ -104,7 +103,7 @@ def test_a_signal_keeps_the_pack_at_hand_and_the_rest_is_equal(tmp_path, corpus,
     directory = tmp_path / "run"
     prepare_small_units(directory, corpus, target_unit_chars=10_000_000)  # few units of many packs
     process = start(directory, model, "--token-budget", "256")
-    while not (directory / "log.jsonl").exists() and process.poll() is None:
+    while not any(directory.glob("log/*")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
     output, _ = process.communicate()

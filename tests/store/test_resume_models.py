@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
@@ -55,7 +54,7 @@ def parts(run: Run) -> dict[str, bytes]:
 
 
 def commits(directory: Path) -> list[tuple[str, str]]:
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    lines = open_run(directory).logged()
     return [(line["scorer"], line["unit"]) for line in lines if line["event"] == "commit"]
 
 

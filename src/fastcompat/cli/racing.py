@@ -101,7 +101,9 @@ def hold_races(
             if all(race.over for race in own):
                 continue
             leave_out = partial(_left_out_by_all, own, first)
-            turn = partial(_score, run, served, leave_out=leave_out, token_budget=token_budget, stop=stop)
+            turn = partial(
+                _score, run, served, leave_out=leave_out, token_budget=token_budget, claims=worker.claims, stop=stop
+            )
             share = order[worker.index :: worker.count]
             tokens += turn([unit for unit in share if first[unit] < below])
             if worker.count > 1:
@@ -125,6 +127,7 @@ def _score(
     *,
     leave_out: Callable[[Unit], Mapping[str, str]],
     token_budget: int | None,
+    claims: bool,
     stop: Callable[[], bool],
 ) -> int:
     """Score units up to the next look; the tokens that were computed."""
@@ -139,7 +142,7 @@ def _score(
                 run,
                 served,
                 token_budget=token_budget,
-                worker=Worker(),
+                worker=Worker(claims=claims),
                 progress=progress,
                 units=units,
                 leave_out=leave_out,

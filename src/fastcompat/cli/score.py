@@ -35,7 +35,7 @@ from fastcompat.cli.options import (
     Turns,
     parse_template_options,
 )
-from fastcompat.errors import Interrupted, UsageError
+from fastcompat.errors import Interrupted, SetAside, UsageError
 
 REWARDS = "Rewards"
 RACE = "Until it is sure"
@@ -134,7 +134,11 @@ def score(
         ),
     ] = False,
     worker: Annotated[
-        str, typer.Option(metavar="I/N", help="This process's share, when N processes work on one RUN.")
+        str,
+        typer.Option(
+            metavar="I/N|auto",
+            help="This process's share, when N processes work on one RUN; auto: any number, whatever is free.",
+        ),
     ] = "1/1",
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GENERATOR", help="Score only its responses. Repeatable.")
@@ -313,6 +317,7 @@ def work_off(
     from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_pass, show_statuses
     from fastcompat.scoring.engine import Progress
     from fastcompat.scoring.passes import score_corpus
+    from fastcompat.store.claims import TRIES
     from fastcompat.store.verification import scorer_progress
     from fastcompat.wording import duration
 
@@ -336,6 +341,13 @@ def work_off(
             f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
             "Give the same command again to go on."
         ) from None
+    if progress.set_aside:
+        names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
+        raise SetAside(
+            f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
+            f"is its shard in {run.directory}/corpus and its row group. To try again, remove claims/*.aside.json beside "
+            "the parts, and give the same command"
+        )
     if not progress.n_rows:
         say(
             f"all {progress.n_rows_total:,} responses were scored before"
@@ -374,10 +386,12 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 def parse_worker(text: str) -> Worker:
-    """--worker I/N."""
+    """--worker I/N or auto."""
     from fastcompat.scoring.passes import Worker
 
+    if text == "auto":
+        return Worker(claims=True)
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal()):
-        raise UsageError(f"--worker {text}: write I/N, for example 1/4")
+        raise UsageError(f"--worker {text}: write I/N, for example 1/4, or auto")
     return Worker(index=int(first) - 1, count=int(second))

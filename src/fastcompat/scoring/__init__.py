@@ -3,6 +3,7 @@
 scores          what a figure is to the loop
 packs           one pack -> figures, in smaller packs where memory runs out
 engine          units one after the other
+claimed_units   units as workers claim them
 leaving_out     which rows of a unit are computed, and how a part gets those that it lacks
 pipeline        what runs beside it: tokenising ahead, writing behind
 token_budget    how large a pack may be

@@ -7,7 +7,7 @@ large it may be in `token_budget.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,19 +43,18 @@ def score_run(
     begin: Begin,
     *,
     token_budget: int,
-    units: Sequence[Unit],
+    units: Iterable[Unit | None],
     progress: Progress,
     leave_out: LeaveOut = leave_nothing_out,
     stop: Callable[[], bool] = lambda: False,
     ahead: int = 1,
 ) -> None:
-    """Score and commit `units`, one after the other.
+    """Score and commit `units`, one after the other; at a None those before it are finished first.
 
     begin: tokenises a unit's responses; its scores fill one part of each of `stores`.
     leave_out: whose responses in a unit get no figure; asked by the thread that prepares it, `ahead` units before its
-    turn. A part that lacks others is completed: it keeps every figure that it has.
-    When `stop()` turns true the pack
-    at hand is finished and kept, and Interrupted is raised.
+    turn. A part that lacks others is completed: it keeps every figure that it has. When `stop()` turns true the pack at
+    hand is finished and kept, and Interrupted is raised.
     ahead: units that are prepared before their turn. 0: nothing runs beside the forward pass. No byte of the run
     depends on it.
     """
@@ -68,10 +67,9 @@ def score_run(
         closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
         Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
     ):
-        for unit, prepared in zip(units, prepared_units, strict=True):
-            if prepared is None or not _lack(
-                stores, unit, prepared.leave_out
-            ):  # another process was here in the meantime
+        for unit, prepared in prepared_units:
+            # Another process may have been here in the meantime.
+            if prepared is None or not _lack(stores, unit, prepared.leave_out):
                 progress.n_rows_skipped += unit.n_rows
                 continue
             share, scores, packs, n_done = prepared.share, prepared.scores, prepared.packs, prepared.n_done
@@ -125,16 +123,16 @@ def prepare_unit(
     token_budget: int,
     leave_out: LeaveOut,
     unit: Unit,
-) -> PreparedUnit | None:
+) -> tuple[Unit, PreparedUnit | None]:
     """Read, tokenise and pack a unit; None where nothing is lacking. Raises RunError for a damaged shard or part."""
     names = leave_out(unit)
     if not _lack(stores, unit, names):
-        return None
+        return unit, None
     share = share_of(run.unit_rows(unit), stores, unit, names)
     scores = begin(from_table(share.computed))
     packs = pack_sequences(model, scores, token_budget=token_budget)
     n_done = 0 if share.completes else _restore(scores, packs, stores, unit, share, token_budget)
-    return PreparedUnit(leave_out=names, share=share, scores=scores, packs=packs, n_done=n_done)
+    return unit, PreparedUnit(leave_out=names, share=share, scores=scores, packs=packs, n_done=n_done)
 
 
 def _restore(
@@ -194,6 +192,7 @@ class Progress:
     n_unshared_tokens: int = 0  # what plain packing would have computed
     n_rows_skipped: int = 0  # finished in an earlier session or by another process, or left out
     n_rows_left_out: int = 0  # of those skipped, in the units that this session worked at
+    set_aside: list[str] = field(default_factory=list)  # units that workers have died over
     began: float = 0.0  # time.monotonic() when the model was loaded and the first unit taken
     timings: Timings = field(default_factory=Timings)
     notify: Callable[[Progress], None] = lambda progress: None
@@ -233,8 +232,9 @@ def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores,
             # As it is now: another process may have completed it. Where its rename falls between this and ours, its
             # rows are left out again, which the part says: they are pending, not lost.
             part = store.read(unit)
-        store.commit(unit, share.whole(table, part))
-        run.log("commit", scorer=store.name, unit=unit.name, rows=len(share.at))
+        won = store.commit(unit, share.whole(table, part), completes=part is not None)
+        # Lost: another process has computed the same, and was first.
+        run.log("commit" if won else "lost", scorer=store.name, unit=unit.name, rows=len(share.at))
 
 
 def _interrupt(writer: Writer) -> NoReturn:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastcompat.errors import UsageError
+from fastcompat.errors import Interrupted, UsageError
 from fastcompat.models import weight_files
+from fastcompat.scoring.claimed_units import ClaimedUnits
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.joint import JointScorer, share_body
 from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
-from fastcompat.store import LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store import Claims, LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """This process's share of the units: those whose index is `index` modulo `count`."""
+    """This process's share of the units: those whose index is `index` modulo `count`; or, with `claims`, whatever is
+    free when it has time."""
 
     index: int = 0
     count: int = 1
+    claims: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
@@ -102,7 +106,16 @@ def open_scorer(run: Run, scorer: ModelScorer, *, token_budget: int | None) -> t
 
 
 def find_scorer(run: Run, scorer: ModelScorer) -> ScorerStore | None:
-    """The run's record of `scorer`, or of one that tells more beside the same figures; None where there is none."""
+    """The run's record of `scorer`, or of one that tells more beside the same figures; None where there is none.
+
+    A scorer whose dtype was left open takes that of the first worker, whatever its own device would rather have: the
+    figures of one run are of one dtype.
+    """
+    if scorer.settings.dtype == "auto":
+        open_dtype = {"extras": None, "dtype": None}
+        alike = [store for store in run.scorers() if store.but_extras | open_dtype == scorer.identity | open_dtype]
+        if alike and scorer.identity["dtype"] not in {store.record["identity"]["dtype"] for store in alike}:
+            scorer.compute_in(alike[0].record["identity"]["dtype"])
     wanted = set(scorer.identity.get("extras", ()))
     same = [store for store in run.scorers() if store.but_extras == {**scorer.identity, "extras": None}]
     fitting = [store for store in same if wanted <= set(store.extras.columns)]
@@ -152,20 +165,45 @@ def score_corpus(
             if not todo:
                 continue
             run.log("score", scorers=[store.name for store in fills], units=len(todo), token_budget=budget)
-            score_run(
-                run,
-                fills,
-                computes.model,
-                computes.begin,
-                token_budget=budget,
-                units=todo,
-                progress=progress,
-                leave_out=leave_out,
-                stop=stop,
-            )
+            with _claimed(fills, todo, leave_out, progress, stop) if worker.claims else nullcontext(todo) as source:
+                score_run(
+                    run,
+                    fills,
+                    computes.model,
+                    computes.begin,
+                    token_budget=budget,
+                    units=source,
+                    progress=progress,
+                    leave_out=leave_out,
+                    stop=stop,
+                )
+                if worker.claims and stop():  # perhaps while there was nothing to do but to wait for others
+                    raise Interrupted("interrupted; everything finished is kept")
     finally:
         seconds = {"total": round(progress.seconds, 6)} | progress.timings.seconds()
         names = [store.name for store in stores]
         tokens = {"tokens": progress.n_tokens, "unshared_tokens": progress.n_unshared_tokens}
         run.log("stop", scorers=names, rows=progress.n_rows, **tokens, seconds=seconds)
     return stores
+
+
+@contextmanager
+def _claimed(
+    stores: Sequence[ScorerStore],
+    units: Sequence[Unit],
+    leave_out: LeaveOut,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Iterator[ClaimedUnits]:
+    """`units` as they are free. Those that workers died over are named in `progress` at the end."""
+    by_name = {unit.name: unit for unit in units}
+
+    def pending(asked: Sequence[Unit]) -> set[Unit]:
+        return {unit for store in stores for unit in store.pending(asked, leave_out)}
+
+    def seen(others: Sequence[Unit]) -> None:
+        progress.n_rows_skipped += sum(unit.n_rows for unit in others)
+
+    with Claims(stores[0].claims, is_done=lambda name: not pending([by_name[name]])) as claims:
+        yield ClaimedUnits(units=units, claims=claims, pending=pending, seen=seen, stop=stop)
+        progress.set_aside += [name for name in claims.set_aside() if name in by_name and pending([by_name[name]])]

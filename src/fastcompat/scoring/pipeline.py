@@ -68,23 +68,27 @@ def sharing_processor(*, with_forward_pass: bool) -> Iterator[None]:
 
 
 def prefetch(
-    function: Callable[[T], R], items: Iterable[T], *, ahead: int, waited: Stopwatch
+    function: Callable[[T], R], items: Iterable[T | None], *, ahead: int, waited: Stopwatch
 ) -> Generator[R, None, None]:
     """function(item) for every item, in order, computed in a thread up to `ahead` items before it is asked for.
+
+    A None among the items is none: it says that those before it are wanted before the next one is asked for.
 
     An exception is raised when its item's turn comes, so that everything before it gets done. Close the iterator
     (`contextlib.closing`) to end the thread; the item that it is at is finished. ahead 0: no thread.
     """
     if ahead == 0:
         for item in items:
-            yield waited.time(function, item)
+            if item is not None:
+                yield waited.time(function, item)
         return
     executor = _one_thread("prepare")
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) > ahead:
+            if item is not None:
+                waiting.append(executor.submit(function, item))
+            while len(waiting) > (ahead if item is not None else 0):
                 yield waited.time(waiting.popleft().result)
         while waiting:
             yield waited.time(waiting.popleft().result)

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ class ModelScorer:
             return self._given_token_budget
         dtype = self.model.dtype  # loaded from here on: what is free below is free beside it
         return choose_token_budget(self.device, self.config, dtype, free_memory(self.device))
+
+    def compute_in(self, dtype: str) -> None:
+        """Compute in this dtype from now on."""
+        self.unload()
+        self.settings = replace(self.settings, dtype=dtype)
+        self.__dict__.pop("identity", None)
 
     def compute_extras(self, extras: Extras) -> None:
         """Compute these columns beside the figure."""

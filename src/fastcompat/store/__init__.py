@@ -5,11 +5,13 @@ beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
 run           the corpus and all scorers, and what they have told so far, as one table
 preparing     a corpus becomes a run
+claims        who is at work on which unit
 races         races over a run, and what their looks found
 verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
+from fastcompat.store.claims import Claims
 from fastcompat.store.durable import replacing
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.races import RaceStore, races_of, start_race
@@ -18,6 +20,7 @@ from fastcompat.store.verification import pending_rows, unscored_generators
 
 __all__ = [
     "UNIT",
+    "Claims",
     "LeaveOut",
     "Packing",
     "RaceStore",

@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed."""
+"""Files that are there whole or not at all: written under a temporary name, synced, renamed; or, where the first of
+several writers shall win, linked to a name that is free."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,77 @@ from fastcompat.errors import RunError
 def write_table(path: Path, table: pa.Table) -> None:
     """Write Parquet whole or not at all; pages carry checksums."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        _put_table(temporary, table)
+
+
+def create_table(path: Path, table: pa.Table) -> bool:
+    """The same where there is no such file yet; False, and nothing written, where there is one."""
+    with suppress(FileExistsError), creating(path) as temporary:
+        _put_table(temporary, table)
+        return True
+    return False
+
+
+def _put_table(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _put_json(temporary, value)
+
+
+def create_json(path: Path, value: Mapping[str, Any]) -> bool:
+    """The same where there is no such file yet; False, and nothing written, where there is one."""
+    with suppress(FileExistsError), creating(path) as temporary:
+        _put_json(temporary, value)
+        return True
+    return False
+
+
+def _put_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, synced and renamed to it at the end. Raises RunError when the disk refuses."""
+    with _temporary(path, Path.rename) as temporary:
+        yield temporary
+
+
+@contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """The same, but the name must be free: FileExistsError where another process came first."""
+    with _temporary(path, _link) as temporary:
+        yield temporary
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links. Between the two lines another process may come; what both would have
+        # written is the same then, but for the first worker's choices.
+        if path.exists():
+            raise FileExistsError(path) from None
+        temporary.rename(path)
+
+
+@contextmanager
+def _temporary(path: Path, put: Callable[[Path, Path], object]) -> Iterator[Path]:
     temporary = path.parent / own_name(path.name)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.rename(path)
+        put(temporary, path)
         sync_directory(path.parent)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror or error}); what was committed before is safe: "
@@ -60,6 +113,8 @@ def remove_tree(directory: Path) -> None:
 
 # Containers may share a host name and a disk but not their process ids: what is younger is never taken as abandoned.
 ABANDONED_SECONDS = 3600
+# Nor is what hosts left that nobody asks about any more, containers above all, until it is this old.
+FORGOTTEN_SECONDS = 24 * 3600
 
 
 def own_name(name: str) -> str:
@@ -67,13 +122,23 @@ def own_name(name: str) -> str:
     return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
+def is_gone(owner: str) -> bool:
+    """Whether a process of this host, by what `own_name` says of it, is no more. False where that cannot be seen."""
+    host, _, process = owner.rpartition("-")[0].rpartition("-")
+    return host == socket.gethostname() and process.isdecimal() and not _alive(int(process))
+
+
 def remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes of this host left half done; those of other hosts may still be at work."""
-    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+")
+    """Remove what killed processes left half done: those of this host, and any others' that is a day old."""
+    pattern = re.compile(r"\..*\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
     for path in directory.glob(".*"):
         match = pattern.fullmatch(path.name)
         with suppress(OSError):  # gone in the meantime, or not ours to remove
-            if match and not _alive(int(match[1])) and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            if match is None:
+                continue
+            age = time.time() - path.stat().st_mtime
+            ours = match["host"].endswith(socket.gethostname())
+            if age > (ABANDONED_SECONDS if ours else FORGOTTEN_SECONDS) and not (ours and _alive(int(match["pid"]))):
                 remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

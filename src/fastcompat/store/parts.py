@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastcompat.store.beginnings import (
     whose,
     write_beginning,
 )
-from fastcompat.store.durable import remove_abandoned, write_json, write_table
+from fastcompat.store.durable import create_table, remove_abandoned, write_json, write_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -84,13 +85,25 @@ class ScorerStore:
     def beginning(self, unit: Unit) -> Path:
         return self.directory / f"begun-{unit.name}.parquet"
 
+    @property
+    def claims(self) -> Path:
+        """Where workers say who is at work on what."""
+        return self.directory / "claims"
+
     def finished(self) -> set[str]:
         """Names of the units that are committed."""
-        return {path.stem.removeprefix("part-") for path in self.directory.glob("part-*.parquet")}
+        return self._named("part-")
 
     def begun(self) -> set[str]:
         """Names of the units of which a beginning is kept."""
-        return {path.stem.removeprefix("begun-") for path in self.directory.glob("begun-*.parquet")}
+        return self._named("begun-")
+
+    def _named(self, prefix: str) -> set[str]:
+        # One scan, four times as fast as a glob where there are 100,000 parts.
+        suffix = ".parquet"
+        with os.scandir(self.directory) as entries:
+            names = [entry.name for entry in entries]
+        return {name[len(prefix) : -len(suffix)] for name in names if name.startswith(prefix) and name.endswith(suffix)}
 
     def left_out(self, unit: Unit) -> frozenset[str]:
         """The generators of which a committed unit leaves rows out. Raises RunError where its part is damaged."""
@@ -107,6 +120,15 @@ class ScorerStore:
     def lacks(self, unit: Unit, leave_out: Collection[str]) -> bool:
         """Whether something of a unit is to be scored, where these generators are left out."""
         return not self.part(unit).exists() or bool(self.left_out(unit) - set(leave_out))
+
+    def pending(self, units: Sequence[Unit], leave_out: LeaveOut) -> list[Unit]:
+        """Of these units, those without a part, or with one that leaves out whom `leave_out` does not name."""
+        if len(units) == 1:
+            return [unit for unit in units if self.lacks(unit, leave_out(unit))]
+        finished = self.finished()
+        if not self.leaves_out:
+            return [unit for unit in units if unit.name not in finished]
+        return [unit for unit in units if unit.name not in finished or self.lacks(unit, leave_out(unit))]
 
     @property
     def leaves_out(self) -> bool:
@@ -126,13 +148,20 @@ class ScorerStore:
         names |= self.finished()
         return [unit for unit in units if unit.name in names]
 
-    def commit(self, unit: Unit, scores: pa.Table) -> None:
-        """Make a unit's scores durable, then drop what was kept of its beginning."""
+    def commit(self, unit: Unit, scores: pa.Table, *, completes: bool = False) -> bool:
+        """Make a unit's scores durable, then drop what was kept of its beginning.
+
+        completes: in place of a part that has left rows out. Else the first process wins, and the others get False.
+        """
         assert scores.num_rows == unit.n_rows
         if left_out_in(scores) and not self.leaves_out:
             write_json(self._left_out_mark, {"parts": "some have rows of status left_out"})
-        write_table(self.part(unit), scores.replace_schema_metadata(whose(scores, self.name)))
+        part = scores.replace_schema_metadata(whose(scores, self.name))
+        if completes:
+            write_table(self.part(unit), part)
+        won = completes or create_table(self.part(unit), part)
         self.beginning(unit).unlink(missing_ok=True)
+        return won
 
     def keep_beginning(self, unit: Unit, scores: pa.Table, packing: Packing) -> None:
         """Keep what there is of a unit that is not finished."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcompat.errors import RunError
-from fastcompat.store.durable import read_json, write_json
+from fastcompat.store.durable import create_json, read_json
 from fastcompat.store.run import Run
 
 
@@ -42,8 +42,7 @@ class RaceStore:
 
     def add_look(self, number: int, look: Mapping[str, Any]) -> dict[str, Any]:
         """The look of this number: as another process has just written it, else this one."""
-        if not self._look(number).exists():
-            write_json(self._look(number), look)
+        create_json(self._look(number), look)
         return read_json(self._look(number))
 
     def _look(self, number: int) -> Path:
@@ -70,5 +69,5 @@ def start_race(run: Run, record: Mapping[str, Any]) -> RaceStore:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
-        write_json(path, record)
+        create_json(path, record)
     return RaceStore(directory=directory, record=read_json(path))

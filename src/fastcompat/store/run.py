@@ -5,7 +5,7 @@
         scores/<scorer>/scorer.json        model, tokenizer, template, dtype: every setting that makes a figure
         scores/<scorer>/part-00012-0003.parquet   one unit's scores; its presence is its commit
         scores/<scorer>/begun-00012-0004.parquet  what is kept of a unit that is not finished (`beginnings.py`)
-        log.jsonl                          what was done, when
+        log/<host>-<process>.jsonl         what was done, when, by each process
 
 Everything is written under a temporary name, synced and renamed: a file that is there is whole. Units never share a
 pack, so the parts of a killed and resumed run are those of an undisturbed one, byte for byte.
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
-from fastcompat.store.durable import read_json, write_json
+from fastcompat.store.durable import create_json, own_name, read_json
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 
 FORMAT = 2
@@ -69,6 +69,7 @@ class Run:
     def __init__(self, directory: Path, generations: Sequence[CorpusSummary]) -> None:
         self.directory = directory
         self.generations = tuple(generations)  # the corpus as first prepared, then what --extend added
+        self._footers: dict[int, pq.FileMetaData] = {}
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -92,7 +93,8 @@ class Run:
         """A unit's normalised rows, `response.ROW_SCHEMA`, or some columns. Raises RunError for a damaged shard."""
         path = self.shard_path(unit.shard)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            footer = self._footer(unit.shard)
+            with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
                 there = set(file.schema_arrow.names)
                 table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
             names = columns or ROW_SCHEMA.names
@@ -103,6 +105,12 @@ class Run:
         if table.num_rows != unit.n_rows or not table.schema.equals(expected):
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
+
+    def _footer(self, shard: int) -> pq.FileMetaData:
+        """A shard's footer, read once: it may be a hundred times the size of a unit."""
+        if shard not in self._footers:
+            self._footers[shard] = pq.read_metadata(self.shard_path(shard))
+        return self._footers[shard]
 
     def first_prompts(self) -> dict[Unit, str]:
         """The lowest prompt_id of every unit, from the shards' footers. Raises RunError for a damaged shard."""
@@ -116,7 +124,7 @@ class Run:
     def _first_prompts(self, shard: int, sizes: Sequence[int]) -> Iterator[tuple[Unit, str]]:
         path = self.shard_path(shard)
         try:
-            metadata = pq.read_metadata(path)
+            metadata = self._footer(shard)
             column = next(k for k in range(metadata.num_columns) if metadata.schema.column(k).path == "prompt_id")
         except (OSError, StopIteration, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
@@ -180,7 +188,7 @@ class Run:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
-            write_json(path, record)
+            create_json(path, record)  # of workers that start together the first one's settings are everybody's
         store = ScorerStore(directory=directory, record=_read_record(path))
         if store.record["identity"] != dict(identity):
             raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
@@ -242,11 +250,7 @@ class Run:
     ) -> list[Unit]:
         """Of `units` (None: all), those that fall to this worker and of which something is to be scored: they have no
         part, or one that leaves out a generator which `leave_out` does not name."""
-        finished = scorer.finished()
-        own = (self.units if units is None else units)[worker::n_workers]
-        if not scorer.leaves_out:
-            return [unit for unit in own if unit.name not in finished]
-        return [unit for unit in own if unit.name not in finished or scorer.lacks(unit, leave_out(unit))]
+        return scorer.pending((self.units if units is None else units)[worker::n_workers], leave_out)
 
     def refuse_unscored(self) -> None:
         """UsageError where there is nothing yet to decide with."""
@@ -330,14 +334,30 @@ class Run:
         keys = [column.to_numpy() for column in (rows["response_index"], rows["row_index"], source)]
         return rows.combine_chunks().take(pa.array(np.lexsort(keys)))
 
-    def log(self, event: str, **values: Any) -> None:
-        """Append one line to log.jsonl; a single write, so that workers do not cut each other's lines.
+    @cached_property
+    def _log(self) -> Path:
+        return self.directory / "log" / f"{own_name('').removeprefix('..')}.jsonl"
 
-        A log that cannot be written stops nothing: what counts is committed elsewhere, and fails there by name.
+    def logged(self) -> list[dict[str, Any]]:
+        """Every line of every process's log, by time; what a killed process wrote half is passed over."""
+        # Runs of earlier versions have one log.
+        lines = []
+        for path in (self.directory / "log.jsonl", *sorted((self.directory / "log").glob("*.jsonl"))):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                with suppress(ValueError):
+                    lines.append(json.loads(line))
+        return sorted(lines, key=lambda line: line["time"])
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to this process's log.
+
+        One a process, because appending from several hosts cuts lines on some file systems. A log that cannot be
+        written stops nothing: what counts is committed elsewhere, and fails there by name.
         """
         line = json.dumps({"time": _now(), "event": event, "host": socket.gethostname(), "pid": os.getpid()} | values)
         with suppress(OSError):
-            descriptor = os.open(self.directory / "log.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._log.parent.mkdir(exist_ok=True)
+            descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 os.write(descriptor, (line + "\n").encode())
             finally:
