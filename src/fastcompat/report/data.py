@@ -205,7 +205,12 @@ def _section(
 ) -> Section:
     if unfinished is not None:
         # The rest of the page is about the rows that the ranking is of.
-        rows = rows.filter(pa.array(unfinished.used(rows, options.by)))
+        counts = unfinished.used(rows, options.by)
+        if counts.any():
+            rows = rows.filter(pa.array(counts))
+        else:
+            # Groups across generators, one of which was out from the beginning: there is no prompt that all were asked.
+            unfinished = replace(unfinished, race=None)
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows]
     ranking, refused = _ranked(rows, options, {} if unfinished is None else {models: unfinished})
     has_car = len(figures) == 2 and not refused

@@ -98,8 +98,10 @@ def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str
         return ["With a second generator, this line would say for which β the winner changes."]
     ranges = section.ranges
     if len(ranges) < 2:
-        return ["Its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."]
-    parts: list[str] = ["The winner depends on β, the weight of the loss: "]
+        highest = "its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."
+        return [f"So far, {highest}" if section.unfinished else highest[:1].upper() + highest[1:]]
+    depends = "he winner depends on β, the weight of the loss: "
+    parts: list[str] = [f"So far, t{depends}" if section.unfinished else f"T{depends}"]
     for own in ranges:
         parts += [Name(named(own.generator)), f" {beta_span(own)}, "]
     parts[-1] = parts[-1].removesuffix(", ") + "."

@@ -23,7 +23,7 @@ from fastcompat.report import charts
 from fastcompat.report.data import MAX_SECTIONS, QUANTILES, Agreement, Options, ReportData, Section
 from fastcompat.report.examples import Example
 from fastcompat.report.headline import Headline, Name, headline, named
-from fastcompat.report.race import ShownRace
+from fastcompat.report.race import ShownRace, claimed
 from fastcompat.report.race_chart import is_against_the_leader, race_caption, race_chart
 from fastcompat.version import __version__
 from fastcompat.wording import percent, visible
@@ -102,6 +102,7 @@ def render(data: ReportData, options: Options) -> str:
         "visible": visible,
         "plain": _plain,
         "signed": _signed,
+        "claimed": claimed,
         "metric": lambda name: METRIC_TITLES.get(name, name),
     }
     environment.tests |= {
@@ -154,7 +155,7 @@ def _section_page(
     race = None
     if section.race is not None:
         spec = race_chart(section.race, n_sections=n_sections)
-        chart = None if spec is None else added("race", spec, _about_race(section.race))
+        chart = None if spec is None else added("funnel", spec, _about_race(section.race))
         race = RacePage(chart, race_caption(section.race, n_sections=n_sections))
     strips = [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,3 +96,8 @@ class ShownRace:
                 )
             )
         return rows
+
+
+def claimed(claim: str) -> str:
+    """A claim without after how many prompts, which has a column of its own."""
+    return re.sub(r"^out of the race after [\d,]+ prompts: ", "", claim)

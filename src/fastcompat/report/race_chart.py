@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
 import altair as alt
+import numpy as np
 
 from fastcompat.decisions import FIGURE_NAMES
 from fastcompat.report.charts import FIRST, INK, MUTED, OTHER, PAPER, SHADE, Row, Spec, finished
@@ -28,6 +30,9 @@ HEIGHT = 360
 _SHAPES = {"wide": (700, 26), "narrow": (270, 14)}
 # From a mark to its name, in pixels.
 _GAP = 11
+# By how many lines a name may be moved, in this order.
+_STEPS = (0.0, *(sign * k / 2 for k in range(1, 9) for sign in (1, -1)))
+_Box: TypeAlias = tuple[float, float, float, float]
 _CROSS = "M-1,-1L1,1M1,-1L-1,1"
 
 
@@ -82,15 +87,15 @@ class _Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Round numbers, not closer than a line and a half of text, from 0 outwards."""
+        """Round numbers, not closer than a line and a half of text: 0 and powers of ten before others."""
         ticks, pixels = [0.0], [self.pixel(0)]
         low, high = self.domain
-        for sign in (-1, 1):
-            for value in (sign * digit * 10.0**power for power in range(-2, 4) for digit in (1, 2, 5)):
-                there = self.pixel(value)
-                if low <= value <= high and all(abs(there - other) >= 1.5 * LINE_HEIGHT for other in pixels):
-                    ticks.append(value)
-                    pixels.append(there)
+        for digit, power, sign in product((1, 5, 2), range(-1, 4), (-1, 1)):
+            value = sign * digit * 10.0**power
+            there = self.pixel(value)
+            if low <= value <= high and all(abs(there - other) >= 1.5 * LINE_HEIGHT for other in pixels):
+                ticks.append(value)
+                pixels.append(there)
         return sorted(ticks)
 
 
@@ -104,8 +109,7 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
     lines = _lines(race, MAX_POINTS // n_sections)
     if len(lines) < 2:
         return None
-    leader = race.looks[-1].leader
-    bands = [line for line in lines if line.name != leader][:MAX_BANDS]
+    bands = _banded(race, lines)
     axis = _axis(race, lines, bands)
     first, last = (end(p.x for line in lines for p in line.points) for end in (min, max))
     x_ends = _x_ends(first, last, lines)
@@ -120,10 +124,18 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
     against = is_against_the_leader(race)
     y_axis: dict[str, Any] = {"tickCount": 8}
     if against:
-        y_axis = {"values": axis.ticks, "labelExpr": "(datum.value > 0 ? '+' : '') + format(datum.value, '~g') + '%'"}
+        y_axis = {
+            "values": axis.ticks,
+            "labelOverlap": False,
+            "labelExpr": "(datum.value > 0 ? '+' : '') + format(datum.value, '~g') + '%'",
+        }
     kind: dict[str, Any] = {"type": "symlog", "constant": axis.constant} if axis.constant else {"zero": False}
     y_scale = alt.Scale(domain=axis.domain, nice=False, clamp=True, **kind)
-    y = alt.Y("y:Q", scale=y_scale, axis=alt.Axis(**y_axis), title=axis.title)
+
+    def upwards(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", scale=y_scale, axis=alt.Axis(**y_axis), title=axis.title)
+
+    y = upwards("y")
     margin = [100 * race.settings.margin] if against and race.settings.margin else []
     datasets: dict[str, list[Row]] = {
         "looks": [
@@ -137,7 +149,7 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
             for g, line in enumerate(lines)
             for p in line.points[-1:]
         ],
-        "rules": [{"y": 0.0, "dashed": False}, *({"y": value, "dashed": True} for value in margin)] if against else [],
+        "rules": [{"x": first, "to": last, "y": value, "dashed": value > 0} for value in (0.0, *margin) if against],
     }
     looks = alt.Chart(alt.NamedData("looks")).transform_calculate(name="names[datum.g]")
     ends = alt.Chart(alt.NamedData("ends")).transform_calculate(name="names[datum.g]")
@@ -151,16 +163,20 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
     ]
     color = alt.condition("datum.out", alt.value(OTHER), alt.value(FIRST))
     layers: list[alt.Chart] = [
-        looks.transform_filter("datum.band")
+        looks.transform_filter("datum.band && datum.low < datum.high")  # while it leads, it has no interval
         .mark_area(color=SHADE, opacity=0.13, aria=False)
-        .encode(x=x, y=alt.Y("low:Q", scale=y_scale, title=axis.title), y2="high:Q", detail="g:N"),
-        rules.transform_filter("!datum.dashed").mark_rule(color=INK, strokeWidth=1, aria=False).encode(y=y),
-        rules.transform_filter("datum.dashed").mark_rule(color=MUTED, strokeDash=[4, 4], aria=False).encode(y=y),
+        .encode(x=x, y=upwards("low"), y2="high:Q", detail="g:N"),
+        rules.transform_filter("!datum.dashed")
+        .mark_rule(color=INK, strokeWidth=1, aria=False)
+        .encode(x=x, x2="to:Q", y=y),
+        rules.transform_filter("datum.dashed")
+        .mark_rule(color=MUTED, strokeDash=[4, 4], aria=False)
+        .encode(x=x, x2="to:Q", y=y),
         looks.mark_line(strokeWidth=1.75, aria=False).encode(x=x, y=y, detail="g:N", color=color),
         looks.mark_circle(size=14, opacity=1, aria=False).encode(x=x, y=y, color=color, tooltip=tooltip),
         ends.transform_filter("datum.band")
         .mark_rule(color=MUTED, strokeWidth=1.25, aria=False)
-        .encode(x=x, y=alt.Y("low:Q", scale=y_scale), y2="high:Q"),
+        .encode(x=x, y=upwards("low"), y2="high:Q"),
         ends.transform_filter("!datum.out")
         .mark_circle(size=95, opacity=1, stroke=PAPER, strokeWidth=1.5)
         .encode(x=x, y=y, color=alt.value(FIRST), tooltip=[*tooltip, alt.Tooltip("told:N", title=" ")]),
@@ -172,7 +188,7 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
         across = _across(x_ends[shape], width)
         own = _labels(lines, across, axis.pixel, axis.at, width=width, length=length)
         datasets[f"names_{shape}"] = own
-        layers += _names(f"names_{shape}", x, y, y_scale, shape)
+        layers += _names(f"names_{shape}", x, y, upwards("at"), shape)
     return finished(
         alt.layer(*layers), datasets, height=HEIGHT, names=[line.name for line in lines],
     )  # fmt: skip
@@ -180,35 +196,35 @@ def race_chart(race: ShownRace, *, n_sections: int = 1) -> Spec | None:
 
 def race_caption(race: ShownRace, *, n_sections: int = 1) -> str:
     """What is to be seen in it."""
-    n_drawn = len(_lines(race, MAX_POINTS // n_sections))
-    n_bands = min(MAX_BANDS, n_drawn - 1)
+    lines = _lines(race, MAX_POINTS // n_sections)
+    n_drawn = len(lines)
+    n_bands = len(_banded(race, lines))
     parts = []
     if is_against_the_leader(race):
         even = f"within ±{_constant(race):g}% the vertical axis is even, beyond it logarithmic"
         parts.append(f"A line is one generator at every look; {even}.")
-        near = "The band is the" if n_bands == 1 else f"Bands: for the {n_bands} nearest to the leader, the"
-        whose = " of the nearest to the leader" if n_bands == 1 else ""
+        near = "The band is the" if n_bands == 1 else f"Bands: for the {n_bands} that stayed longest, the"
+        whose = " of the one that stayed longest" if n_bands == 1 else ""
         parts.append(f"{near} 95% repeated interval{whose}; to drop one, the race asks for more.")
         if race.settings.margin:
             most = f"{100 * race.settings.margin:.3g}% at most"
             parts.append(f"Dashed: who is surely below it is better than the leader by {most}.")
     else:
         parts.append("A line is one generator’s figure at every look.")
-        parts.append(f"Bands are 95% repeated intervals of the {n_bands} that stayed longest." if n_bands > 1 else "")
-    parts.append("×: left the race.")
+        parts.append(f"Bands: for the {n_bands} that stayed longest, the 95% repeated interval." if n_bands > 1 else "")
+    parts.append("×: left the race; point at a mark for the name where there is no room for it.")
     if n_drawn < len(race.history.names):
         parts.append(f"The {n_drawn} of {len(race.history.names)} that stayed longest.")
     return " ".join(filter(None, parts))
 
 
-def _names(dataset: str, x: alt.X, y: alt.Y, y_scale: alt.Scale, shape: str) -> list[alt.Chart]:
+def _names(dataset: str, x: alt.X, y: alt.Y, at: alt.Y, shape: str) -> list[alt.Chart]:
     """Text beside its mark, with paper around it, and a line to it where it had to move."""
     base = alt.Chart(alt.NamedData(dataset))
     shown = "narrow" if shape == "narrow" else "!narrow"
     # Empty, not transparent, where the other names are meant: a chart makes room for what is not seen.
     text = alt.condition("narrow" if shape == "wide" else "!narrow", alt.value(""), "label:N")
     style: dict[str, Any] = dict(align="left", baseline="middle", dx=_GAP, fontSize=11.5, aria=False)
-    at = alt.Y("at:Q", scale=y_scale)
     return [
         base.transform_filter(f"{shown} && datum.moved")
         .mark_rule(color=MUTED, strokeWidth=0.75, xOffset=4, x2Offset=_GAP - 1, aria=False)
@@ -239,6 +255,12 @@ def _lines(race: ShownRace, most: int) -> list[_Line]:
             break
         lines.append(_Line(name=name, points=points[name], left=name in out))
     return lines
+
+
+def _banded(race: ShownRace, lines: Sequence[_Line]) -> list[_Line]:
+    """The few others that stayed longest; of those that left at once only where nobody else is left."""
+    others = [line for line in lines if line.name != race.looks[-1].leader or not is_against_the_leader(race)]
+    return ([line for line in others if len(line.points) > 1] or others)[:MAX_BANDS]
 
 
 def _axis(race: ShownRace, lines: Sequence[_Line], bands: Sequence[_Line]) -> _Axis:
@@ -293,29 +315,42 @@ def _labels(
     length: int,
 ) -> list[Row]:
     """A name to the right of every end for which there is room there, a few lines higher or lower if need be."""
-    taken: list[tuple[float, float, float, float]] = []
-    ends = [(across(line.points[-1].x), down(line.points[-1].y)) for line in lines]
+    paths = [[(across(p.x), down(p.y)) for p in line.points] for line in lines]
+    ends = [path[-1] for path in paths]
     marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in ends]
+    taken: list[_Box] = []
     labels: list[Row] = []
     for line, (x, y) in zip(lines, ends, strict=True):
         text = named(line.name, length)
         left, right = x + _GAP, x + _GAP + CHARACTER_WIDTH * len(text)
-        if right > width:
-            continue
-        for step in (0, *(sign * k / 2 for k in range(1, 13) for sign in (1, -1))):
-            middle = y + step * LINE_HEIGHT
-            box = (left, middle - LINE_HEIGHT / 2, right, middle + LINE_HEIGHT / 2)
-            if box[1] < 0 or box[3] > HEIGHT or any(_meet(box, other) for other in (*taken, *marks)):
-                continue
-            taken.append(box)
+        boxes = {step: (left, y + (step - 0.5) * LINE_HEIGHT, right, y + (step + 0.5) * LINE_HEIGHT) for step in _STEPS}
+        free = [
+            step
+            for step, box in boxes.items()
+            if right <= width and box[1] >= 0 and box[3] <= HEIGHT and not any(_meet(box, o) for o in (*taken, *marks))
+        ]
+        # Rather a few lines away than on another generator's line, but on it where it is near.
+        clear = [step for step in free if not any(_crosses(path, boxes[step]) for path in paths)]
+        step = next(iter([*clear, *(step for step in free if abs(step) <= 1)]), None)
+        if step is not None:
+            taken.append(boxes[step])
             end = line.points[-1]
             moved = abs(step) * LINE_HEIGHT > 5
-            labels.append({"x": end.x, "y": end.y, "at": up(middle), "label": text, "moved": moved})
-            break
+            labels.append({"x": end.x, "y": end.y, "at": up(y + step * LINE_HEIGHT), "label": text, "moved": moved})
     return labels
 
 
-def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _crosses(path: Sequence[tuple[float, float]], box: _Box) -> bool:
+    """Whether a line of ascending points goes through a box, looked at every few pixels."""
+    left, right = max(box[0], path[0][0]), min(box[2], path[-1][0])
+    if left > right:
+        return False
+    xs = np.linspace(left, right, 12)
+    ys = np.interp(xs, *zip(*path, strict=True))
+    return bool(((ys > box[1]) & (ys < box[3])).any())
+
+
+def _meet(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
