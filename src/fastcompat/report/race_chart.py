@@ -346,7 +346,7 @@ def _crosses(path: Sequence[tuple[float, float]], box: _Box) -> bool:
     if left > right:
         return False
     xs = np.linspace(left, right, 12)
-    ys = np.interp(xs, *zip(*path, strict=True))
+    ys = np.interp(xs, [x for x, _ in path], [y for _, y in path])
     return bool(((ys > box[1]) & (ys < box[3])).any())
 
 
