@@ -122,7 +122,8 @@ class Unfinished:
             return np.zeros(len(names), bool)
         if self.race.over == "precision":
             return np.ones(len(names), bool)
-        return np.array([name not in self.race.out for name in names], bool)
+        last = len(self.race.looks) - 1
+        return np.array([self.race.last_look(name) == last for name in names], bool)
 
     def better(self, ranked: Estimate, known: BoolArray, names: Sequence[str | None], claims: bool) -> BoolArray:
         """[G, G] whom the row's generator is surely better than: as claimed, or told apart by repeated intervals."""
