@@ -80,7 +80,7 @@ def add_scores(
                 out.append(row | {"status": "oom", "detail": "too large for the device's memory"})
                 continue
             scored = {"n_tokens": 10, "status": "ok", "detail": ""} | dict(own)
-            if kind == "base_model":
+            if kind == "base_model" and "loss" in scored:
                 scored = {"n_prompt_tokens": 5, "nll_sum": scored["loss"] * scored["n_tokens"]} | scored
             out.append(row | scored)
         table = {field.name: [row.get(field.name) for row in out] for field in schema}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from chromium import PROGRAM, chromium
 from scored_runs import add_scores, drawn, gamma_losses, make_run, normal_rewards
+from test_report_race import raced
 
 from fastcompat.report import write_report
 
@@ -21,7 +22,8 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, Path]:
-    """A usual run with tokens, one of a hundred generators and hostile names, one of losses alone, several models."""
+    """A usual run with tokens, one of a hundred generators and hostile names, one of losses alone, several models, a
+    race."""
     root = tmp_path_factory.mktemp("reports")
 
     def with_tokens(name, prompt):
@@ -47,7 +49,8 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     several = make_run(root / "several", ["g0", "g1", "g2", "g3", "g4"], 30, reward=normal_rewards)
     for model in ("one/base", "another/base"):
         add_scores(several, gamma_losses(worse=0.2), model=model)
-    runs = {"usual": usual, "many": many, "losses": losses, "several": several}
+    stopped = raced(root / "raced", names=[f"{k}-{hostile[k % len(hostile)]}" for k in range(20)])
+    runs = {"usual": usual, "many": many, "losses": losses, "several": several, "raced": stopped}
     return {name: write_report(run, root / f"{name}.html", draws=100) for name, run in runs.items()}
 
 
@@ -57,7 +60,7 @@ def page():
         yield own
 
 
-@pytest.mark.parametrize("name", ["usual", "many", "losses", "several"])
+@pytest.mark.parametrize("name", ["usual", "many", "losses", "several", "raced"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("window", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_asks_nothing_fails_nowhere_and_fits(reports, page, name, scheme, window, tmp_path):

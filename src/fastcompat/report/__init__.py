@@ -4,7 +4,8 @@
 
 `reading.py` says what each scorer has done and could not do; `data.py` reduces the rows to what is drawn: rankings,
 histograms, correlations; `examples.py` reads the few responses that are shown; `headline.py` says in two lines what
-came out; `charts.py` draws, `labels.py` finds room for names; `page.py` puts it together with `page.html.jinja`,
+came out; `race.py` says what a race asked and found; `charts.py` and `race_chart.py` draw, `labels.py` finds room for
+names; `page.py` puts it together with `page.html.jinja`,
 `page.css` and `page.js`.
 """
 

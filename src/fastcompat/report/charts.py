@@ -42,7 +42,7 @@ def reward_against_loss(section: Section, options: Options) -> Spec:
         title="mean loss, nats per token",
     )
     y = alt.Y("reward:Q", scale=alt.Scale(domain=y_domain, nice=False, zero=False), title="mean reward")
-    tooltip = [alt.Tooltip(f"{field}:N", title=title) for field, title in _TOLD[section.sort_by]]
+    tooltip = _tooltip(section, section.sort_by)
     base = alt.Chart(alt.NamedData("points"))
     datasets = {"points": points}
     layers: list[alt.Chart] = []
@@ -79,14 +79,14 @@ def reward_against_loss(section: Section, options: Options) -> Spec:
                     # Empty, not transparent, where the other labels are meant: a chart makes room for what is not seen.
                     .encode(x=x, y=y, text=alt.condition("!narrow" if narrow else "narrow", alt.value(""), "label:N"))
                 )
-    return _finished(alt.layer(*layers), datasets, height=400)
+    return finished(alt.layer(*layers), datasets, height=400)
 
 
 def figure_with_intervals(section: Section, figure: str) -> Spec:
     """One figure of every generator with its interval: where there is only the loss, or only the reward."""
     rows = [row for row in next(iter(section.rankings.values())) if row[figure] is not None]
     points = [_point(row) | {"place": place} for place, row in enumerate(rows)]
-    tooltip = [alt.Tooltip(f"{field}:N", title=title) for field, title in _TOLD[figure]]
+    tooltip = _tooltip(section, figure)
     x_scale = alt.Scale(domain=_domain(points, figure), nice=False, zero=False)
     title = "mean " + AXIS_TITLES[figure]
     base = alt.Chart(alt.NamedData("points")).encode(y=_names_axis())
@@ -98,7 +98,7 @@ def figure_with_intervals(section: Section, figure: str) -> Spec:
             x=alt.X(f"{figure}:Q", scale=x_scale, title=title), color=_first_or_other(), tooltip=tooltip
         ),
     ]
-    return _finished(
+    return finished(
         alt.layer(*layers), {"points": points}, names=[row["generator"] for row in rows], height=24 * len(rows)
     )
 
@@ -144,7 +144,8 @@ def ranking_by_beta(section: Section) -> Spec:
         )
         return alt.Y("place:Q", scale=alt.Scale(domain=[n_places + 0.5, 0.5], nice=False, zero=False), axis=axis)
 
-    told = [("told", "generator"), ("beta", "β"), ("told_rank", "rank"), ("told_car", "CAR"), ("told_best", "best in")]
+    told = [("told", "generator"), ("beta", "β"), ("told_rank", "rank"), ("told_car", "CAR")]
+    told += [] if section.repeated else [("told_best", "best in")]
     base = alt.Chart(alt.NamedData("places"))
     left, right = y("left", f"narrow ? '' : {label.format('names_first')}"), y("right", label.format("names_last"))
     chart = alt.layer(
@@ -160,7 +161,7 @@ def ranking_by_beta(section: Section) -> Spec:
             x=x, y=right, text="told_rank:N"
         ),
     ).resolve_axis(y="independent")  # fmt: skip
-    return _finished(chart, {"places": data}, height=26 * n_places + 10, names_first=first, names_last=last)
+    return finished(chart, {"places": data}, height=26 * n_places + 10, names_first=first, names_last=last)
 
 
 def strips(distribution: Distribution) -> Spec:
@@ -210,7 +211,7 @@ def strips(distribution: Distribution) -> Spec:
             x=alt.X("median:Q", scale=scale), y=names, tooltip=tooltip
         ),
     )  # fmt: skip
-    return _finished(
+    return finished(
         chart, {"groups": groups}, names=[group["name"] for group in distribution.groups], height=22 * len(groups)
     )
 
@@ -244,7 +245,7 @@ def agreement(matrix: Agreement, titles: Mapping[str, str]) -> Spec:
         ),
         base.mark_text(color=INK, fontSize=11, aria=False).encode(text="told:N", tooltip=tooltip),
     )  # fmt: skip
-    return _finished(chart, {"cells": cells}, names=names, height=28 * len(rows))
+    return finished(chart, {"cells": cells}, names=names, height=28 * len(rows))
 
 
 _TOLD: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -255,6 +256,11 @@ _TOLD: Mapping[str, Sequence[tuple[str, str]]] = {
     "reward": [("told", "generator"), ("told_rank", "rank"), ("told_reward", "reward"), ("told_best", "best in"),
                ("n", "responses")],
 }  # fmt: skip
+
+
+def _tooltip(section: Section, figure: str) -> list[alt.Tooltip]:
+    told = [(field, title) for field, title in _TOLD[figure] if not (section.repeated and field == "told_best")]
+    return [alt.Tooltip(f"{field}:N", title=title) for field, title in told]
 
 
 def _point(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,7 +346,7 @@ def _round_values(values: Sequence[float], *, low: float, high: float) -> list[f
     return [k * step for k in range(first, last + 1) if low < k * step < high]
 
 
-def _finished(
+def finished(
     chart: alt.LayerChart | alt.FacetChart,
     datasets: Mapping[str, Sequence[Row]],
     *,
@@ -348,8 +354,8 @@ def _finished(
     **lists: Sequence[str | None],
 ) -> Spec:
     """The specification of a chart as wide as its place. lists: what its expressions look names up in."""
-    finished = chart.properties(width="container", height=height, padding=2)
-    specification: Spec = finished.configure(**_CONFIG).to_dict()
+    sized = chart.properties(width="container", height=height, padding=2)
+    specification: Spec = sized.configure(**_CONFIG).to_dict()
     specification["datasets"] = {name: list(rows) for name, rows in datasets.items()}
     specification["params"] = [
         {"name": "narrow", "expr": "containerSize()[0] < 520"},

@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastcompat.decisions import BetaRange, Figure, average_ranks, rank, sensitivity
+from fastcompat.decisions import (
+    BetaRange,
+    Figure,
+    Models,
+    RankingSettings,
+    RunRace,
+    Unfinished,
+    average_ranks,
+    check_groups,
+    races_that_count,
+    rank_paired,
+    sensitivity,
+    unfinished_pairs,
+)
 from fastcompat.errors import UsageError
-from fastcompat.metrics import BETA, METRICS, compute, compute_by_group, missing
+from fastcompat.metrics import BETA, METRICS, checked_betas, compute, compute_by_group, missing
 from fastcompat.report.examples import Examples, find_examples
+from fastcompat.report.race import ShownRace
 from fastcompat.report.reading import ScorerAccount, account_of_scorers, corpus_of, settings_of_scorers
 from fastcompat.rows import FloatArray, IntArray, by_pair, carrying, paired
 from fastcompat.store import UNIT, Run, ScorerStore
@@ -63,6 +77,19 @@ class Options:
         """`betas` and `beta`, ascending."""
         return sorted({float(beta) for beta in (*self.betas, self.beta)})
 
+    @property
+    def ranking(self) -> RankingSettings:
+        """The same, for `rank_paired`."""
+        return RankingSettings(
+            betas=checked_betas(self.all_betas),
+            average=self.average,
+            reward_shift=self.reward_shift,
+            leave_out=self.leave_out,
+            sort_by=None,
+            draws=self.draws,
+            seed=self.seed,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
@@ -99,6 +126,8 @@ class Section:
 
     sort_by: what decides, car, loss or reward. rankings: beta (None without CAR) -> rows of `ranking.rank`.
     ranges: the winner under every beta. n_generators: of which `rankings` have the first. refused: why there is no CAR.
+    unfinished: more may be scored. repeated: some intervals are those of a run that is looked at on its way, and there
+    are no bootstrap draws. race: that of these models, however the rest came to be scored.
     """
 
     base_model: str | None
@@ -113,6 +142,14 @@ class Section:
     of_generators: Agreement | None
     examples: Sequence[Examples]
     refused: str = ""
+    unfinished: bool = False
+    repeated: bool = False
+    race: ShownRace | None = None
+
+    @property
+    def claims(self) -> bool:
+        """Whether the ranking's ranks are what a race claimed."""
+        return self.race is not None and self.race.answers and self.race.settings.until != "precision"
 
     def ranking(self, beta: float) -> Sequence[Mapping[str, Any]]:
         """Under `beta` where CAR decides, else the only one."""
@@ -141,7 +178,22 @@ def report_data(run: Run, options: Options) -> ReportData:
     rows = paired(scores)
     pairs = list(by_pair(rows))
     shown = pairs[:MAX_SECTIONS]
-    sections = [_section(run, scorers, part, models, options, n_sections=len(shown)) for models, part in shown]
+    # Of several races of a pair, that of the page's own question.
+    asked = replace(options.ranking, betas=(float(options.beta),))
+    unfinished, races = unfinished_pairs(run, asked), races_that_count(run, asked)
+    sections = [
+        _section(
+            run,
+            scorers,
+            part,
+            models,
+            options,
+            n_sections=len(shown),
+            unfinished=unfinished.get(models),
+            race=races.get(models),
+        )
+        for models, part in shown
+    ]
     return ReportData(
         sections=sections,
         n_pairs=len(pairs),
@@ -155,13 +207,23 @@ def _section(
     run: Run,
     scorers: Mapping[str, ScorerStore],
     rows: pa.Table,
-    models: tuple[str | None, str | None],
+    models: Models,
     options: Options,
     *,
     n_sections: int,
+    unfinished: Unfinished | None,
+    race: RunRace | None,
 ) -> Section:
+    if unfinished is not None:
+        # The rest of the page is about the rows that the ranking is of.
+        counts = unfinished.used(rows, options.by)
+        if counts.any():
+            rows = rows.filter(pa.array(counts))
+        else:
+            # Groups across generators, one of which was out from the beginning: there is no prompt that all were asked.
+            unfinished = replace(unfinished, race=None)
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows]
-    ranking, refused = _ranked(rows, options)
+    ranking, refused = _ranked(rows, options, {} if unfinished is None else {models: unfinished})
     has_car = len(figures) == 2 and not refused
     groups: list[str | None] = list(dict.fromkeys(ranking[options.by].to_pylist()))
     limit = max(MIN_GENERATORS, MAX_GENERATORS // n_sections)
@@ -173,6 +235,7 @@ def _section(
     kept = set(groups[:limit])
     carries = carrying(rows, figures)
     used = rows if pc.all(carries).as_py() else rows.filter(carries)
+    own = rankings[float(options.beta) if has_car else None]
     # [N] each used row's place in the ranking.
     group = pc.index_in(used[options.by], pa.array(groups, pa.string())).to_numpy().astype(np.int64)
     drawn = [*figures, "n_tokens"] if used["n_tokens"].null_count < used.num_rows else figures
@@ -200,26 +263,22 @@ def _section(
             n_sections=n_sections,
         ),
         refused=refused,
+        unfinished=unfinished is not None,
+        repeated="repeated" in ranking["interval"].to_pylist(),
+        race=None if race is None else ShownRace.of(race, own, stopped=unfinished is not None),
     )
 
 
-def _ranked(rows: pa.Table, options: Options) -> tuple[pa.Table, str]:
+def _ranked(rows: pa.Table, options: Options, unfinished: Mapping[Models, Unfinished]) -> tuple[pa.Table, str]:
     """The ranking under every beta, or by loss where CAR is refused, with why it is."""
-    settings: dict[str, Any] = dict(
-        by=options.by,
-        beta=options.all_betas,
-        average=options.average,
-        reward_shift=options.reward_shift,
-        leave_out=options.leave_out,
-        draws=options.draws,
-        seed=options.seed,
-    )
-    rows = rows.drop_columns(UNIT)  # nobody ranks by that
+    rows, settings = rows.drop_columns(UNIT), options.ranking  # nobody ranks by that
+    check_groups(rows, options.by)
     try:
-        return rank(rows, **settings), ""
+        return rank_paired(rows, options.by, settings, unfinished), ""
     except UsageError as error:
         # A mean reward is negative; whatever else it may be is raised again here.
-        return rank(rows, **settings | {"beta": options.beta}, sort_by="loss"), str(error)
+        settings = replace(settings, betas=(float(options.beta),), sort_by="loss")
+        return rank_paired(rows, options.by, settings, unfinished), str(error)
 
 
 def _distribution(figure: str, column: pa.ChunkedArray, group: IntArray, names: Sequence[str | None]) -> Distribution:

@@ -44,7 +44,8 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
     value = f"{word} {first[section.sort_by]:.4g}"
     low, high = first[f"{section.sort_by}_low"], first[f"{section.sort_by}_high"]
     if low is not None:
-        value += f", 95% interval {low:.4g} to {high:.4g}"
+        kind = "repeated interval" if first["interval"] == "repeated" else "interval"
+        value += f", 95% {kind} {low:.4g} to {high:.4g}"
     at = f" at β = {options.beta:g}" if section.sort_by == "car" else ""
     name = Name(named(first["generator"]))
     if not others:
@@ -56,10 +57,12 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
     if low is None or not compared:
         return [name, f" comes first{at} ({value}), of too few prompts (below {MIN_PROMPTS}) to say how sure that is."]
     alike = [row for row in compared if row["rank"] == 1]
-    share = "all" if first["p_best"] == 1 else f"{percent(first['p_best'])} of"
-    best = f"best in {share} {options.draws:,} bootstrap draws of the prompts"
+    better = "surely" if section.repeated else "clearly"
+    if not section.repeated:
+        share = "all" if first["p_best"] == 1 else f"{percent(first['p_best'])} of"
+        value += f"; best in {share} {options.draws:,} bootstrap draws of the prompts"
     if not alike:
-        return [name, f" comes first{at} ({value}; {best}); for every other there is one that is clearly better."]
+        return [name, f" comes first{at} ({value}); for every other there is one that is {better} better."]
     shown: list[str] = []
     for row in alike[:3]:
         shown += [Name(named(row["generator"])), ", "]
@@ -68,7 +71,14 @@ def _result(rows: Sequence[Mapping[str, Any]], section: Section, options: Option
         shown.append(f" and {len(alike) - 3} more")
     elif len(alike) > 1:
         shown[-2] = " and "
-    return [name, f" leads{at} ({value}; {best}), but is not clearly better than ", *shown, "."]
+    return [name, f" leads{at} ({value}), but is not {better} better than ", *shown, _within(section)]
+
+
+def _within(section: Section) -> str:
+    """The end of that sentence, and what a race found of the leader all the same."""
+    if section.race is None or not section.claims or section.race.history.over != "margin":
+        return "."
+    return f"; it is surely within {100 * section.race.settings.margin:.3g}% of the best."
 
 
 def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str]:
@@ -88,8 +98,10 @@ def _dependence(rows: Sequence[Mapping[str, Any]], section: Section) -> list[str
         return ["With a second generator, this line would say for which β the winner changes."]
     ranges = section.ranges
     if len(ranges) < 2:
-        return ["Its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."]
-    parts: list[str] = ["The winner depends on β, the weight of the loss: "]
+        highest = "its CAR is the highest for every β from 0 (reward alone) upwards; how clearly, differs with β."
+        return [f"So far, {highest}" if section.unfinished else highest[:1].upper() + highest[1:]]
+    depends = "he winner depends on β, the weight of the loss: "
+    parts: list[str] = [f"So far, t{depends}" if section.unfinished else f"T{depends}"]
     for own in ranges:
         parts += [Name(named(own.generator)), f" {beta_span(own)}, "]
     parts[-1] = parts[-1].removesuffix(", ") + "."

@@ -17,11 +17,14 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
+from fastcompat.decisions import FIGURE_NAMES
 from fastcompat.metrics import METRICS
 from fastcompat.report import charts
 from fastcompat.report.data import MAX_SECTIONS, QUANTILES, Agreement, Options, ReportData, Section
 from fastcompat.report.examples import Example
 from fastcompat.report.headline import Headline, Name, headline, named
+from fastcompat.report.race import ShownRace, claimed
+from fastcompat.report.race_chart import is_against_the_leader, race_caption, race_chart
 from fastcompat.version import __version__
 from fastcompat.wording import percent, visible
 
@@ -65,12 +68,23 @@ class SectionPage(NamedTuple):
     by_beta: Chart | None
     strips: Sequence[tuple[Any, Chart]]
     agreement: Sequence[tuple[str, Agreement, Chart]]
+    race: RacePage | None
+
+
+class RacePage(NamedTuple):
+    """The race of a section. chart: None where no look knew of two generators."""
+
+    chart: Chart | None
+    caption: str
 
 
 def render(data: ReportData, options: Options) -> str:
     """The page as text. The same data and options give the same text."""
     specs: dict[str, charts.Spec] = {}
-    pages = [_section_page(section, number, options, specs) for number, section in enumerate(data.sections)]
+    pages = [
+        _section_page(section, number, options, specs, len(data.sections))
+        for number, section in enumerate(data.sections)
+    ]
     figures = {
         "by": options.by,
         "rankings": [_columns(section) for section in data.sections],
@@ -87,6 +101,8 @@ def render(data: ReportData, options: Options) -> str:
         "shade": _shade,
         "visible": visible,
         "plain": _plain,
+        "signed": _signed,
+        "claimed": claimed,
         "metric": lambda name: METRIC_TITLES.get(name, name),
     }
     environment.tests |= {
@@ -113,7 +129,9 @@ def render(data: ReportData, options: Options) -> str:
     )
 
 
-def _section_page(section: Section, number: int, options: Options, specs: dict[str, charts.Spec]) -> SectionPage:
+def _section_page(
+    section: Section, number: int, options: Options, specs: dict[str, charts.Spec], n_sections: int
+) -> SectionPage:
     def added(name: str, spec: charts.Spec, about: str) -> Chart:
         specs[f"{name}-{number}"] = spec
         return Chart(f"{name}-{number}", about)
@@ -127,12 +145,18 @@ def _section_page(section: Section, number: int, options: Options, specs: dict[s
         about = f"Mean reward against mean loss, one point for each of {len(rows)} generators{iso}. {reading}"
         main = added("reward-loss", charts.reward_against_loss(section, options), about)
     elif any(row[section.sort_by] is not None for row in rows):
-        about = f"Mean {section.sort_by} of {len(rows)} generators with 95% intervals. {reading}"
+        kind = "95% repeated intervals" if section.repeated else "95% intervals"
+        about = f"Mean {section.sort_by} of {len(rows)} generators with {kind}. {reading}"
         main = added("figure", charts.figure_with_intervals(section, section.sort_by), about)
     if section.sort_by == "car" and len(section.rankings) > 1 and len(rows) > 1:
         betas = ", ".join(f"{beta:g}" for beta in section.rankings if beta is not None)
         about = f"Places of the generators under β = {betas}. {''.join(own_headline.dependence)}"
         by_beta = added("by-beta", charts.ranking_by_beta(section), about)
+    race = None
+    if section.race is not None:
+        spec = race_chart(section.race, n_sections=n_sections)
+        chart = None if spec is None else added("funnel", spec, _about_race(section.race))
+        race = RacePage(chart, race_caption(section.race, n_sections=n_sections))
     strips = [
         (
             distribution,
@@ -152,7 +176,20 @@ def _section_page(section: Section, number: int, options: Options, specs: dict[s
             chart = added(f"agreement-{over}", charts.agreement(matrix, METRIC_TITLES), about)
             agreements.append((over, matrix, chart))
     models = [named(model) for model in (section.base_model, section.reward_model) if model is not None]
-    return SectionPage(section, " × ".join(models), own_headline, main, by_beta, strips, agreements)
+    return SectionPage(section, " × ".join(models), own_headline, main, by_beta, strips, agreements, race)
+
+
+def _about_race(race: ShownRace) -> str:
+    figure = FIGURE_NAMES[race.settings.figure or "car"]
+    drawn = f"{figure} relative to the leader's" if is_against_the_leader(race) else figure
+    first, last = race.looks[0], race.looks[-1]
+    if len(race.looks) > 1:
+        looks = f"{len(race.looks)} looks, after {first.n_prompts:,} to {last.n_prompts:,} prompts"
+    else:
+        looks = f"one look, after {last.n_prompts:,} prompts"
+    names = race.history.names
+    n_out = len(race.history.out)
+    return f"{drawn} at {looks}: {len(names)} generators, {n_out} of which left the race. {race.ended}"
 
 
 def _columns(section: Section) -> dict[str, Any]:
@@ -161,6 +198,10 @@ def _columns(section: Section) -> dict[str, Any]:
     names = [name for name in rows[0] if name not in ("base_model", "reward_model")]
     models = {"base_model": section.base_model, "reward_model": section.reward_model}
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in names}
+    # Of a run that is finished, they say nothing.
+    for name, usual in (("interval", "plain"), ("stopped_after", None), ("claim", None)):
+        if set(columns[name]) == {usual}:
+            del columns[name]
     columns["generator"] = [name and name[:MAX_NAME] for name in columns["generator"]]
     return models | columns
 
@@ -179,6 +220,10 @@ def _decimals(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     largest = max((abs(row[name]) for row in rows if row[name] is not None), default=0.0)
     digits = 4 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
     return f",.{digits}f"
+
+
+def _signed(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.2f}%".replace("-", "−")
 
 
 def _shade(nll: float) -> int:

@@ -9,11 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastcompat.rows import SCORED_STATUSES
+from fastcompat.rows import SCORED_STATUSES, Status
 from fastcompat.store import Run, ScorerStore
 
 # Reasons of one scorer that are told, files that are listed.
 SHOWN_REASONS = 8
+# Reasons why a response is not scored yet: a race may have one for each look.
+SHOWN_PENDING = 25
 SHOWN_FILES = 40
 
 
@@ -21,8 +23,10 @@ SHOWN_FILES = 40
 class ScorerAccount:
     """What one scorer has done, and what it could not.
 
-    statuses: every status that occurs; by_group: name -> rows by status, groups with something left out only;
-    reasons: (status, detail, rows), the most frequent first.
+    n_rows: that it has gone through; n_pending: that are not scored yet, be it because a race does without them.
+    statuses: every status that occurs; by_group: name -> rows by status, groups with something that has no figure only;
+    reasons: (status, detail, rows), the most frequent first. waiting: (reason, rows) of what is not scored yet, where a
+    race or `--only` left some out.
     """
 
     label: str
@@ -33,6 +37,7 @@ class ScorerAccount:
     statuses: Mapping[str, int]
     by_group: Mapping[str | None, Mapping[str, int]]
     reasons: Sequence[tuple[str, str, int]]
+    waiting: Sequence[tuple[str, int]] = ()
 
 
 def account_of_scorers(run: Run, scores: pa.Table, by: str) -> list[ScorerAccount]:
@@ -41,6 +46,10 @@ def account_of_scorers(run: Run, scores: pa.Table, by: str) -> list[ScorerAccoun
     for kind in ("base_model", "reward_model"):
         for label in pc.unique(scores[kind].drop_null()).to_pylist():
             rows = scores.select([by, "status", "detail"]).filter(pc.equal(scores[kind], label))
+            left_out = pc.equal(rows["status"], str(Status.LEFT_OUT))
+            waiting = _reasons(rows.filter(left_out), SHOWN_PENDING)
+            n_untouched = run.n_rows - rows.num_rows
+            rows = rows.filter(pc.invert(left_out))
             counts = rows.group_by([by, "status"], use_threads=False).aggregate([([], "count_all")]).to_pylist()
             statuses: dict[str, int] = {}
             by_group: dict[str | None, dict[str, int]] = {}
@@ -57,17 +66,24 @@ def account_of_scorers(run: Run, scores: pa.Table, by: str) -> list[ScorerAccoun
                     n_pending=run.n_rows - rows.num_rows,
                     statuses=statuses,
                     by_group={name: own for name, own in by_group.items() if set(own) != {"ok"}},
-                    reasons=_reasons(bad),
+                    reasons=_reasons(bad, SHOWN_REASONS),
+                    waiting=_waiting(waiting, n_untouched) if waiting else (),
                 )
             )
     return accounts
 
 
-def _reasons(bad: pa.Table) -> list[tuple[str, str, int]]:
+def _reasons(bad: pa.Table, shown: int) -> list[tuple[str, str, int]]:
     counts = bad.group_by(["status", "detail"], use_threads=False).aggregate([([], "count_all")])
     order = [("count_all", "descending"), ("status", "ascending"), ("detail", "ascending")]
-    shown = counts.sort_by(order).slice(0, SHOWN_REASONS).to_pylist()
-    return [(row["status"], row["detail"] or "", row["count_all"]) for row in shown]
+    first = counts.sort_by(order).slice(0, shown).to_pylist()
+    return [(row["status"], row["detail"] or "", row["count_all"]) for row in first]
+
+
+def _waiting(left_out: Sequence[tuple[str, str, int]], n_untouched: int) -> list[tuple[str, int]]:
+    """Reasons, with what the scorer has not come to yet."""
+    untouched = [("not come to yet", n_untouched)] if n_untouched else []
+    return [*((detail, count) for _, detail, count in left_out), *untouched]
 
 
 def corpus_of(run: Run) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 
 from fastcompat.decisions.racing.known_rewards import KnownRewards
 from fastcompat.decisions.racing.rule import History, Look, RaceSettings, take_look
+from fastcompat.decisions.ranking.estimates import RankingSettings
 from fastcompat.decisions.ranking.looks import RATIO, planned_looks, prompts_below
+from fastcompat.decisions.ranking.unfinished import Models, races_of_pairs
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import carrying, with_reward
 from fastcompat.store import RaceStore, Run, ScorerStore, Unit, races_of, start_race
@@ -189,6 +191,12 @@ class RunRace:
         racing = pc.is_in(rows["generator"], value_set=pa.array(self.history.names, pa.string()))
         rows = rows.filter(pc.and_(racing, carrying(rows, ["reward"])))
         return KnownRewards.of(rows, self.history.names)
+
+
+def races_that_count(run: Run, settings: RankingSettings) -> dict[Models, RunRace]:
+    """(base model, reward model) of a run, by their labels -> the race of theirs that `rank` goes by, or would."""
+    stores = {store.name: store for store in races_of(run)}
+    return {models: RunRace(run, stores[race.name]) for models, race in races_of_pairs(run, settings).items()}
 
 
 _REWARD_COLUMNS = ["prompt_id", "generator", "status", "detail", "rewards"]

@@ -114,7 +114,7 @@ def rank(
     # What nobody reads here, per-token lists above all, is neither read nor joined.
     needed = list(dict.fromkeys((*_READ, by)))
     scores = table.scores(needed) if isinstance(table, Run) else as_table(table)
-    _check_groups(scores, by)
+    check_groups(scores, by)
     if "prompt_id" not in scores.column_names and scores.num_rows > 1:
         logging.getLogger("fastcompat").warning(
             "no column prompt_id: every row counts as a prompt of its own, so intervals are too narrow where prompts "
@@ -192,7 +192,8 @@ def _winners(figures: dict[str | None, tuple[float, float]]) -> list[BetaRange]:
         begin, winner = end, successor
 
 
-def _check_groups(scores: pa.Table, by: str) -> None:
+def check_groups(scores: pa.Table, by: str) -> None:
+    """UsageError for a column that makes no groups to rank."""
     groups = [
         field.name
         for field in scores.schema

@@ -8,9 +8,10 @@ Dimension key: N responses, G generators.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,16 @@ from fastcompat.decisions.ranking.looks import (
     repeated_tail,
 )
 from fastcompat.rows import BoolArray, IntArray
-from fastcompat.store import RaceStore, Run, pending_rows, races_of
+from fastcompat.store import RaceStore, Run, ScorerStore, pending_rows, races_of
 
 Models = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """What ranking needs to know of a race: its record and its looks, as they lie on disk."""
+    """What ranking needs to know of a race: its name, its record and its looks, as they lie on disk."""
 
+    name: str
     record: Mapping[str, Any]
     looks: Sequence[Mapping[str, Any]]
 
@@ -47,6 +49,11 @@ class Race:
     @property
     def over(self) -> str:
         return str(self.looks[-1]["over"])
+
+    @property
+    def reached_the_end(self) -> bool:
+        """Whether the last look, of the whole corpus and at the level of an ordinary ranking, was taken."""
+        return len(self.looks) == len(self.record["shares"])
 
     def last_look(self, generator: str | None) -> int:
         """The index of the last look that a generator took part in; -1 where it was out before."""
@@ -111,11 +118,12 @@ class Unfinished:
     def is_plain(self, names: Sequence[str | None]) -> BoolArray:
         """[G] whose ordinary intervals are right: the rule that stopped it asked only how wide they were, or it was
         still in the race at the end of the corpus."""
-        if self.race is None or self.race.over not in ("precision", "end"):
+        if self.race is None or not (self.race.over == "precision" or self.race.reached_the_end):
             return np.zeros(len(names), bool)
         if self.race.over == "precision":
             return np.ones(len(names), bool)
-        return np.array([name not in self.race.out for name in names], bool)
+        last = len(self.race.looks) - 1
+        return np.array([self.race.last_look(name) == last for name in names], bool)
 
     def better(self, ranked: Estimate, known: BoolArray, names: Sequence[str | None], claims: bool) -> BoolArray:
         """[G, G] whom the row's generator is surely better than: as claimed, or told apart by repeated intervals."""
@@ -161,20 +169,34 @@ def unfinished_pairs(run: Run, settings: RankingSettings) -> dict[Models, Unfini
     pending = {store.name for store in stores if pending_rows(run, store).n_rows}
     if not pending:
         return {}
-    labels = run.labels(stores)
-    bases = [store for store in stores if store.kind == "base_model"]
-    rewards: dict[str | None, str | None] = {s.name: labels[s.name] for s in stores if s.kind == "reward_model"}
-    rewards |= {f"column {name}": f"column {name}" for name in run.reward_columns}
     n_prompts = run.n_prompts()
-    races = races_of(run)
+    races = races_of_pairs(run, settings)
     found: dict[Models, Unfinished] = {}
-    for base in [None, *(store.name for store in bases)]:
-        for reward in [None, *rewards]:
-            if {base, reward} & pending:
-                race = _race_of(races, base, reward, settings)
-                models = labels[base] if base else None, rewards[reward] if reward else None
-                found[models] = Unfinished(race=race, n_prompts=n_prompts)
+    for names, models in _pairs(run, stores):
+        if set(names) & pending:
+            found[models] = Unfinished(race=races.get(models), n_prompts=n_prompts)
     return found
+
+
+def races_of_pairs(run: Run, settings: RankingSettings) -> dict[Models, Race]:
+    """(base model, reward model) of a run, by their labels -> the race of theirs that counts, where there was a look:
+    that of the same question, else the one that went farthest."""
+    if not (races := races_of(run)):
+        return {}
+    found = {models: _race_of(races, *names, settings) for names, models in _pairs(run, run.current_scorers())}
+    return {models: race for models, race in found.items() if race is not None}
+
+
+def _pairs(run: Run, stores: Sequence[ScorerStore]) -> Iterator[tuple[Models, Models]]:
+    """(base model, reward model), by their names and by their labels, of every pair that may have figures."""
+    labels = run.labels(stores)
+    bases: dict[str | None, str | None] = {None: None}
+    bases |= {s.name: labels[s.name] for s in stores if s.kind == "base_model"}
+    rewards: dict[str | None, str | None] = {None: None}
+    rewards |= {s.name: labels[s.name] for s in stores if s.kind == "reward_model"}
+    rewards |= {f"column {name}": f"column {name}" for name in run.reward_columns}
+    for base, reward in product(bases, rewards):
+        yield (base, reward), (bases[base], rewards[reward])
 
 
 def _race_of(
@@ -182,7 +204,7 @@ def _race_of(
 ) -> Race | None:
     """The race of these two models: that of the same question, if there is one, else the one that went farthest."""
     fitting = [
-        Race(record=store.record, looks=looks)
+        Race(name=store.name, record=store.record, looks=looks)
         for store in races
         if (store.record["base_model"], store.record["reward_model"]) == (base_model, reward_model)
         and (looks := store.looks())
