@@ -345,8 +345,8 @@ def work_off(
         names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
         raise SetAside(
             f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
-            f"is its shard in {run.directory}/corpus and its row group. To try again, remove claims/*.aside.json beside "
-            "the parts, and give the same command"
+            f"is its shard in {run.directory}/corpus and its row group. To try again, remove claims/*.aside.json beside"
+            " the parts, and give the same command"
         )
     if not progress.n_rows:
         say(

@@ -90,7 +90,7 @@ class Claims:
             since = self._seen[name][1]
         self._seen[name] = beat, since
         # Of a worker of this host one can see that it is gone.
-        if self._clock() - since < self._lease and not is_gone(there["worker"]):
+        if self._clock() - since < self._lease and not is_gone(str(there.get("worker"))):
             return 0
         if there["attempt"] >= TRIES:
             self._create(self._aside(name), {"attempts": there["attempt"], "last": there["worker"]})
@@ -159,10 +159,15 @@ class Claims:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            value = json.loads(self._path(name).read_text(encoding="utf-8"))
-            return value if {"worker", "nonce", "beat", "attempt"} <= set(value) else None
-        except (OSError, ValueError, TypeError):
+            text = self._path(name).read_text(encoding="utf-8")
+        except OSError:
             return None
+        try:
+            value = dict(json.loads(text))
+            return value | {"beat": int(value["beat"]), "attempt": int(value["attempt"]), "nonce": str(value["nonce"])}
+        except (ValueError, TypeError, KeyError):
+            # Half written by a worker that died over it: as good as a claim that does not beat.
+            return {"worker": "", "nonce": "unreadable", "beat": 0, "attempt": 1}
 
     def _create(self, path: Path, claim: dict[str, Any]) -> bool:
         """Make a file where there is none: one worker succeeds."""

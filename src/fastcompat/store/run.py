@@ -42,6 +42,8 @@ FORMAT = 2
 UNIT = "_unit"
 # Units that are read at once.
 READERS = 4
+# Shards whose footers are kept: units are read in their order, by `READERS` at once.
+FOOTERS = 2 * READERS
 
 # Settings by which two scorers of one model are told apart, if they differ in them.
 _TELLING = (
@@ -107,10 +109,12 @@ class Run:
         return table
 
     def _footer(self, shard: int) -> pq.FileMetaData:
-        """A shard's footer, read once: it may be a hundred times the size of a unit."""
-        if shard not in self._footers:
-            self._footers[shard] = pq.read_metadata(self.shard_path(shard))
-        return self._footers[shard]
+        """A shard's footer, which may be a hundred times the size of a unit: those last asked for are kept."""
+        footer = self._footers.pop(shard, None) or pq.read_metadata(self.shard_path(shard))
+        self._footers[shard] = footer
+        while len(self._footers) > FOOTERS:
+            self._footers.pop(next(iter(self._footers)), None)
+        return footer
 
     def first_prompts(self) -> dict[Unit, str]:
         """The lowest prompt_id of every unit, from the shards' footers. Raises RunError for a damaged shard."""

@@ -1,0 +1,143 @@
+"""Claims: one worker a unit, takeover of the dead by the watcher's own clock, units that kill set aside."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fastcompat.store import claims as module
+from fastcompat.store.claims import TRIES, Claims
+
+UNIT = "00000-0003"
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(autouse=True)
+def alive(monkeypatch) -> dict[str, bool]:
+    """Nobody can see that a worker is gone, as if it were on another host."""
+    state = {"gone": False}
+    monkeypatch.setattr(module, "is_gone", lambda worker: state["gone"])
+    return state
+
+
+def worker(directory: Path, clock: Clock, *, done: tuple[str, ...] = (), lease: float = 60.0) -> Claims:
+    """A worker whose heart beats when the test says so."""
+    directory.mkdir(exist_ok=True)
+    return Claims(directory, is_done=lambda name: name in done, lease=lease, clock=clock)
+
+
+def test_one_of_many_takes_a_unit(tmp_path, clock):
+    workers = [worker(tmp_path / "claims", clock) for _ in range(16)]
+    names = [f"00000-{k:04d}" for k in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        taken = list(pool.map(lambda own: [name for name in names if own.take(name)], workers))
+    counts = Counter(name for own in taken for name in own)
+    assert counts == dict.fromkeys(names, 1)
+
+
+def test_a_live_worker_keeps_its_unit_and_a_silent_one_loses_it(tmp_path, clock):
+    first, second, third = (worker(tmp_path / "claims", clock) for _ in range(3))
+    assert first.take(UNIT) == 1
+    for _ in range(5):
+        assert second.take(UNIT) == 0
+        clock.now += 40
+        first.beat()
+    assert second.take(UNIT) == third.take(UNIT) == 0
+    clock.now += 61
+    assert second.take(UNIT) == 2
+    # The other one has watched as long, but somebody was first.
+    assert third.take(UNIT) == 0
+    first.beat()
+    assert first.mine == set()
+    assert second.mine == {UNIT}
+    second.release(UNIT)
+    assert os.listdir(tmp_path / "claims") == []
+
+
+def test_who_begins_to_watch_waits_a_whole_lease(tmp_path, clock):
+    first, second = (worker(tmp_path / "claims", clock) for _ in range(2))
+    first.take(UNIT)
+    clock.now += 1000  # whatever happened before
+    assert second.take(UNIT) == 0
+    clock.now += 59
+    assert second.take(UNIT) == 0
+    clock.now += 2
+    assert second.take(UNIT) == 2
+
+
+def test_a_worker_that_is_seen_to_be_gone_is_not_waited_for(tmp_path, clock, alive):
+    first, second = (worker(tmp_path / "claims", clock) for _ in range(2))
+    first.take(UNIT)
+    assert second.take(UNIT) == 0
+    alive["gone"] = True
+    assert second.take(UNIT) == 2
+
+
+def test_a_unit_that_kills_its_workers_is_set_aside(tmp_path, clock, alive):
+    alive["gone"] = True
+    attempts = [worker(tmp_path / "claims", clock).take(UNIT) for _ in range(TRIES + 2)]
+    assert attempts == [*range(1, TRIES + 1), 0, 0]
+    last = worker(tmp_path / "claims", clock)
+    assert last.set_aside() == [UNIT]
+    assert last.is_set_aside(UNIT)
+
+
+def test_what_is_done_is_given_back_at_the_next_beat_and_the_rest_at_the_end(tmp_path, clock):
+    done: list[str] = []
+    with Claims(tmp_path / "claims", is_done=lambda name: name in done, lease=1e9, clock=clock) as own:
+        own.take(UNIT)
+        own.take("00000-0004")
+        own.beat()
+        assert own.mine == {UNIT, "00000-0004"}
+        done.append(UNIT)
+        own.beat()
+        assert own.mine == {"00000-0004"}
+    assert os.listdir(tmp_path / "claims") == []
+
+
+def test_the_heart_beats_by_itself(tmp_path):
+    with Claims(tmp_path / "claims", is_done=lambda name: False, lease=0.03) as own:
+        own.take(UNIT)
+        path = tmp_path / "claims" / f"{UNIT}.json"
+        for _ in range(2000):
+            if json.loads(path.read_text())["beat"] > 3:
+                break
+        else:
+            pytest.fail("no beat")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"nonce": 1}'])
+def test_a_claim_that_was_written_half_is_a_dead_workers(tmp_path, clock, text):
+    own = worker(tmp_path / "claims", clock)
+    (tmp_path / "claims" / f"{UNIT}.json").write_text(text)
+    assert own.take(UNIT) == 0
+    clock.now += 61
+    assert own.take(UNIT) == 2
+
+
+def test_a_disk_without_hard_links(tmp_path, clock, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first, second = (worker(tmp_path / "claims", clock) for _ in range(2))
+    assert (first.take(UNIT), second.take(UNIT)) == (1, 0)
