@@ -365,7 +365,9 @@ def costs(
     races: list[tuple[Look, ...]], cars: FloatArray, names: list[str], n_prompts: int, seconds: float
 ) -> dict[str, Any]:
     """What races needed, and what they claimed."""
-    of = {behind: np.array([scored(looks, len(names), n_prompts, behind=behind) for looks in races]) for behind in (0, 1)}
+    of = {
+        behind: np.array([scored(looks, len(names), n_prompts, behind=behind) for looks in races]) for behind in (0, 1)
+    }
     claims = [[pair for look in looks for pair in look.claims] for looks in races]
     place = {name: k for k, name in enumerate(names)}
     wrong = [any(cars[place[a]] <= cars[place[b]] for a, b in told) for told in claims]
@@ -407,7 +409,9 @@ def demo_figures(run: Path) -> tuple[list[str], FloatArray]:
     from fastcompat.rows import paired
     from fastcompat.store import Run
 
-    rows = paired(Run(run).scores(["row_key", "prompt_id", "generator", "loss", "reward", "base_model", "reward_model"]))
+    rows = paired(
+        Run(run).scores(["row_key", "prompt_id", "generator", "loss", "reward", "base_model", "reward_model"])
+    )
     names = sorted(set(rows["generator"].to_pylist()))
     cells: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows.to_pylist():
@@ -555,14 +559,20 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], 
             yield (
                 "errors-mixed",
                 f"{name}-{tails}-10000",
-                lambda t=tails, c=cars, k=number: errors(World(t, c), 10_000, ["winner", "ranking"], n_races, [seed, k]),
+                lambda t=tails, c=cars, k=number: errors(
+                    World(t, c), 10_000, ["winner", "ranking"], n_races, [seed, k]
+                ),
             )
 
 
 def hardware() -> dict[str, Any]:
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line), ""
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = (
+        next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line), ""
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     return {"cpu": model, "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "")}
 
 

@@ -144,7 +144,9 @@ def test_in_a_ranking_only_settled_places_leave():
     assert history.still_in == ["a", "b"]
     assert ("d", "a") in history.settled
     # Far more rows tell these two apart; pairs of those that left are not asked again.
-    second = take_look(table(SPREAD, 60_000), settings(until="ranking"), history, planned_looks(100_000), n_prompts=60_000)
+    second = take_look(
+        table(SPREAD, 60_000), settings(until="ranking"), history, planned_looks(100_000), n_prompts=60_000
+    )
     assert (second.over, second.claims) == ("ranking", (("a", "b"),))
 
 
@@ -274,7 +276,15 @@ def test_losses_averaged_over_tokens():
         for k in range(n):
             n_tokens, loss = ((10, short), (100, long))[k % 2]
             loss *= draw.lognormal(0, 0.05)
-            rows.append({"prompt_id": f"p{k}", "generator": name, "loss": loss, "nll_sum": loss * n_tokens, "n_tokens": n_tokens})
+            rows.append(
+                {
+                    "prompt_id": f"p{k}",
+                    "generator": name,
+                    "loss": loss,
+                    "nll_sum": loss * n_tokens,
+                    "n_tokens": n_tokens,
+                }
+            )
     both = pa.Table.from_pylist(rows)
     by_token = one_look(both, settings(figure="loss", average="token"), n)
     by_response = one_look(both, settings(figure="loss"), n)
