@@ -216,7 +216,7 @@ def names_of(n: int) -> list[str]:
 
 
 def make_haste() -> None:
-    """What every race asks again is computed once, and what no race asks is not: quantiles, and standings to be shown."""
+    """Compute once what every race asks again, quantiles; and not at all the standings, which are only shown."""
     quantile, found = intervals.student_t_quantile, {}
 
     def remembered(probability: float, freedom: FloatArray) -> FloatArray:
@@ -268,6 +268,16 @@ def compare_with_rows() -> float:
             history = History(history.names, (*history.looks, look))
             if history.over:
                 break
+    whole, direct = (
+        KnownRewards.of(rows_of(x + world.centre, names), names),
+        known_rewards(x[:, 0] + world.centre[0], names),
+    )
+    for a_, b_, power in (
+        (whole.means, direct.means, 1),
+        (whole.second, direct.second, 2),
+        (whole.third, direct.third, 3),
+    ):
+        worst = max(worst, float(np.abs(a_ * whole.unit**power - b_).max() / np.abs(b_).max()))
     assert worst < 1e-9, worst
     return worst
 
@@ -319,14 +329,14 @@ def errors(world: World, n_prompts: int, goals: list[str], n_races: int, seed: l
                 ended_early[goal] += bool(look.over) and number < len(shares)
             if all(wrong.values()):
                 break
-        for rule, is_wrong in wrong.items():
-            false[rule] += is_wrong
+        for who, is_wrong in wrong.items():
+            false[who] += is_wrong
     return {
         "prompts": n_prompts,
         "generators": n,
         "looks": len(shares),
         "races": n_races,
-        "false_claim": {rule: share(hits, n_races) for rule, hits in false.items()},
+        "false_claim": {who: share(hits, n_races) for who, hits in false.items()},
         "first_false_claim_at_the_end": {goal: round(hits / n_races, 4) for goal, hits in at_the_end.items()},
         "over_before_the_end": {goal: round(hits / n_races, 4) for goal, hits in ended_early.items()},
         "seconds": round(time.perf_counter() - begin),
@@ -407,10 +417,10 @@ def simulated_costs(world: World, n_prompts: int, until: str, n_races: int, seed
 def demo_figures(run: Path) -> tuple[list[str], FloatArray]:
     """Generators and [prompts, 2, G] rewards and losses, of prompts that all of them answered once."""
     from fastcompat.rows import paired
-    from fastcompat.store import Run
+    from fastcompat.store import open_run
 
     rows = paired(
-        Run(run).scores(["row_key", "prompt_id", "generator", "loss", "reward", "base_model", "reward_model"])
+        open_run(run).scores(["row_key", "prompt_id", "generator", "loss", "reward", "base_model", "reward_model"])
     )
     names = sorted(set(rows["generator"].to_pylist()))
     cells: dict[str, dict[str, tuple[float, float]]] = {}
@@ -446,7 +456,9 @@ def demo_costs(
             return Contest.of(history.still_in, estimates, means.n_prompts, settings)
 
         races.append(race(step, settings, names, n_prompts))
-    return costs(races, cars, names, n_prompts, time.perf_counter() - begin)
+    found = costs(races, cars, names, n_prompts, time.perf_counter() - begin)
+    relative = sorted((cars / cars.max()).round(4).tolist(), reverse=True)
+    return {"drawn_from_prompts": len(figures), "relative_cars": relative} | found
 
 
 def known_rewards(x: FloatArray, names: list[str]) -> KnownRewards:
@@ -524,10 +536,10 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], 
             lambda t=tails, n=n, p=n_prompts, k=number: errors(World(t, [1.0] * n), p, ["winner"], n_races, [seed, k]),
         )
     for until, step, tails, few in (
-        ("winner", 0.02, "light", 60),
-        ("ranking", 0.04, "light", 40),
-        ("winner", 0.02, "skewed", 40),
-        ("winner", 0.02, "heavy", 30),
+        ("winner", 0.02, "light", 200),
+        ("ranking", 0.04, "light", 100),
+        ("winner", 0.02, "skewed", 100),
+        ("winner", 0.02, "heavy", 60),
     ):
         number += 1
         yield (
@@ -566,14 +578,18 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], 
 
 
 def hardware() -> dict[str, Any]:
-    model = (
-        next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line), ""
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return {"cpu": model, "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "")}
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """By rename: who interrupts this finds what there was."""
+    out.parent.mkdir(exist_ok=True)
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out)
 
 
 def main() -> None:
@@ -601,15 +617,13 @@ def main() -> None:
     report = {**report, **{name: value for name, value in done.items() if name not in report}}
     if times:
         report["time"] = times
+        write(report, options.out)
     for section, name, compute in cells(options):
         if name in report.get(section, {}) or not f"{section}/{name}".startswith(options.only or ""):
             continue
         result = compute()
         report.setdefault(section, {})[name] = result
-        options.out.parent.mkdir(exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.out)
+        write(report, options.out)
         print(f"{section}/{name}: {json.dumps(result)}", flush=True)
 
 
