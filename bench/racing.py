@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,8 +36,8 @@ from fastcompat.decisions.racing.known_rewards import KnownRewards, contest_with
 from fastcompat.decisions.racing.rule import Contest, History, Look, RaceSettings, judge, take_look
 from fastcompat.decisions.ranking import intervals
 from fastcompat.decisions.ranking.estimates import estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Moments
-from fastcompat.decisions.ranking.looks import planned_looks
+from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, ClusteredMeans, Moments
+from fastcompat.decisions.ranking.looks import FALSE_ON_THE_WAY, planned_looks, repeated_tail
 from fastcompat.decisions.ranking.ranking import coded
 
 RESULTS = Path(__file__).parent / "results" / "racing.json"
@@ -186,6 +187,26 @@ class Sums:
         return self.centre[:, where] + d, Moments(around / (n - 1) ** 2, centred / (n - 1) ** 3)
 
 
+def largest_z(sums: Sums) -> float:
+    """Of all pairs' differences in CAR, in their standard errors. No rule tells apart what has less than its normal
+    quantile, because no interval is narrower: such looks need not be taken in full."""
+    n, d = sums.n, sums.first / sums.n
+    reward, loss = sums.centre + d
+    around = (sums.second - n * np.multiply.outer(d, d)) / (n - 1) ** 2
+    weight = 1 + BETA * loss
+    slope = BETA * np.add.outer(reward, reward) / np.add.outer(weight, weight)
+
+    def between(k: int, m: int) -> FloatArray:
+        cross = around[k, :, m]
+        own = cross.diagonal()
+        return own[:, None] + own - cross - cross.T
+
+    variance = between(0, 0) - 2 * slope * between(0, 1) + slope**2 * between(1, 1)
+    difference = reward[:, None] - reward - slope * (loss[:, None] - loss)
+    pairs = np.triu_indices(len(reward), 1)
+    return float(np.sqrt((difference[pairs] ** 2 / variance[pairs]).max()))
+
+
 def contest(sums: Sums, names: list[str], there: list[int], settings: RaceSettings) -> Contest:
     """Of generators that are there, as `take_look` would make it."""
     means, moments = sums.moments(there)
@@ -298,6 +319,15 @@ def errors(world: World, n_prompts: int, goals: list[str], n_races: int, seed: l
     names, everybody, shares = names_of(n), list(range(n)), planned_looks(n_prompts)
     settings = {goal: RaceSettings(until=goal, figure="car", beta=BETA, margin=0.0) for goal in goals}  # type: ignore[arg-type]
     false = dict.fromkeys(["naive", "own_level", *goals], 0)
+    least = {
+        who: NormalDist().inv_cdf(1 - tail)
+        for who, tail in (
+            ("own_level", FALSE_DIFFERENCES / n / (n - 1)),
+            # Of a single pair: the least that any number of pairs asks for.
+            ("on_the_way", repeated_tail(FALSE_ON_THE_WAY / 2, shares)),
+            ("the_end", FALSE_DIFFERENCES / 2),
+        )
+    } | {"naive": NAIVE}
     at_the_end, ended_early = dict.fromkeys(goals, 0), dict.fromkeys(goals, 0)
     begin = time.perf_counter()
     for race in range(n_races):
@@ -308,15 +338,28 @@ def errors(world: World, n_prompts: int, goals: list[str], n_races: int, seed: l
         for number, reached in enumerate(shares, start=1):
             for block in world.figures(draw, round(reached * n_prompts) - sums.n, everybody):
                 sums.add(block, everybody)
+            open_goals = [goal for goal in goals if not (wrong[goal] or history[goal].over)]
+            needed = [least["naive"]] * (not wrong["naive"]) + [least["own_level"]] * (not wrong["own_level"])
+            needed += [least["the_end" if number == len(shares) else "on_the_way"]] * bool(open_goals)
+            if largest_z(sums) < 0.999 * min(needed, default=np.inf):
+                for goal in open_goals:
+                    nothing = Look(
+                        number=number,
+                        n_looks=len(shares),
+                        n_prompts=sums.n,
+                        n_responses=0,
+                        standings=(),
+                        over="end" if number == len(shares) else "",
+                    )
+                    history[goal] = History(history[goal].names, (*history[goal].looks, nothing))
+                continue
             of_all = contest(sums, names, everybody, settings[goals[0]])
             between = of_all.estimate.differences
             if not wrong["naive"]:
                 wrong["naive"] = bool(((between.value > NAIVE * between.deviation) & world.false).any())
             if not wrong["own_level"]:
                 wrong["own_level"] = bool((of_all.estimate.clearly_better(of_all.known) & world.false).any())
-            for goal in goals:
-                if history[goal].over or wrong[goal]:
-                    continue
+            for goal in open_goals:
                 there = [names.index(name) for name in history[goal].still_in]
                 own = of_all if len(there) == n else contest(sums, names, there, settings[goal])
                 look = judge(
