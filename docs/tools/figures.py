@@ -122,6 +122,9 @@ def claims() -> str:
     real = load("real-smollm2-alpacaeval.json")
     error = real["check"]["largest_relative_error_float32"]
     fast, slow = (f"{min(found.values()):.1f} to {max(found.values()):.0f}" for found in (best, padded))
+    race = load("racing.json")
+    least, most = (100 * race["costs"][f"winner-ladder_2%-{tails}-20-100000"]["scored"] for tails in ("light", "heavy"))
+    wrong = max(own["false_claim"]["winner"]["share"] for own in race["errors-equal"].values())
     covered = f"{coverage['lowest_coverage']:.0%} to {coverage['highest_coverage']:.0%}"
     return "\n".join(
         [
@@ -131,8 +134,57 @@ def claims() -> str:
             "nothing is padded, no shared beginning is computed twice, no logits are stored.",
             f"- **Sure.** 95% intervals that cover {covered} in simulation; in {coverage['mean_false_best']:.1%} of "
             "the simulated corpora one of two equal generators is called better.",
+            "- **Sparing.** `--until winner` stops when the winner is sure: of 20 generators 2% apart after "
+            f"{least:.0f}% to {most:.0f}% of the responses to 100,000 prompts, with a false claim in at most "
+            f"{wrong:.1%} of simulated races ([stop when sure](docs/racing.md)).",
             "- **Nothing lost.** After Ctrl-C, `kill -9` or a full disk the same command goes on, to the same bits. No "
             "row is dropped: what cannot be scored says why.",
+        ]
+    )
+
+
+def racing() -> str:
+    """What races cost, and how often they claim what is false."""
+    result = load("racing.json")
+    cells = result["errors-equal"]
+    rows = []
+    for name in sorted(cells, key=lambda name: (cells[name]["generators"], cells[name]["prompts"], name)):
+        own, told = cells[name], cells[name]["false_claim"]
+        naive, level, race = (f"{told[rule]['share']:.1%}" for rule in ("naive", "own_level", "winner"))
+        rows.append(f"| {own['generators']} · {own['prompts']:,} · {name.split('-')[0]} | {naive} | {level} | {race} |")
+    costs = result["costs"] | result["demo"]
+    titles = {
+        "winner-ladder_2%-light-20-100000": "winner of 20, each 2% below the one before",
+        "winner-ladder_2%-skewed-20-100000": "the same, skewed figures",
+        "winner-ladder_2%-heavy-20-100000": "the same, heavy tails (log losses of sigma 1)",
+        "ranking-ladder_4%-light-20-100000": "whole ranking of 20, 4% apart",
+        "winner-100000": "the demo's figures: winner (its best two are 2% apart)",
+        "ranking-100000": "the demo's figures: whole ranking",
+        "winner-rewards_known-100000": "the demo's figures: winner, rewards of the corpus's own",
+    }
+    spent = [
+        f"| {title} | {100 * costs[name]['scored']:.2g}% | {100 * costs[name]['scored_90%']:.2g}% |"
+        for name, title in titles.items()
+    ]
+    time = result["time"]
+    return "\n".join(
+        [
+            "Of 100,000 prompts, without a margin; responses scored, on average and in nine races of ten:",
+            "",
+            "| question | mean | 90% |",
+            "| --- | --- | --- |",
+            *spent,
+            "",
+            "Generators that are equal, so that every claim is false: in how many of "
+            f"{min(own['races'] for own in cells.values()):,} races there was one. Looking again and again with "
+            "ordinary 95% intervals, or with the level of an ordinary ranking, beside it:",
+            "",
+            "| generators · prompts · figures | 95% at every look | level of `rank` at every look | race |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"A look at {time['rows']:,} rows takes {time['last_look_seconds']:.1f} s, all {time['looks']} looks of a "
+            f"race of them {time['all_looks_seconds']:.0f} s (`bench/racing.py`, bench/results/racing.json).",
         ]
     )
 
@@ -303,6 +355,7 @@ PAGES: Mapping[str, Sequence[Callable[[], str]]] = {
     "docs/speed.md": (speed, rewards, head),
     "docs/metrics.md": (metrics,),
     "docs/real.md": (figures,),
+    "docs/racing.md": (racing,),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from fastcompat.decisions.ranking import intervals as bootstrap
 from fastcompat.decisions.ranking.intervals import (
     BYTES_OF_WEIGHT,
+    FALSE_DIFFERENCES,
     LONGEST_SIDE,
     ClusteredMeans,
+    Differences,
+    Estimate,
     interval,
     poisson_weights,
     skewness_corrected,
@@ -198,3 +202,85 @@ def test_a_draw_that_leaves_nothing_is_nan():
     assert np.isnan(found[:, 1]).all(), "no responses at all"
     assert 0.2 < np.isnan(found[:, 0]).mean() < 0.55
     assert np.nanmax(found[:, 0]) == np.nanmin(found[:, 0]) == 1.0
+
+
+def _estimate(value: list[float], deviation: list[float], freedom: float) -> Estimate:
+    """Figures that are independent of each other, without skewness."""
+    figure, error = np.array(value), np.array(deviation)
+    apart = Differences(
+        value=figure[:, None] - figure,
+        deviation=np.sqrt(np.add.outer(error**2, error**2)),
+        acceleration=np.zeros((len(figure), len(figure))),
+        scale=np.ones((len(figure), len(figure))),
+    )
+    return Estimate(
+        value=figure,
+        deviation=error,
+        acceleration=np.zeros(len(figure)),
+        freedom=np.full(len(figure), freedom),
+        sign=1,
+        unit=1.0,
+        draw=lambda: np.empty((0, len(figure))),
+        compare=lambda: apart,
+    )
+
+
+def _holm(value: list[float], deviation: list[float], freedom: float) -> set[tuple[int, int]]:
+    """By Holm's definition: two-sided p-values in ascending order, the k-th of m against alpha / (m - k + 1)."""
+    stats = pytest.importorskip("scipy.stats")
+    pairs = list(itertools.combinations(range(len(value)), 2))
+    t = [abs(value[i] - value[j]) / math.hypot(deviation[i], deviation[j]) for i, j in pairs]
+    p = 2 * stats.t.sf(t, freedom)
+    told = set()
+    for k, at in enumerate(np.argsort(p)):
+        if p[at] > FALSE_DIFFERENCES / (len(pairs) - k):
+            break
+        i, j = pairs[at]
+        told.add((i, j) if value[i] > value[j] else (j, i))
+    return told
+
+
+def test_pairs_told_apart_are_those_of_holm():
+    more = 0
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        n = int(draw.integers(2, 9))
+        value = (1 + draw.normal(scale=2.5, size=n)).tolist()
+        deviation = draw.uniform(0.3, 1.5, size=n).tolist()
+        freedom = float(draw.choice([12, 40, 1000]))
+        estimate, known = _estimate(value, deviation, freedom), np.ones(n, bool)
+        told = {(int(i), int(j)) for i, j in np.argwhere(estimate.clearly_better(known))}
+        assert told == _holm(value, deviation, freedom)
+        n_pairs = n * (n - 1) // 2
+        at_once = estimate.differences.value > estimate.reach(FALSE_DIFFERENCES / 2 / n_pairs)
+        bonferroni = {(int(i), int(j)) for i, j in np.argwhere(at_once)}
+        assert bonferroni <= told
+        assert bool(told) == bool(bonferroni), "without a first step there is no second"
+        more += told > bonferroni
+    assert more > 5, "a step further tells more apart"
+
+
+def test_what_is_not_known_takes_no_share_and_is_not_told_apart():
+    estimate = _estimate([4.0, 0.0, 90.0], [1.0, 1.0, 1.0], 1000)
+    assert np.argwhere(estimate.clearly_better(np.array([True, True, False]))).tolist() == [[0, 1]]
+    alone = _estimate([4.0, 0.0], [1.0, 1.0], 1000)
+    assert np.argwhere(alone.clearly_better(np.ones(2, bool))).tolist() == [[0, 1]]
+    # 2.83 standard errors: enough for one pair of two at 4%, not for one of three.
+    three = _estimate([4.0, 0.0, 2.0], [1.0, 1.0, 1e6], 1000)
+    one_of_three = _estimate([3.0, 0.0, 1.5], [1.0, 1.0, 1e6], 1000)
+    assert np.argwhere(three.clearly_better(np.ones(3, bool))).tolist() == [[0, 1]]
+    assert not one_of_three.clearly_better(np.ones(3, bool)).any()
+    assert _estimate([3.0, 0.0], [1.0, 1.0], 1000).clearly_better(np.ones(2, bool)).any()
+
+
+def test_another_tail_is_asked_of_so_many_pairs():
+    asked = []
+
+    def tail(n_pairs: int) -> float:
+        asked.append(n_pairs)
+        return FALSE_DIFFERENCES / 2 / n_pairs
+
+    estimate = _estimate([9.0, 3.0, 0.2, 0.0], [0.3, 0.3, 0.3, 0.3], 1000)
+    better = estimate.clearly_better(np.ones(4, bool), tail)
+    assert asked == [6, 1], "five of six pairs go at the first step"
+    assert np.argwhere(better).tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3]]

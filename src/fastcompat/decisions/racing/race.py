@@ -14,7 +14,7 @@ from fastcompat.decisions.ranking.looks import planned_looks
 from fastcompat.decisions.ranking.ranking import Figure
 from fastcompat.errors import UsageError
 from fastcompat.metrics import BETA
-from fastcompat.rows import as_table, carrying
+from fastcompat.rows import as_table, carrying, paired
 
 _COLUMNS = ("prompt_id", "generator", "loss", "reward", "nll_sum", "n_tokens", "status")
 
@@ -86,7 +86,8 @@ class Race:
                 f"a race needs the columns prompt_id, generator and loss or reward; there are "
                 f"{', '.join(rows.column_names) or 'none'}"
             )
-        rows = rows.select([name for name in _COLUMNS if name in rows.column_names])
+        # Types and figures that are no numbers as everywhere: batches need not agree in what they leave to be guessed.
+        rows = paired(rows.select([name for name in _COLUMNS if name in rows.column_names])).select(_COLUMNS)
         for name in ("prompt_id", "generator"):
             column = rows[name].cast(pa.string())
             if column.null_count:
@@ -96,8 +97,6 @@ class Race:
         if strangers:
             raise UsageError(f"{', '.join(strangers[:4])}: not among the generators of this race")
         self._place(pc.unique(rows["prompt_id"]).to_pylist())
-        if "status" not in rows.column_names:
-            rows = rows.append_column("status", pa.repeat(pa.scalar("ok"), rows.num_rows))
         self._rows.append(rows)
         looks: list[Look] = []
         while not self.over and len(self._places) >= self._n_due():
@@ -107,13 +106,14 @@ class Race:
     def _place(self, prompts: list[str]) -> None:
         n_looked_at = self.looks[-1].n_prompts if self.looks else 0
         for prompt in prompts:
-            place = self._places.setdefault(prompt, len(self._places))
-            if place < n_looked_at:
+            if self._places.get(prompt, n_looked_at) < n_looked_at:
                 raise UsageError(
                     f"prompt {prompt!r} has been looked at already: give all responses to a prompt at once"
                 )
-        if len(self._places) > self.n_prompts:
+        new = [prompt for prompt in prompts if prompt not in self._places]
+        if len(self._places) + len(new) > self.n_prompts:
             raise UsageError(f"more than the {self.n_prompts:,} prompts that the corpus was said to have")
+        self._places.update({prompt: len(self._places) + k for k, prompt in enumerate(new)})
 
     def _n_due(self) -> int:
         """Prompts at the next look."""

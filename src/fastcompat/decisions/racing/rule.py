@@ -182,12 +182,15 @@ class Contest:
         estimates: Mapping[str | float, Estimate],
         n_prompts: IntArray,
         settings: RaceSettings,
+        shares: Sequence[float] = (),
     ) -> Contest:
-        """estimates: what `estimates_of` gave; UsageError where a mean reward has no CAR, and surely not by chance."""
+        """estimates: what `estimates_of` gave; UsageError where a mean reward has no CAR, and surely not by chance, at
+        any of the looks of which these are the `shares`."""
         estimate = estimates[settings.beta if settings.figure == "car" else str(settings.figure)]
         enough = n_prompts >= MIN_PROMPTS
         if settings.figure == "car":
-            _refuse_negative(estimates["reward"], names, enough, settings.reward_shift)
+            tail = repeated_tail(FALSE_ON_THE_WAY / len(names), list(shares))
+            _refuse_negative(estimates["reward"], names, enough, settings.reward_shift, tail)
         return cls(names=names, estimate=estimate, known=enough & np.isfinite(estimate.value), n_prompts=n_prompts)
 
     @property
@@ -235,7 +238,7 @@ def take_look(
         values, units = values_of(rows, figures, settings.average)
         means = ClusteredMeans(prompt, group, len(names), values)
         estimates = estimates_of(means, means.moments(), units, settings.ranking)
-    contest = Contest.of(names, estimates, means.n_prompts, settings)
+    contest = Contest.of(names, estimates, means.n_prompts, settings, shares)
     return judge(contest, settings, history, shares, n_prompts=n_prompts, n_responses=rows.num_rows)
 
 
@@ -282,9 +285,9 @@ class _Verdict:
     over: str = ""
 
 
-def _refuse_negative(reward: Estimate, names: Sequence[str], known: BoolArray, shift: float) -> None:
+def _refuse_negative(reward: Estimate, names: Sequence[str], known: BoolArray, shift: float, tail: float) -> None:
     """At an early look a mean may be negative by chance, and is then not known yet; what surely is has no CAR."""
-    means, _, high = reward.figures(known, tail=FALSE_ON_THE_WAY / len(names))
+    means, _, high = reward.figures(known, tail=tail)
     if (high + shift < 0).any():
         lowest = int(np.nanargmin(np.where(high + shift < 0, means, np.nan)))
         raise UsageError(negative_reward(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
