@@ -311,7 +311,7 @@ def test_a_kill_between_the_mark_and_the_part_costs_nothing(tmp_path, corpus, wh
         def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr("fastcompat.store.parts.write_table", killed)
+        patch.setattr("fastcompat.store.parts.create_table", killed)
         with pytest.raises(KeyboardInterrupt):
             work_off(run, store, FakeModel(), A)
     assert store.leaves_out
@@ -372,7 +372,7 @@ def test_a_scorer_with_more_columns_does_not_hide_what_only_the_other_has_scored
                 "left_out" if out and own == "ok" else own for out, own in zip(hidden, columns["status"], strict=True)
             ]
             columns["n_bytes"] = [1] * table.num_rows
-            richer.commit(unit, pa.table(columns, schema=richer.schema))
+            richer.commit(unit, pa.table(columns, schema=richer.schema), completes=richer.part(unit).exists())
 
     commit(A)
     assert {own.name for own in run.current_scorers()} == {"fake", "richer"}
