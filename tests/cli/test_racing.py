@@ -17,7 +17,7 @@ from command_line import fail, invoke, succeed
 from corpora import rows_of, save_small_model, save_small_reward_model, write_jsonl
 
 import fastcompat as fc
-from fastcompat.errors import Interrupted, UsageError
+from fastcompat.errors import Interrupted, RunError, UsageError
 
 N_PROMPTS = 420
 # Averaged over tokens the rewards are not known beforehand, so that a race takes several looks.
@@ -284,3 +284,92 @@ def test_an_unfinished_run_is_not_ranked_as_if_one_had_looked_once(tmp_path, mon
     assert "at every look at an unfinished run" in succeed("rank", run)
     finish(run, models)
     assert {row["interval"] for row in fc.rank(fc.open_run(run)).to_pylist()} == {"plain"}
+
+
+def test_what_extend_adds_is_raced_over_by_all_whose_place_was_only_known(tmp_path, models, corpus):
+    run, model = tmp_path / "run", ("--base-model", models / "base")
+    ask = ("--until", "ranking", "--margin", 0)
+    succeed("score", corpus, *model, *ask, "-o", run)
+    added = write_jsonl(tmp_path / "more.jsonl", rewarded({"newcomer": 3.0}))
+    succeed("score", added, *model, "--extend", *ask, "-o", run)
+    rows = ranked(run)
+    assert [row["generator"] for row in rows] == ["best", "close", "newcomer", "far", "farther"]
+    assert rows[2]["rank"] == 3
+    # The race over less of the corpus says nothing of this one.
+    assert rows[0]["n_prompts_total"] == N_PROMPTS
+    assert "over the corpus before --extend" in succeed("status", run)
+
+
+def test_a_precision_race_claims_nothing_of_who_is_better(tmp_path, models, corpus):
+    run = tmp_path / "run"
+    succeed("score", corpus, "--base-model", models / "base", "--until", "precision=3%", "-o", run)
+    rows = ranked(run)
+    cars = [row["car"] for row in rows]
+    assert cars == sorted(cars, reverse=True)
+    assert [row["rank"] for row in rows[2:]] == [3, 4]
+
+
+def test_who_has_too_little_to_be_known_by_does_not_hold_the_race_up(tmp_path, models):
+    rows = rewarded({"a": 5.0, "b": 1.0}, n_prompts=260) + rewarded({"few": 3.0}, n_prompts=7)
+    rows += [{k: v for k, v in row.items() if k != "reward"} for row in rewarded({"unjudged": 1.0}, n_prompts=260)]
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    output = succeed("score", corpus, "--base-model", models / "base", "--until", "winner", "-o", tmp_path / "run")
+    assert "few: not in the race: 7 prompts with responses to compare, 10 are needed" in output
+    assert "unjudged: not in the race: 0 prompts" in output
+    assert "winner: a, after 1" in output or "winner: a, after 2" in output
+    assert "not in the race" in {row["generator"]: row for row in ranked(tmp_path / "run")}["few"]["claim"]
+
+
+def test_damage_is_named_with_what_to_do(tmp_path, models, corpus):
+    run, model = tmp_path / "run", ("--base-model", models / "base")
+    succeed("score", corpus, *model, *WINNER, "-o", run)
+    (race,) = run.glob("race/*")
+    looks = of(run)[0]
+    for name, text in (("look-0001.json", "{}"), ("race.json", "{}"), ("race.json", "{"), ("race.json", None)):
+        kept = (race / name).read_bytes()
+        if text is None:
+            (race / name).unlink()
+        else:
+            (race / name).write_text(text)
+        for command in (("rank", run), ("status", run), ("score", *model, *WINNER, "-o", run)):
+            assert f"delete {race} to hold the race again" in fail(RunError, *command)
+        assert invoke("verify", run).exit_code != 0
+        (race / name).write_bytes(kept)
+    for path in race.iterdir():
+        path.unlink()
+    race.rmdir()
+    succeed("score", *model, *WINNER, "-o", run)
+    assert of(run)[0] == looks
+
+
+def test_a_part_that_is_lost_is_scored_again(tmp_path, models, corpus):
+    run, model = tmp_path / "run", ("--base-model", models / "base")
+    succeed("score", corpus, *model, *WINNER, "-o", run)
+    before = of(run)
+    sorted(run.glob("scores/*/part-*"))[1].unlink()
+    succeed("score", *model, *WINNER, "-o", run)
+    assert of(run) == before
+
+
+def test_races_that_look_at_different_times_take_each_look_at_its_own(tmp_path, monkeypatch, models, corpus):
+    """A race begun where models fit into memory together, and one begun where they take turns."""
+    run = tmp_path / "run"
+    save_small_model(tmp_path / "second", seed=7)
+    with dying_after(monkeypatch, 60):
+        invoke("score", corpus, "--base-model", models / "base", *RANKING, "-o", run, "--token-budget", 512)
+    both = ("--base-model", models / "base", "--base-model", tmp_path / "second")
+    monkeypatch.setattr("fastcompat.scoring.passes.fit_together", lambda passes: False)
+    succeed("score", *both, *RANKING, "-o", run)
+    found = {}
+    for path in run.glob("race/*/race.json"):
+        looks = [json.loads(look.read_text())["n_prompts"] for look in sorted(path.parent.glob("look-*"))]
+        shares = json.loads(path.read_text())["shares"]
+        found[len(shares)] = looks
+        # Hashes are random: about so many prompts lie below each threshold.
+        assert looks[-1] == N_PROMPTS
+        assert looks == pytest.approx([share * N_PROMPTS for share in shares], abs=25)
+    assert set(found) == {7, 3}
+
+
+def test_beta_is_not_spoken_of_where_the_figures_are_of_few_prompts(raced):
+    assert "whatever beta is" not in succeed("rank", raced[0], *TOKENS)

@@ -40,6 +40,8 @@ def race_asked(until: str | None, *, only: Sequence[str] | None, **options: Any)
     if only:
         raise UsageError("--only scores what a race has left out: give it without --until")
     figure = given.pop("sort", "auto")
+    if "margin" in given and until.startswith("precision"):
+        raise UsageError("--margin is about differences: leave it away with --until precision")
     if "margin" in given:
         given["margin"] = parse_share("--margin", given["margin"])
     asked = parse_until(until) | given
@@ -76,44 +78,51 @@ def hold_races(
 
     asked: what `RaceSettings` takes, but `figure` may be None: CAR where there are losses and rewards.
     """
-    from fastcompat.decisions.racing.run_race import Field
     from fastcompat.scoring.passes import fit_together
 
     for served in passes:
         show_pass(served)
-    field = Field.of(run)
     resident = fit_together(passes)
-    races = _races(run, passes, asked, field, ratio=None if resident else RATIO_OF_TURNS)
+    races = _races(run, passes, asked, ratio=None if resident else RATIO_OF_TURNS)
     held = dict(zip(races, _names(run, races), strict=True))
-    _show_start(races[0], len(races), field.n_prompts)
+    _show_start(races[0], len(races))
+    for race in races:
+        for name, why in race.history.before.items():
+            say(f"  {escape(printable(name))}: {escape(printable(why))}")
     order, first = run.units_by_prompt(), run.first_prompts()
-    began = time.monotonic()
-    tokens = 0
+    of_pass = {served: [race for race in races if _served(run, served) & race.scorers] for served in passes}
+    began, tokens = time.monotonic(), 0
+
+    def score_to(served: Pass, below: str) -> int:
+        """Score every unit that begins with a prompt below this, for one pass; the tokens that it took."""
+        leave_out = partial(_left_out_by_all, of_pass[served], first)
+        turn = partial(
+            _score, run, served, leave_out=leave_out, token_budget=token_budget, claims=worker.claims, stop=stop
+        )
+        done = turn([unit for unit in order[worker.index :: worker.count] if first[unit] < below])
+        if worker.count > 1:
+            # Others may be slow, or gone: what they have not done yet, from the end, where they come last.
+            done += turn([unit for unit in reversed(order) if first[unit] < below])
+        if not resident:
+            served.unload()
+        return done
+
     for race in races:
         for look in race.history.looks:
             _show_look(run, race, look, held[race])
+    for served, own in of_pass.items():
+        # What earlier looks rest on is there, or was lost and is scored again.
+        tokens += score_to(served, max(race.last_threshold for race in own))
     while open_races := [race for race in races if not race.over]:
-        least = min(len(race.history.looks) for race in open_races)
-        due = [race for race in open_races if len(race.history.looks) == least]
-        below = due[0].next_threshold
-        for served in passes:
-            own = [race for race in races if _served(run, served) & {race.base_model, race.reward_model}]
-            if all(race.over for race in own):
-                continue
-            leave_out = partial(_left_out_by_all, own, first)
-            turn = partial(
-                _score, run, served, leave_out=leave_out, token_budget=token_budget, claims=worker.claims, stop=stop
-            )
-            share = order[worker.index :: worker.count]
-            tokens += turn([unit for unit in share if first[unit] < below])
-            if worker.count > 1:
-                # Others may be slow, or gone: what they have not done yet, from the end, where they come last.
-                tokens += turn([unit for unit in reversed(order) if first[unit] < below])
-            if not resident:
-                served.unload()
-        units = [unit for unit in sorted(order) if first[unit] < below]
-        for race in due:
-            _show_look(run, race, race.look(units), held[race])
+        # Races that began in sessions with more or less memory may look at different times.
+        below = min(race.next_threshold for race in open_races)
+        for served, own in of_pass.items():
+            if not all(race.over for race in own):
+                tokens += score_to(served, below)
+        for race in open_races:
+            if race.next_threshold == below:
+                units = [unit for unit in sorted(order) if first[unit] < below]
+                _show_look(run, race, race.look(units), held[race])
     for race in races:
         _show_end(run, race, held[race])
     if tokens:
@@ -168,12 +177,10 @@ def _served(run: Run, served: Pass) -> set[str | None]:
     return {scorer_name(run, scorer) for scorer in served.scorers}
 
 
-def _races(
-    run: Run, passes: Sequence[Pass], asked: Mapping[str, Any], field: Any, *, ratio: float | None
-) -> list[RunRace]:
+def _races(run: Run, passes: Sequence[Pass], asked: Mapping[str, Any], *, ratio: float | None) -> list[RunRace]:
     """One race for each base model with each reward model; without reward models, with each reward of the corpus's."""
     from fastcompat.decisions.racing.rule import RaceSettings
-    from fastcompat.decisions.racing.run_race import COLUMN, RunRace
+    from fastcompat.decisions.racing.run_race import COLUMN, Field, RunRace
     from fastcompat.decisions.ranking.looks import RATIO
     from fastcompat.scoring.passes import scorer_name
 
@@ -190,8 +197,9 @@ def _races(
     elif figure == "reward":
         bases = [None]
     settings = RaceSettings(**{**asked, "figure": figure})
+    fields = {reward: Field.of(run, reward) for reward in rewards}
     return [
-        RunRace.start(run, settings, field, base_model=base, reward_model=reward, ratio=ratio or RATIO)
+        RunRace.start(run, settings, fields[reward], base_model=base, reward_model=reward, ratio=ratio or RATIO)
         for base in bases
         for reward in rewards
     ]
@@ -204,10 +212,10 @@ def _names(run: Run, races: Sequence[RunRace]) -> list[str]:
     return [" · ".join(name for name in (race.base_model, race.reward_model) if name) for race in races]
 
 
-def _show_start(race: RunRace, n_races: int, n_prompts: int) -> None:
+def _show_start(race: RunRace, n_races: int) -> None:
     from fastcompat.decisions.racing.reading import question
 
-    planned = [f"{round(share * n_prompts):,}" for share in race.shares]
+    planned = [f"{round(share * race.n_prompts):,}" for share in race.shares]
     looks = ", ".join(planned[:3]) + (" ..." if len(planned) > 3 else "")
     error = (
         "plain 95% intervals, since the rule asks only how wide they are"
@@ -215,7 +223,7 @@ def _show_start(race: RunRace, n_races: int, n_prompts: int) -> None:
         else "any false claim: 1% on the way, below 5% in all"
     )
     several = f"; {n_races} races, one for each pair of models" if n_races > 1 else ""
-    field = f"{len(race.history.names)} generators, {n_prompts:,} prompts in random order"
+    field = f"{len(race.history.names)} generators, {race.n_prompts:,} prompts in random order"
     say(f"\n[bold]race[/] for {question(race.settings)}: {field}")
     say(f"{counted_noun(len(planned), 'look')}, at {looks} prompts; {error}{several}")
 
@@ -254,6 +262,11 @@ def tell_races(run: Run) -> None:
     from fastcompat.store import races_of
 
     races = [RunRace(run, store) for store in races_of(run)]
+    now = [generation.fingerprint for generation in run.generations]
     for race, name in zip(races, _names(run, races), strict=True):
+        former = race.store.record["corpus"] != now
+        if former and not race.over:
+            continue  # what --extend added is raced over from the beginning
         prefix = f"{escape(printable(name))}: " if name else ""
-        say(f"race for {question(race.settings)}: {prefix}[bold]{escape(printable(outcome(race)))}[/]")
+        before = " over the corpus before --extend" if former else ""
+        say(f"race{before} for {question(race.settings)}: {prefix}[bold]{escape(printable(outcome(race)))}[/]")

@@ -38,12 +38,12 @@ class RaceStore:
             raise RunError(
                 f"{self.directory} lacks one of its looks; delete it, and the race is held again from its parts"
             )
-        return [read_json(self._look(number)) for number in numbers]
+        return [_checked(self._look(number), _IN_A_LOOK) for number in numbers]
 
     def add_look(self, number: int, look: Mapping[str, Any]) -> dict[str, Any]:
         """The look of this number: as another process has just written it, else this one."""
         create_json(self._look(number), look)
-        return read_json(self._look(number))
+        return _checked(self._look(number), _IN_A_LOOK)
 
     def _look(self, number: int) -> Path:
         return self.directory / f"look-{number:04d}.json"
@@ -51,11 +51,28 @@ class RaceStore:
 
 def races_of(run: Run) -> list[RaceStore]:
     """Every race of a run, by name. Raises RunError for one whose record is damaged."""
-    return [RaceStore(directory=path.parent, record=read_json(path)) for path in _records(run)]
+    directories = sorted({path.parent for path in run.directory.glob("race/*/*.json")})
+    return [
+        RaceStore(directory=directory, record=_checked(directory / "race.json", _IN_A_RECORD))
+        for directory in directories
+    ]
 
 
-def _records(run: Run) -> list[Path]:
-    return sorted(run.directory.glob("race/*/race.json"))
+_AGAIN = "delete {} to hold the race again, from the parts that are there"
+_IN_A_RECORD = {"settings", "base_model", "reward_model", "corpus", "generators", "n_prompts", "shares", "before"}
+_IN_A_LOOK = {"number", "n_looks", "n_prompts", "n_responses", "standings", "claims", "equal", "out", "over"}
+
+
+def _checked(path: Path, names: set[str]) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except RunError as error:
+        raise RunError(
+            f"{error}; delete {path.parent} to hold the race again, from the parts that are there"
+        ) from error
+    if not names <= set(value):
+        raise RunError(f"{path} is damaged; delete {path.parent} to hold the race again, from the parts that are there")
+    return value
 
 
 def start_race(run: Run, record: Mapping[str, Any]) -> RaceStore:
@@ -70,4 +87,4 @@ def start_race(run: Run, record: Mapping[str, Any]) -> RaceStore:
         except OSError as error:
             raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
         create_json(path, record)
-    return RaceStore(directory=directory, record=read_json(path))
+    return RaceStore(directory=directory, record=_checked(path, _IN_A_RECORD))

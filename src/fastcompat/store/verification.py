@@ -15,6 +15,7 @@ from fastcompat.errors import RunError
 from fastcompat.rows import FIGURES, Status, is_scored
 from fastcompat.store.beginnings import left_out_in
 from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.races import races_of
 from fastcompat.store.run import Run
 
 
@@ -128,6 +129,11 @@ def find_damage(run: Run) -> list[str]:
     checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
     for scorer in run.scorers():
         damage.extend(_damaged_units(run, scorer, checkable))
+    try:
+        for race in races_of(run):
+            race.looks()
+    except RunError as error:
+        damage.append(str(error))
     for directory in sorted({path.parent for path in run.directory.glob("scores/*/part-*.parquet")}):
         if not (directory / "scorer.json").is_file():
             damage.append(f"{directory} has parts but no scorer.json, so nobody knows whose; move it away, score again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastcompat.decisions.racing.rule import Look, RaceSettings
 from fastcompat.decisions.racing.run_race import RunRace
-from fastcompat.wording import counted_noun, printable
+from fastcompat.wording import printable
 
 # Names that a line lists.
 SHOWN = 4
@@ -37,7 +37,7 @@ def outcome(race: RunRace) -> str:
         return f"{'every pair is settled' if race.over == 'ranking' else 'every figure is known'} {when}"
     still_in = race.history.still_in
     if race.settings.until == "precision":
-        return f"the corpus ended before {counted_noun(len(still_in), 'generator')} was known well enough"
+        return f"the corpus ended before {listed(still_in)} {'was' if len(still_in) == 1 else 'were'} known well enough"
     return f"the corpus ended before {listed(still_in)} were told apart"
 
 

@@ -208,7 +208,10 @@ class Contest:
         """[G, G] whether the row's is surely worse than the column's by no more than the margin."""
         allowed = margin * np.abs(self.estimate.value)[:, None] * self.estimate.differences.scale
         both = self.known[:, None] & self.known
-        near: BoolArray = both & (self.estimate.differences.value + allowed > self.estimate.reach(tail))
+        own = self.estimate.differences
+        near: BoolArray = both & (own.value + allowed > self.estimate.reach(tail))
+        # Whose figures never differ are equal, be they zero, of which a share is nothing.
+        near |= both & (own.value == 0) & (own.deviation == 0)
         return near
 
 

@@ -20,6 +20,7 @@ from fastcompat.decisions.racing.known_rewards import KnownRewards
 from fastcompat.decisions.racing.rule import History, Look, RaceSettings, take_look
 from fastcompat.decisions.ranking.estimates import RankingSettings
 from fastcompat.decisions.ranking.looks import RATIO, planned_looks, prompts_below
+from fastcompat.decisions.ranking.ranking import MIN_PROMPTS
 from fastcompat.decisions.ranking.unfinished import Models, races_of_pairs
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import carrying, with_reward
@@ -30,17 +31,30 @@ COLUMN = "column "
 
 
 class Field(NamedTuple):
-    """Who races, and over what: generators with a response that can be scored, and the corpus's prompts."""
+    """Who races, and over what: generators, those of them that have too little to be known by (-> why), and the number
+    of the corpus's prompts."""
 
     generators: tuple[str, ...]
+    too_few: Mapping[str, str]
     n_prompts: int
 
     @classmethod
-    def of(cls, run: Run) -> Field:
-        rows = run.corpus(["prompt_id", "generator", "status"])
-        scorable = rows["generator"].filter(pc.equal(rows["status"], "ok"))
-        names = tuple(sorted(name for name in pc.unique(scorable).to_pylist() if name is not None))
-        return cls(names, pc.count_distinct(rows["prompt_id"]).as_py())
+    def of(cls, run: Run, reward_model: str | None = None) -> Field:
+        """reward_model: "column NAME" where only responses count that have this reward of the corpus's own."""
+        rows = run.corpus(_REWARD_COLUMNS if _column_of(reward_model) else ["prompt_id", "generator", "status"])
+        n_prompts = pc.count_distinct(rows["prompt_id"]).as_py()
+        names = sorted(name for name in pc.unique(rows["generator"]).to_pylist() if name is not None)
+        if column := _column_of(reward_model):
+            rows = with_reward(rows, column)
+        scorable = rows.select(["prompt_id", "generator"]).filter(pc.equal(rows["status"], "ok"))
+        counts = scorable.group_by("generator").aggregate([("prompt_id", "count_distinct")]).to_pylist()
+        answered = {row["generator"]: row["prompt_id_count_distinct"] for row in counts}
+        too_few = {
+            name: f"not in the race: {answered.get(name, 0)} prompts with responses to compare, {MIN_PROMPTS} are needed"
+            for name in names
+            if answered.get(name, 0) < MIN_PROMPTS
+        }
+        return cls(tuple(names), too_few, n_prompts)
 
 
 class RunRace:
@@ -79,10 +93,12 @@ class RunRace:
         """The race of this question: taken up where it is there, whatever the ratio of its looks, else begun.
 
         base_model, reward_model: names of scorers of the run; or "column NAME" of the corpus's own rewards. Who left a
-        race of the same question over less of the corpus, before `--extend`, stays out.
+        race for the winner over less of the corpus, before `--extend`, stays out: that another is better was claimed
+        for good. Who only left because its place or its figure was known races again.
         """
-        if len(field.generators) < 2:
-            raise UsageError("a race needs responses of at least two generators; leave --until away")
+        if len(field.generators) - len(field.too_few) < 2:
+            few = f" ({'; '.join(f'{name} is {why}' for name, why in field.too_few.items())})" if field.too_few else ""
+            raise UsageError(f"a race needs responses of at least two generators{few}; leave --until away")
         asked = {
             "settings": asdict(settings),
             "base_model": base_model,
@@ -93,8 +109,8 @@ class RunRace:
         there = next((race for race in same if race.record.get("corpus") == corpus), None)
         if there is not None:
             return cls(run, there)
-        before: dict[str, str] = {}
-        for race in same:
+        before = dict(field.too_few)
+        for race in same if settings.until == "winner" else ():
             if race.record.get("corpus") == corpus[: len(race.record.get("corpus", corpus))]:
                 before |= cls(run, race).history.out
         record = asked | {
@@ -105,6 +121,16 @@ class RunRace:
             "before": {name: why for name, why in sorted(before.items()) if name in field.generators},
         }
         return cls(run, start_race(run, record))
+
+    @property
+    def scorers(self) -> set[str]:
+        """What its figures come from, by name."""
+        return {name for name in (self.base_model, self.reward_model) if name is not None}
+
+    @property
+    def last_threshold(self) -> str:
+        """The looks so far have taken the prompts whose id is below this."""
+        return self._thresholds[len(self.history.looks) - 1] if self.history.looks else ""
 
     @property
     def over(self) -> str:
@@ -157,8 +183,7 @@ class RunRace:
     @property
     def _column(self) -> str | None:
         """The corpus's own reward that races."""
-        name = self.reward_model
-        return name.removeprefix(COLUMN) if name is not None and name.startswith(COLUMN) else None
+        return _column_of(self.reward_model)
 
     def _rows(self, unit: Unit) -> pa.Table:
         """A unit's rows with their figures, and whether they carry all of them; kept for the looks that follow."""
@@ -197,6 +222,11 @@ def races_that_count(run: Run, settings: RankingSettings) -> dict[Models, RunRac
     """(base model, reward model) of a run, by their labels -> the race of theirs that `rank` goes by, or would."""
     stores = {store.name: store for store in races_of(run)}
     return {models: RunRace(run, stores[race.name]) for models, race in races_of_pairs(run, settings).items()}
+
+
+def _column_of(reward_model: str | None) -> str | None:
+    """The name of a reward of the corpus's own, if it is one."""
+    return reward_model.removeprefix(COLUMN) if reward_model is not None and reward_model.startswith(COLUMN) else None
 
 
 _REWARD_COLUMNS = ["prompt_id", "generator", "status", "detail", "rewards"]

@@ -308,7 +308,7 @@ def _sight(
     }
     return _Sight(
         order=unfinished.order(ranked, names, claims),
-        better=unfinished.better(ranked, known, names, claims),
+        better=unfinished.better(ranked, known, names, claims, n_prompts),
         plain=plain,
         tail=repeated_tail(PLAIN_TAIL, unfinished.shares(n_prompts)),
         columns=columns,

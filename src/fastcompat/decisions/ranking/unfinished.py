@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.decisions.ranking.estimates import RankingSettings
-from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, Estimate
+from fastcompat.decisions.ranking.intervals import Estimate
 from fastcompat.decisions.ranking.looks import (
     FALSE_ON_THE_WAY,
     FIRST_LOOK,
@@ -61,6 +61,11 @@ class Race:
             return -1
         left = (k for k, look in enumerate(self.looks) if generator in look["out"])
         return next(left, len(self.looks) - 1)
+
+    @property
+    def is_of_precision(self) -> bool:
+        """Whether it asks only how wide intervals are, and claims nothing of who is better."""
+        return bool(self.record["settings"]["until"] == "precision")
 
     def asks(self, ranked_by: str, beta: float | None, settings: RankingSettings) -> bool:
         """Whether its claims answer this question."""
@@ -118,16 +123,21 @@ class Unfinished:
     def is_plain(self, names: Sequence[str | None]) -> BoolArray:
         """[G] whose ordinary intervals are right: the rule that stopped it asked only how wide they were, or it was
         still in the race at the end of the corpus."""
-        if self.race is None or not (self.race.over == "precision" or self.race.reached_the_end):
+        if self.race is None:
             return np.zeros(len(names), bool)
-        if self.race.over == "precision":
-            return np.ones(len(names), bool)
         last = len(self.race.looks) - 1
-        return np.array([self.race.last_look(name) == last for name in names], bool)
+        at_the_end = self.race.reached_the_end
+        known = self.race.out if self.race.is_of_precision else {}
+        return np.array([name in known or (at_the_end and self.race.last_look(name) == last) for name in names], bool)
 
-    def better(self, ranked: Estimate, known: BoolArray, names: Sequence[str | None], claims: bool) -> BoolArray:
-        """[G, G] whom the row's generator is surely better than: as claimed, or told apart by repeated intervals."""
-        if claims and self.race is not None and self.race.over != "precision":
+    def better(
+        self, ranked: Estimate, known: BoolArray, names: Sequence[str | None], claims: bool, n_prompts: int
+    ) -> BoolArray:
+        """[G, G] whom the row's generator is surely better than: as claimed, or told apart by repeated intervals.
+
+        claims: whether the race asked this; n_prompts: there are figures of.
+        """
+        if claims and self.race is not None and not self.race.is_of_precision:
             place = {name: g for g, name in enumerate(names)}
             better = np.zeros((len(names), len(names)), bool)
             for look in self.race.looks:
@@ -135,18 +145,14 @@ class Unfinished:
                     if winner in place and loser in place:
                         better[place[winner], place[loser]] = True
             return better
-        return ranked.clearly_better(known, self.tail_of_pairs(int(known.sum())))
-
-    def tail_of_pairs(self, n_known: int) -> Any:
-        """Of so many pairs, how often the interval of each may lie wholly on the wrong side."""
         if self.race is not None and self.race.over == "precision":
-            return lambda n_pairs: FALSE_DIFFERENCES / 2 / n_pairs
-        return partial(_repeated_tail_of, self.shares(FIRST_LOOK))
+            return ranked.clearly_better(known)
+        return ranked.clearly_better(known, partial(_repeated_tail_of, self.shares(n_prompts)))
 
     def order(self, ranked: Estimate, names: Sequence[str | None], claims: bool) -> IntArray:
         """The generators, the best first; of those that left a race, who left it last comes first."""
         order = ranked.order()
-        if not claims or self.race is None or self.race.over == "precision":
+        if not claims or self.race is None or self.race.is_of_precision:
             return order
         left = [self.race.last_look(name) if name in self.race.out else len(self.race.looks) for name in names]
         return order[np.argsort([-left[g] for g in order], kind="stable")]
@@ -181,7 +187,9 @@ def unfinished_pairs(run: Run, settings: RankingSettings) -> dict[Models, Unfini
 def races_of_pairs(run: Run, settings: RankingSettings) -> dict[Models, Race]:
     """(base model, reward model) of a run, by their labels -> the race of theirs that counts, where there was a look:
     that of the same question, else the one that went farthest."""
-    if not (races := races_of(run)):
+    # A race over less of the corpus, before `--extend`, says nothing of this one.
+    corpus = [generation.fingerprint for generation in run.generations]
+    if not (races := [race for race in races_of(run) if race.record["corpus"] == corpus]):
         return {}
     found = {models: _race_of(races, *names, settings) for names, models in _pairs(run, run.current_scorers())}
     return {models: race for models, race in found.items() if race is not None}
