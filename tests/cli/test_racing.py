@@ -314,7 +314,7 @@ def test_who_has_too_little_to_be_known_by_does_not_hold_the_race_up(tmp_path, m
     rows += [{k: v for k, v in row.items() if k != "reward"} for row in rewarded({"unjudged": 1.0}, n_prompts=260)]
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
     output = succeed("score", corpus, "--base-model", models / "base", "--until", "winner", "-o", tmp_path / "run")
-    assert "few: not in the race: 7 prompts with responses to compare, 10 are needed" in output
+    assert "few: not in the race: 7 prompts with figures to compare, 10 are needed" in output
     assert "unjudged: not in the race: 0 prompts" in output
     assert "winner: a, after 1" in output or "winner: a, after 2" in output
     assert "not in the race" in {row["generator"]: row for row in ranked(tmp_path / "run")}["few"]["claim"]
@@ -366,8 +366,8 @@ def test_races_that_look_at_different_times_take_each_look_at_its_own(tmp_path, 
         shares = json.loads(path.read_text())["shares"]
         found[len(shares)] = looks
         # Hashes are random: about so many prompts lie below each threshold.
-        assert looks[-1] == N_PROMPTS
-        assert looks == pytest.approx([share * N_PROMPTS for share in shares], abs=25)
+        assert looks == pytest.approx([share * N_PROMPTS for share in shares[: len(looks)]], abs=25)
+        assert len(looks) > 1
     assert set(found) == {7, 3}
 
 

@@ -50,7 +50,7 @@ class Field(NamedTuple):
         counts = scorable.group_by("generator").aggregate([("prompt_id", "count_distinct")]).to_pylist()
         answered = {row["generator"]: row["prompt_id_count_distinct"] for row in counts}
         too_few = {
-            name: f"not in the race: {answered.get(name, 0)} prompts with responses to compare, {MIN_PROMPTS} are needed"
+            name: f"not in the race: {answered.get(name, 0)} prompts with figures to compare, {MIN_PROMPTS} are needed"
             for name in names
             if answered.get(name, 0) < MIN_PROMPTS
         }

@@ -127,8 +127,6 @@ def rank(
 
 def rank_paired(rows: pa.Table, by: str, options: RankingSettings, unfinished: Mapping[Models, Unfinished]) -> pa.Table:
     """`rank` of rows that are paired already; unfinished: what `unfinished_pairs` says of their run."""
-    if unfinished:
-        rows = rows.filter(pc.not_equal(rows["status"], Status.LEFT_OUT))
     parts = [_rank_pair(group, models, by, options, unfinished.get(models)) for models, group in by_pair(rows)]
     names = [by if name == "generator" else name for name in _SCHEMA.names]
     return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
@@ -213,8 +211,10 @@ def _rank_pair(
     rows: pa.Table, models: Models, by: str, options: RankingSettings, unfinished: Unfinished | None
 ) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
+    counts = np.ones(rows.num_rows, bool)
     if unfinished is not None:
-        rows = rows.filter(pa.array(unfinished.used(rows, by)))
+        # Who has no row that counts is in the table all the same.
+        counts = unfinished.used(rows, by) & pc.not_equal(rows["status"], Status.LEFT_OUT).to_numpy()
     names, group = coded(rows[by].cast(pa.string()))
     figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
     sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
@@ -223,9 +223,9 @@ def _rank_pair(
             f"cannot rank by {sort_by}: base model {models[0]} and reward model {models[1]} give only the {figures[0]}"
         )
     prompt = _prompts(rows)
-    carries = carrying(rows, figures).to_numpy(zero_copy_only=False)
+    carries = carrying(rows, figures).to_numpy(zero_copy_only=False) & counts
     if options.leave_out == "prompt":
-        carries = _whole_prompts(prompt, group, carries, names)
+        carries = _whole_prompts(prompt, group, carries, counts, names)
     used = rows.select(["n_tokens", "nll_sum", "loss", "reward"]).filter(pa.array(carries))
     n = np.bincount(group[carries], minlength=len(names))
     values, units = values_of(used, figures, options.average)
@@ -238,7 +238,7 @@ def _rank_pair(
         "generator": np.array(names, dtype=object),
         "n": n,
         "n_prompts": means.n_prompts,
-        "n_left_out": np.bincount(group, minlength=len(names)) - n,
+        "n_left_out": np.bincount(group[counts], minlength=len(names)) - n,
         "mean_tokens": _mean_tokens(used["n_tokens"], group[carries], len(names)),
     }
     n_prompts_total = len(np.unique(prompt[carries]))
@@ -341,16 +341,19 @@ def _prompts(rows: pa.Table) -> IntArray:
     return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
 
 
-def _whole_prompts(prompt: IntArray, group: IntArray, carries: BoolArray, names: list[str | None]) -> BoolArray:
+def _whole_prompts(
+    prompt: IntArray, group: IntArray, carries: BoolArray, counts: BoolArray, names: list[str | None]
+) -> BoolArray:
     """[N] which responses are to prompts that every generator answered, each time with all figures.
 
+    counts: [N] which of them are asked for figures at all.
     A generator without any figure is not asked for.
     """
     n_groups, n_codes = len(names), int(prompt.max(initial=-1)) + 1
     answers = np.bincount(group[carries], minlength=n_groups) > 0
     cells = np.unique(prompt[carries] * n_groups + group[carries])
     whole = np.bincount(cells // n_groups, minlength=n_codes) == answers.sum()
-    whole &= np.bincount(prompt[answers[group] & ~carries], minlength=n_codes) == 0
+    whole &= np.bincount(prompt[answers[group] & ~carries & counts], minlength=n_codes) == 0
     kept: BoolArray = carries & whole[prompt]
     if carries.any() and not kept.any():
         counts = np.where(answers, np.bincount(cells % n_groups, minlength=n_groups), n_codes + 1)

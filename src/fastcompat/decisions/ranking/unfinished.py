@@ -125,6 +125,8 @@ class Unfinished:
         still in the race at the end of the corpus."""
         if self.race is None:
             return np.zeros(len(names), bool)
+        if self.race.over == "precision":
+            return np.ones(len(names), bool)
         last = len(self.race.looks) - 1
         at_the_end = self.race.reached_the_end
         known = self.race.out if self.race.is_of_precision else {}
