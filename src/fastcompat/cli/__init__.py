@@ -3,6 +3,7 @@
 application  the program: it registers the commands and ends with an exit code
 options      options that several commands have
 score        score
+processes    score on several GPUs, or in several processes
 racing       score --until: the loop of a race
 decide       rank, report, select, reproduce
 runs         status, verify

@@ -16,6 +16,7 @@ from fastcompat.cli.score import score
 
 
 def demo(
+    context: typer.Context,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="RUN", help="Keep the run here.", show_default="a temporary one"),
@@ -45,13 +46,13 @@ def demo(
     )
     models = f"--base-model {base} --reward-model {judge} --keep-tokens -o {directory}"
     command(f"score {corpus} {models} --until winner")
-    score(directory, [str(corpus)], [base], [judge], keep_tokens=True, until="winner")
+    score(context, directory, [str(corpus)], [base], [judge], keep_tokens=True, until="winner")
     say(
         "\n500 prompts are few for a race: of 100,000 with generators like these, it needs about one response in a\n"
         "hundred. Now the rest, for the report and the best response to every prompt."
     )
     command(f"score {models}")
-    score(directory, None, [base], [judge], keep_tokens=True)
+    score(context, directory, None, [base], [judge], keep_tokens=True)
     command(f"rank {directory}")
     rank(directory)
     say(

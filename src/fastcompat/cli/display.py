@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastcompat.errors import SetAside
 from fastcompat.wording import counted_noun, duration, printable
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fastcompat.corpus import CorpusSummary, PreparationProgress
     from fastcompat.scoring.engine import Progress as EngineProgress
     from fastcompat.scoring.passes import Pass
+    from fastcompat.store import Run
     from fastcompat.store.verification import ScorerProgress
 
 # Off a terminal nothing is cut to eighty columns: names that differ at their ends must stay apart.
@@ -103,6 +105,19 @@ def show_pass(served: Pass) -> None:
             say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
     if len(served.scorers) > 1:
         say("one body with two heads: one pass serves both")
+
+
+def refuse_set_aside(run: Run, progress: EngineProgress) -> None:
+    """SetAside where workers have died over units, which are named."""
+    from fastcompat.store.claims import TRIES
+
+    if progress.set_aside:
+        names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
+        raise SetAside(
+            f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
+            f"is its shard in {run.directory}/corpus and its row group. To try again, remove claims/*.aside.json "
+            "beside the parts, and give the same command"
+        )
 
 
 def saved_share(progress: EngineProgress) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from fastcompat.cli.display import LiveDisplay, say, show_pass
+from fastcompat.cli.display import LiveDisplay, refuse_set_aside, say, show_pass
 from fastcompat.errors import Interrupted, UsageError
 from fastcompat.wording import counted_noun, duration, printable
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from fastcompat.decisions.racing.rule import Look
     from fastcompat.decisions.racing.run_race import RunRace
     from fastcompat.scoring.passes import Pass, Worker
-    from fastcompat.store import Run, Unit
+    from fastcompat.store import LeaveOut, Run, Unit
 
+# Generators that a refusal lists.
+SHOWN_GENERATORS = 12
 # A pair that needs two models of which only one is in memory at a time takes fewer turns.
 RATIO_OF_TURNS = 1.5
 
@@ -47,6 +49,17 @@ def race_asked(until: str | None, *, only: Sequence[str] | None, **options: Any)
     asked = parse_until(until) | given
     RaceSettings(**asked)  # refuses now what is out of range
     return asked | {"figure": None if figure == "auto" else figure}
+
+
+def everybody_but(run: Run, names: Sequence[str]) -> LeaveOut:
+    """--only: every other generator is left out of every unit."""
+    there = sorted({name for generation in run.generations for name in generation.generators})
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        listed = ", ".join(there[:SHOWN_GENERATORS]) + (" ..." if len(there) > SHOWN_GENERATORS else "")
+        raise UsageError(f"--only {unknown[0]}: not a generator of this run; there are {listed}")
+    others = {name: "not asked for: score --only" for name in there if names and name not in names}
+    return lambda unit: others
 
 
 def parse_until(text: str) -> dict[str, Any]:
@@ -162,6 +175,7 @@ def _score(
             f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
             "Give the same command again to go on with the race."
         ) from None
+    refuse_set_aside(run, progress)
     return progress.n_tokens
 
 

@@ -35,7 +35,7 @@ from fastcompat.cli.options import (
     Turns,
     parse_template_options,
 )
-from fastcompat.errors import Interrupted, SetAside, UsageError
+from fastcompat.errors import Interrupted, UsageError
 
 REWARDS = "Rewards"
 RACE = "Until it is sure"
@@ -46,11 +46,9 @@ if TYPE_CHECKING:
     from fastcompat.scoring.rewards import RewardScorer
     from fastcompat.store import LeaveOut, Run
 
-# Generators that a refusal lists.
-SHOWN_GENERATORS = 12
-
 
 def score(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
     inputs: Annotated[
         list[str] | None,
@@ -140,6 +138,11 @@ def score(
             help="This process's share, when N processes work on one RUN; auto: any number, whatever is free.",
         ),
     ] = "1/1",
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="all|0,1", help="A process for each of these GPUs.", show_default="all, if several"),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="So many processes, on a CPU.")] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GENERATOR", help="Score only its responses. Repeatable.")
     ] = None,
@@ -184,7 +187,8 @@ def score(
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.cli.display import LiveDisplay, show_corpus
-    from fastcompat.cli.racing import hold_races, race_asked
+    from fastcompat.cli.processes import arguments_of, environments, score_in_processes
+    from fastcompat.cli.racing import everybody_but, hold_races, race_asked
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.losses import Scorer
@@ -199,6 +203,8 @@ def score(
         raise UsageError(f"{', '.join(idle)} is about reward models: name one with --reward-model")
     transformers_logging.disable_progress_bar()
     share = parse_worker(worker)
+    # `demo` is one process whatever there is.
+    children = environments(processes, gpus, device, worker) if context.info_name == "score" else []
     race = race_asked(
         until,
         only=only,
@@ -264,7 +270,11 @@ def score(
         if summary is not None:
             show_corpus(summary, time.monotonic() - display.began)
         leave_out = everybody_but(run, only or [])
-        if race is not None:
+        if children:
+            passes[0].unload()
+            score_in_processes(run, children, arguments_of(context), stop=stop)
+            passes = []
+        elif race is not None:
             hold_races(run, passes, race, token_budget=token_budget, worker=share, stop=stop)
         for served in passes if race is None else ():
             work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
@@ -272,17 +282,6 @@ def score(
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
     if race is not None:
         say("To score the rest, for the best response to every prompt: the same command without --until.")
-
-
-def everybody_but(run: Run, names: Sequence[str]) -> LeaveOut:
-    """--only: every other generator is left out of every unit."""
-    there = sorted({name for generation in run.generations for name in generation.generators})
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        listed = ", ".join(there[:SHOWN_GENERATORS]) + (" ..." if len(there) > SHOWN_GENERATORS else "")
-        raise UsageError(f"--only {unknown[0]}: not a generator of this run; there are {listed}")
-    others = {name: "not asked for: score --only" for name in there if names and name not in names}
-    return lambda unit: others
 
 
 def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -> list[RewardScorer]:
@@ -314,10 +313,9 @@ def work_off(
     leave_out: LeaveOut,
 ) -> None:
     """One pass over the corpus, with its progress on the screen."""
-    from fastcompat.cli.display import LiveDisplay, figures_of, saved_share, show_pass, show_statuses
+    from fastcompat.cli.display import LiveDisplay, figures_of, refuse_set_aside, saved_share, show_pass, show_statuses
     from fastcompat.scoring.engine import Progress
     from fastcompat.scoring.passes import score_corpus
-    from fastcompat.store.claims import TRIES
     from fastcompat.store.verification import scorer_progress
     from fastcompat.wording import duration
 
@@ -341,13 +339,7 @@ def work_off(
             f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
             "Give the same command again to go on."
         ) from None
-    if progress.set_aside:
-        names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
-        raise SetAside(
-            f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
-            f"is its shard in {run.directory}/corpus and its row group. To try again, remove claims/*.aside.json beside"
-            " the parts, and give the same command"
-        )
+    refuse_set_aside(run, progress)
     if not progress.n_rows:
         say(
             f"all {progress.n_rows_total:,} responses were scored before"

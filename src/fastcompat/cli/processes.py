@@ -1,0 +1,171 @@
+"""`fastcompat score` in several processes of one machine: one for each GPU, or as many as one likes on a CPU.
+
+Each is the same command with `--worker auto`; the parent starts them, shows what they have done together, and starts
+another one where one dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from fastcompat.cli.display import LiveDisplay, say, show_statuses
+from fastcompat.errors import FastcompatError, Interrupted, SetAside, UsageError
+from fastcompat.wording import duration
+
+if TYPE_CHECKING:
+    from fastcompat.store import Run
+
+POLL_SECONDS = 0.5
+# Processes that may die before their parent gives up: one unit that kills takes three, then it is set aside.
+MOST_DEATHS = 30
+# What children do not get of their parent's command: it is done, or theirs to choose.
+_NOT_HANDED_ON = {"inputs", "mapping", "reward_column", "strict", "extend", "processes", "gpus", "worker"}
+
+
+def environments(processes: int | None, gpus: str | None, device: str, worker: str) -> list[dict[str, str]]:
+    """What each process has in its environment beside its parent's; empty where one process does it all.
+
+    gpus: "all" or "0,2"; None: all, where there are several, nobody chose a device, and no other worker shares the run.
+    Raises UsageError for what does not go together.
+    """
+    if processes is not None and gpus is not None:
+        raise UsageError("--processes is for CPUs, --gpus has one process for each: give one of them")
+    if worker != "1/1" and (processes is not None or gpus is not None):
+        raise UsageError("--worker is one process of several that you start: leave --processes and --gpus away")
+    if processes is not None:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        return [{"OMP_NUM_THREADS": str(threads)} for _ in range(processes)] if processes > 1 else []
+    if gpus is None and (device != "auto" or worker != "1/1"):
+        return []
+    visible = visible_gpus()
+    if gpus in (None, "all"):
+        chosen = visible
+        if gpus is not None and not chosen:
+            raise UsageError("--gpus all: torch sees no GPU here (fastcompat doctor)")
+    else:
+        assert gpus is not None
+        numbers = gpus.split(",")
+        if not all(number.strip().isdecimal() and int(number) < len(visible) for number in numbers):
+            raise UsageError(f"--gpus {gpus}: write all, or numbers below {len(visible)}, for example 0,1")
+        chosen = [visible[int(number)] for number in numbers]
+    return [{"CUDA_VISIBLE_DEVICES": own} for own in chosen] if len(chosen) > 1 or gpus is not None else []
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(k) for k in range(count)]
+
+
+def arguments_of(context: Any) -> list[str]:
+    """The options of a `score` command that its children get, as they were given."""
+    arguments: list[str] = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name in _NOT_HANDED_ON or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[parameter.name]
+        if getattr(parameter, "is_flag", False):
+            arguments.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            arguments += [parameter.opts[0], str(getattr(one, "value", one))]
+    return arguments
+
+
+def score_in_processes(
+    run: Run, environments: Sequence[Mapping[str, str]], arguments: Sequence[str], *, stop: Callable[[], bool]
+) -> None:
+    """Score a prepared run in children, until they have nothing left to do.
+
+    Raises the FastcompatError of a child that cannot work, SetAside and Interrupted as one process would.
+    """
+    command = [sys.executable, "-m", "fastcompat", "score", *arguments, "--worker", "auto"]
+    outputs = [run.directory / "log" / f"process-{k}.txt" for k in range(len(environments))]
+    outputs[0].parent.mkdir(exist_ok=True)
+
+    def start(k: int) -> subprocess.Popen[bytes]:
+        with outputs[k].open("wb") as output:
+            return subprocess.Popen(
+                command, env=os.environ | environments[k], stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
+
+    say(f"{len(environments)} processes share the work; what each says is in {escape(str(outputs[0].parent))}")
+    display, began, deaths, set_aside = LiveDisplay("all processes"), time.monotonic(), 0, False
+    children = {k: start(k) for k in range(len(environments))}
+    n_before = _n_done(run)
+    try:
+        with display.showing():
+            while children:
+                time.sleep(POLL_SECONDS)
+                if stop():
+                    raise Interrupted(
+                        f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks "
+                        "them. Give the same command again to go on."
+                    )
+                for k, child in list(children.items()):
+                    code = child.poll()
+                    if code is None:
+                        continue
+                    del children[k]
+                    if code < 0 or code > 128:
+                        deaths += 1
+                        if deaths > MOST_DEATHS:
+                            raise FastcompatError(
+                                f"{deaths} processes have died; the last one said: {_last(outputs[k])}"
+                            )
+                        children[k] = start(k)
+                    elif code == SetAside.exit_code and "workers have died" in _last(outputs[k]):
+                        set_aside = True
+                    elif code:
+                        raise FastcompatError(f"a process ended with exit code {code}: {_last(outputs[k])}")
+                done, total = _n_done(run), run.n_rows * max(1, len(run.scorers()))
+                rate = (done - n_before) / max(time.monotonic() - began, 1e-9)
+                display.show(done, total, f"{done:,}/{total:,} figures · {rate:,.0f}/s · {len(children)} processes")
+    finally:
+        for child in children.values():
+            child.send_signal(signal.SIGTERM)
+        for child in children.values():
+            child.wait()
+    say(f"{_n_done(run) - n_before:,} figures in {duration(time.monotonic() - began)}" + _deaths(deaths))
+    _show(run)
+    if set_aside:
+        raise SetAside(_last(outputs[0]))
+
+
+def _deaths(n: int) -> str:
+    return f" · {n} processes died and were replaced" if n else ""
+
+
+def _show(run: Run) -> None:
+    from fastcompat.cli.racing import tell_races
+    from fastcompat.store.verification import scorer_progress
+
+    for store in run.scorers():
+        say(f"[bold]{escape(store.name)}[/]")
+        show_statuses(scorer_progress(run, store))
+    tell_races(run)
+
+
+def _n_done(run: Run) -> int:
+    """Figures in finished parts, of all scorers."""
+    rows = {unit.name: unit.n_rows for unit in run.units}
+    return sum(rows.get(name, 0) for store in run.scorers() for name in store.finished())
+
+
+def _last(output: Path) -> str:
+    """The last line that a child wrote."""
+    lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing").removeprefix("error: ")
