@@ -6,7 +6,7 @@ score        score
 processes    score on several GPUs, or in several processes
 racing       score --until: the loop of a race
 decide       rank, report, select, reproduce
-runs         status, verify
+status       status, verify
 inspect      inspect: one row, its tokens, and what of them counts
 machine      doctor, bench
 demo         demo

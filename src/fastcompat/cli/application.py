@@ -20,8 +20,8 @@ from fastcompat.cli.demo import demo
 from fastcompat.cli.display import errors
 from fastcompat.cli.inspect import inspect
 from fastcompat.cli.machine import bench, doctor
-from fastcompat.cli.runs import status, verify
 from fastcompat.cli.score import score
+from fastcompat.cli.status import status, verify
 from fastcompat.errors import FastcompatError, Interrupted
 from fastcompat.version import __version__
 

@@ -31,7 +31,7 @@ class Headline(NamedTuple):
 
 
 def headline(section: Section, options: Options) -> Headline:
-    """The reading of one pair of models, for a page or a terminal."""
+    """The reading of one pair of models."""
     rows = [row for row in section.ranking(float(options.beta)) if row[section.sort_by] is not None]
     if not rows:
         return Headline(["No response has a figure to rank by."], ["What was left out, and why, is told below."])

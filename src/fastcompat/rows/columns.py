@@ -133,7 +133,7 @@ class Extras:
     def statistics(self) -> tuple[Statistic, ...]:
         """Of `linear_nll`, the NLL first."""
         wanted = {EXTRAS[name].statistic for name in self.columns}
-        others: tuple[Statistic, ...] = ("entropy", "varentropy", "rank")
+        others: tuple[Statistic, ...] = ("entropy", "varentropy", "rank", "collision")
         return ("nll", *(statistic for statistic in others if statistic in wanted))
 
     @property
