@@ -192,7 +192,7 @@ def score(
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.losses import Scorer
-    from fastcompat.scoring.passes import passes_of
+    from fastcompat.scoring.passes import find_scorer, passes_of
     from fastcompat.store.preparing import CorpusSettings, prepare_run
 
     if not base_model and not reward_model:
@@ -269,6 +269,8 @@ def score(
             run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
         if summary is not None:
             show_corpus(summary, time.monotonic() - display.began)
+        for scorer in [scorer for served in passes for scorer in served.scorers]:
+            find_scorer(run, scorer)  # a dtype that was left open is that of the run's first worker
         leave_out = everybody_but(run, only or [])
         if children:
             passes[0].unload()
