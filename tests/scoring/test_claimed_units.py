@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,13 @@ SECONDS = 60.0  # for what takes a second or two
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch) -> None:
+def quick(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(claimed_units, "WAIT_SECONDS", 0.02)
+    interval = sys.getswitchinterval()
+    yield
+    # Workers are processes; as threads of one they put back what others have set.
+    sys.setswitchinterval(interval)
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 
 @pytest.fixture(scope="module")
