@@ -188,7 +188,7 @@ def test_kills_change_nothing(tmp_path, monkeypatch, models, corpus, whole_race)
         killed += isinstance(result.exception, Interrupted)
         if result.exception is None:
             break
-        if (run / "manifest.json").exists():
+        if killed % 4 == 0 and (run / "manifest.json").exists():
             invoke("rank", run)  # whoever looks on the way changes nothing either
     assert killed >= 20
     assert of(run) == whole_race  # nor does the token budget, here

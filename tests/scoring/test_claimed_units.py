@@ -118,7 +118,7 @@ def test_workers_share_a_run_and_nothing_is_computed_twice(tmp_path, corpus, who
 
 def test_small_runs_end_again_and_again(tmp_path, corpus):
     """Two that wait for what the other one holds would hang."""
-    for k in range(12):
+    for k in range(8):
         run, store = new_run(tmp_path / f"{k}", corpus, target_unit_chars=4000)
         work([Worker(run.directory, FakeModel()) for _ in range(2 + k % 4)])
         assert len(store.finished()) == len(run.units)
