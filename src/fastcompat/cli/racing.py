@@ -97,7 +97,7 @@ def hold_races(
         show_pass(served)
     resident = fit_together(passes)
     races = _races(run, passes, asked, ratio=None if resident else RATIO_OF_TURNS)
-    held = dict(zip(races, _names(run, races), strict=True))
+    held = dict(zip(races, _names(races), strict=True))
     _show_start(races[0], len(races))
     for race in races:
         for name, why in race.history.before.items():
@@ -219,7 +219,7 @@ def _races(run: Run, passes: Sequence[Pass], asked: Mapping[str, Any], *, ratio:
     ]
 
 
-def _names(run: Run, races: Sequence[RunRace]) -> list[str]:
+def _names(races: Sequence[RunRace]) -> list[str]:
     """What tells several races apart, for people: nothing, where there is one."""
     if len(races) == 1:
         return [""]
@@ -276,9 +276,8 @@ def tell_races(run: Run) -> None:
     from fastcompat.store import races_of
 
     races = [RunRace(run, store) for store in races_of(run)]
-    now = [generation.fingerprint for generation in run.generations]
-    for race, name in zip(races, _names(run, races), strict=True):
-        former = race.store.record["corpus"] != now
+    for race, name in zip(races, _names(races), strict=True):
+        former = race.store.record["corpus"] != run.fingerprints
         if former and not race.over:
             continue  # what --extend added is raced over from the beginning
         prefix = f"{escape(printable(name))}: " if name else ""

@@ -93,7 +93,7 @@ def corpus_of(run: Run) -> dict[str, Any]:
         "n_rows": run.n_rows,
         "n_files": len(files),
         "n_units": len(run.units),
-        "fingerprints": [generation.fingerprint for generation in run.generations],
+        "fingerprints": run.fingerprints,
         "files": [
             {
                 "label": file.label,

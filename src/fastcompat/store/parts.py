@@ -99,7 +99,7 @@ class ScorerStore:
         return self._named("begun-")
 
     def _named(self, prefix: str) -> set[str]:
-        # One scan, four times as fast as a glob where there are 100,000 parts.
+        # One scan, without a pattern: there may be 100,000 parts.
         suffix = ".parquet"
         with os.scandir(self.directory) as entries:
             names = [entry.name for entry in entries]

@@ -84,6 +84,11 @@ class Run:
         ]
 
     @property
+    def fingerprints(self) -> list[str]:
+        """What the corpus is made of now, a fingerprint a generation."""
+        return [generation.fingerprint for generation in self.generations]
+
+    @property
     def n_rows(self) -> int:
         """Rows of the corpus, those that cannot be scored included."""
         return sum(unit.n_rows for unit in self.units)
@@ -109,7 +114,7 @@ class Run:
         return table
 
     def _footer(self, shard: int) -> pq.FileMetaData:
-        """A shard's footer, which may be a hundred times the size of a unit: those last asked for are kept."""
+        """A shard's footer, which may be larger than a unit: those last asked for are kept."""
         footer = self._footers.pop(shard, None) or pq.read_metadata(self.shard_path(shard))
         self._footers[shard] = footer
         while len(self._footers) > FOOTERS:

@@ -1,10 +1,11 @@
 """Rewards that came with the corpus are known of every prompt before any loss is: they help a race along.
 
-Of a paired difference of CARs most of the noise is the rewards' (89% of the variance on the demo's figures), and that
-part is known for the whole corpus at once. What else the rewards tell is of the losses: the loss is split into what
-goes with the reward, `b * reward`, whose mean is known, and the rest, whose mean is estimated from the prompts scored
-so far. That is a control variate, with b from these prompts (prediction-powered inference with a tuned weight:
-Angelopoulos et al. 2023, "PPI++", arXiv 2311.01453). When every prompt is scored, b has no part in it any more.
+Of a paired difference of CARs most of the noise is usually the rewards', and that part is known for the whole corpus at
+once (with it a race on the demo's figures needs a third of the responses: bench/results/racing.json). What else the
+rewards tell is of the losses: the loss is split into what goes with the reward, `b * reward`, whose mean is known, and
+the rest, whose mean is estimated from the prompts scored so far. That is a control variate, with b from these prompts
+(prediction-powered inference with a tuned weight: Angelopoulos et al. 2023, "PPI++", arXiv 2311.01453). When every
+prompt is scored, b has no part in it any more.
 
 Dimension key: N responses, G generators.
 """

@@ -124,9 +124,7 @@ class Race:
         n_prompts = self._n_due()
         places = np.array([self._places[prompt] for prompt in table["prompt_id"].to_pylist()], np.int64)
         rows = table.filter(pa.array(places < n_prompts))
-        there = [
-            name for name in ("reward", "loss") if name in rows.column_names and rows[name].null_count < rows.num_rows
-        ]
+        there = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows]
         if self._figure is None:
             self._figure = "car" if len(there) == 2 else "reward" if there == ["reward"] else "loss"
         needed = ["reward", "loss"] if self._figure == "car" else [str(self._figure)]

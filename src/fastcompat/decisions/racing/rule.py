@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from fastcompat.decisions.racing.known_rewards import KnownRewards, contest_with
 from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, ClusteredMeans, Estimate, interval
+from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, PLAIN_TAIL, ClusteredMeans, Estimate, interval
 from fastcompat.decisions.ranking.looks import FALSE_ON_THE_WAY, repeated_tail
 from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, Figure, coded
 from fastcompat.errors import UsageError
@@ -272,7 +272,7 @@ def judge(
         n_looks=len(shares),
         n_prompts=n_prompts,
         n_responses=n_responses,
-        standings=_standings(contest, 0.025 if at_the_end else repeated_tail(0.025, every_look)),
+        standings=_standings(contest, PLAIN_TAIL if at_the_end else repeated_tail(PLAIN_TAIL, every_look)),
         claims=tuple(sorted(verdict.claims)),
         equal=tuple(sorted(verdict.equal)),
         out=verdict.out,
@@ -376,28 +376,14 @@ def _standings(contest: Contest, tail: float) -> tuple[Standing, ...]:
             reach = contest.estimate.reach(tail)
             lead_low, lead_high = lead - reach[:, best] / of_one, lead + reach[best] / of_one
         lead[best] = lead_low[best] = lead_high[best] = 0.0
-    rest = [g for g in range(len(contest.names)) if g not in set(order)]
+    figures = {"value": value, "low": low, "high": high, "lead": lead, "lead_low": lead_low, "lead_high": lead_high}
     return tuple(
         Standing(
             generator=contest.names[g],
             n_prompts=int(contest.n_prompts[g]),
-            **(
-                {
-                    name: _rounded(figure[g])
-                    for name, figure in (
-                        ("value", value),
-                        ("low", low),
-                        ("high", high),
-                        ("lead", lead),
-                        ("lead_low", lead_low),
-                        ("lead_high", lead_high),
-                    )
-                }
-                if contest.known[g]
-                else {}
-            ),
+            **{name: _rounded(own[g]) for name, own in figures.items() if contest.known[g]},
         )
-        for g in [*order, *rest]
+        for g in [*order, *np.flatnonzero(~contest.known).tolist()]
     )
 
 

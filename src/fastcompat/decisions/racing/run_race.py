@@ -104,7 +104,7 @@ class RunRace:
             "base_model": base_model,
             "reward_model": reward_model,
         }
-        corpus = [generation.fingerprint for generation in run.generations]
+        corpus = run.fingerprints
         same = [race for race in races_of(run) if {name: race.record.get(name) for name in asked} == asked]
         there = next((race for race in same if race.record.get("corpus") == corpus), None)
         if there is not None:

@@ -1,7 +1,7 @@
 """When a run is looked at on its way, and how much further intervals reach because of that. NumPy only.
 
 Who looks again and again, and stops when something is clear, is wrong more often than any single look says: of two
-equal generators an ordinary 95% interval tells one from the other in a third of all runs at 24 looks. Looks are
+equal generators an ordinary 95% interval tells one from the other in a third of all runs at 34 looks. Looks are
 therefore planned, a fixed factor apart, and every interval is that of one constant z, so large that the chance of any
 crossing at any look is what is asked for: repeated confidence intervals (Jennison and Turnbull 1989, "Interim analyses:
 the repeated confidence interval approach"), with Pocock's constant boundary on a logarithmic scale (1977), because the

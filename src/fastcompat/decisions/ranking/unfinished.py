@@ -190,8 +190,7 @@ def races_of_pairs(run: Run, settings: RankingSettings) -> dict[Models, Race]:
     """(base model, reward model) of a run, by their labels -> the race of theirs that counts, where there was a look:
     that of the same question, else the one that went farthest."""
     # A race over less of the corpus, before `--extend`, says nothing of this one.
-    corpus = [generation.fingerprint for generation in run.generations]
-    if not (races := [race for race in races_of(run) if race.record["corpus"] == corpus]):
+    if not (races := [race for race in races_of(run) if race.record["corpus"] == run.fingerprints]):
         return {}
     found = {models: _race_of(races, *names, settings) for names, models in _pairs(run, run.current_scorers())}
     return {models: race for models, race in found.items() if race is not None}
