@@ -112,7 +112,7 @@ def score_in_processes(
                 time.sleep(POLL_SECONDS)
                 if stop():
                     raise Interrupted(
-                        f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks "
+                        f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks "
                         "them. Give the same command again to go on."
                     )
                 for k, child in list(children.items()):

@@ -172,7 +172,7 @@ def _score(
             )
     except Interrupted:
         raise Interrupted(
-            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks them. "
             "Give the same command again to go on with the race."
         ) from None
     refuse_set_aside(run, progress)

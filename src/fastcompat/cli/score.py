@@ -338,7 +338,7 @@ def work_off(
     except Interrupted:
         say(figures_of(progress))
         raise Interrupted(
-            f"interrupted; every response scored so far is kept: fastcompat rank {run.directory} ranks them. "
+            f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks them. "
             "Give the same command again to go on."
         ) from None
     refuse_set_aside(run, progress)

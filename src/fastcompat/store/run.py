@@ -73,6 +73,11 @@ class Run:
         self.generations = tuple(generations)  # the corpus as first prepared, then what --extend added
         self._footers: dict[int, pq.FileMetaData] = {}
 
+    @property
+    def location(self) -> str:
+        """Where it lies, as users name it."""
+        return str(self.directory)
+
     @cached_property
     def units(self) -> list[Unit]:
         """Every unit of work, in the order in which they are computed."""

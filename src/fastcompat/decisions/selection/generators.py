@@ -21,7 +21,7 @@ def refuse_raced(run: Run, generators: Sequence[str] | None) -> None:
     if lacking:
         names = ", ".join(sorted(lacking)[:4]) + (" ..." if len(lacking) > 4 else "")
         raise UsageError(
-            f"a race has stopped {run.directory}: not all responses of {names} are scored, so the best of a prompt is "
+            f"a race has stopped {run.location}: not all responses of {names} are scored, so the best of a prompt is "
             "not known. Score the rest with the same command without --until; or those of one generator with --only "
             "NAME instead, and choose among them with --generator NAME"
         )

@@ -94,7 +94,7 @@ def _places(run: Run, chosen: pa.Table) -> list[IntArray]:
     if int((places >= 0).sum()) != chosen.num_rows:
         alien = own_keys.filter(pc.invert(pc.is_in(own_keys, every_key)))
         why = f"{alien[0].as_py()!r} is no row of it" if len(alien) else "a row is chosen more than once"
-        raise UsageError(f"the chosen rows are not those of {run.directory}: {why}; choose from this run's scores")
+        raise UsageError(f"the chosen rows are not those of {run.location}: {why}; choose from this run's scores")
     return np.split(places, np.cumsum([len(key) for key in keys])[:-1])
 
 
