@@ -116,7 +116,7 @@ def bytes_of(run: Run) -> dict[str, str]:
 
 def commits(run: Run) -> dict[str, int]:
     """How often units were committed twice, and how often a worker came second."""
-    events = Counter((line["event"], line.get("unit")) for line in open_run(run.directory).logged())
+    events = Counter((line["event"], line.get("unit")) for line in open_run(run.directory).log.lines())
     twice = sum(n - 1 for (event, _), n in events.items() if event == "commit")
     return {"committed_twice": twice, "came_second": sum(n for (event, _), n in events.items() if event == "lost")}
 

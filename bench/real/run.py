@@ -177,7 +177,7 @@ def fastcompat(*arguments: object) -> str:
 def figures(run: Run) -> dict[str, Any]:
     """What the base model's passes took, all sessions together, and what became of the responses."""
     (scorer,) = (scorer for scorer in run.scorers() if scorer.kind == "base_model")
-    log = run.logged()
+    log = run.log.lines()
     stops = [line for line in log if line["event"] == "stop" and scorer.name in line["scorers"]]
     tokens, unshared = (sum(stop[name] for stop in stops) for name in ("tokens", "unshared_tokens"))
     seconds = sum(stop["seconds"]["total"] for stop in stops)

@@ -168,7 +168,7 @@ def test_what_is_pending_is_noted(tmp_path, run, model):
     shutil.copytree(run, half)
     succeed("score", "-o", half, "--base-model", model, "--template", "chatml")
     (store,) = (s for s in fc.open_run(half).scorers() if "chatml" in s.record["settings"]["template"].lower())
-    next(store.directory.glob("part-*")).unlink()
+    next(store.place.directory.glob("part-*")).unlink()
     assert "not scored yet" in succeed("rank", half)
 
 

@@ -58,10 +58,10 @@ def test_two_processes_give_the_bytes_of_one_though_one_of_them_is_killed(tmp_pa
     assert "1,600 figures in" in output
     assert parts(shared) == parts(whole)
     run = fc.open_run(shared)
-    commits = [line["unit"] for line in run.logged() if line["event"] == "commit"]
+    commits = [line["unit"] for line in run.log.lines() if line["event"] == "commit"]
     assert sorted(commits) == sorted(unit.name for unit in run.units)
-    assert len({line["pid"] for line in run.logged()}) >= 2
-    budgets = {line["token_budget"] for line in run.logged() if line["event"] == "score"}
+    assert len({line["pid"] for line in run.log.lines()}) >= 2
+    budgets = {line["token_budget"] for line in run.log.lines() if line["event"] == "score"}
     assert budgets == {256}
     if started[0].returncode == -9:  # else it was done before it was killed
         assert len(started) == 3

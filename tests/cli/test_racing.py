@@ -77,7 +77,7 @@ def test_the_winner_is_found_before_the_corpus_ends(raced):
     assert "winner: best, at most 1% below close, after" in output
     assert "the same command without --until" in output
     (store,) = fc.open_run(run).scorers()
-    assert sum(pq.read_metadata(path).num_rows for path in store.directory.glob("part-*")) < 4 * N_PROMPTS
+    assert sum(pq.read_metadata(path).num_rows for path in store.place.directory.glob("part-*")) < 4 * N_PROMPTS
 
 
 def test_a_finished_race_says_so_when_it_is_asked_again(raced, models):

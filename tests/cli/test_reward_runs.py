@@ -90,16 +90,16 @@ def test_parts_of_another_scorer_and_parts_of_nobody_are_damage(tmp_path, models
     succeed("score", corpus, *both, "-o", tmp_path / "run")
     run = fc.open_run(tmp_path / "run")
     first, second = run.scorers()
-    part = next(first.directory.glob("part-*"))
-    shutil.copy(second.directory / part.name, part)
+    part = next(first.place.directory.glob("part-*"))
+    shutil.copy(second.place.directory / part.name, part)
     assert "another scorer" in invoke("verify", tmp_path / "run").output
     with pytest.raises(RunError, match="another scorer"):
         run.scores()
     part.unlink()
-    (second.directory / "scorer.json").rename(tmp_path / "scorer.json")
+    (second.place.directory / "scorer.json").rename(tmp_path / "scorer.json")
     assert "1 of the files" in fail(RunError, "verify", tmp_path / "run")
     assert "no scorer.json" in invoke("verify", tmp_path / "run").output
-    (tmp_path / "scorer.json").rename(second.directory / "scorer.json")
+    (tmp_path / "scorer.json").rename(second.place.directory / "scorer.json")
     succeed("score", corpus, *both, "-o", tmp_path / "run")
     assert "whole" in succeed("verify", tmp_path / "run")
 

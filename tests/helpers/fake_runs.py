@@ -11,7 +11,7 @@ from fastcompat.rows.response import Response, from_table
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.losses import ResponseScores
 from fastcompat.scoring.packs import pack_sequences
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import ScorerStore, Unit, part_name
 from fastcompat.store.run import Run
 
 BUDGET = 64
@@ -33,7 +33,7 @@ def score(run: Run, store: ScorerStore, model: object, tokenizer=fake_tokenizer,
 
 
 def parts(store: ScorerStore) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.directory.glob("part-*.parquet")}
+    return {path.name: path.read_bytes() for path in store.place.directory.glob("part-*.parquet")}
 
 
 def rows_of_unit(run: Run, unit: Unit) -> list[Response]:
@@ -43,3 +43,8 @@ def rows_of_unit(run: Run, unit: Unit) -> list[Response]:
 def packs_of(run: Run, unit: Unit) -> int:
     sequences = fake_tokenizer(rows_of_unit(run, unit))
     return len(pack_sequences(FakeModel(), ResponseScores(sequences), token_budget=BUDGET))
+
+
+def part_path(store: ScorerStore, unit: Unit) -> Path:
+    """Where a unit's part lies."""
+    return store.place.directory / part_name(unit)

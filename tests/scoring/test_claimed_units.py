@@ -16,12 +16,12 @@ from fake_model import FakeModel, fake_tokenizer
 from fake_runs import BUDGET, new_run, parts
 from fake_runs import score as score_alone
 
-from fastcompat.scoring import claimed_units
 from fastcompat.scoring.claimed_units import ClaimedUnits
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.losses import ResponseScores
 from fastcompat.store.claims import TRIES, Claims
 from fastcompat.store.parts import ScorerStore, Unit, leave_nothing_out
+from fastcompat.store.places import Disk
 from fastcompat.store.run import Run, open_run
 
 SECONDS = 60.0  # for what takes a second or two
@@ -29,7 +29,7 @@ SECONDS = 60.0  # for what takes a second or two
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(claimed_units, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(Disk, "patience", 0.02)
     interval = sys.getswitchinterval()
     yield
     # Workers are processes; as threads of one they put back what others have set.
@@ -99,7 +99,7 @@ def work(workers: list[Worker]) -> None:
 
 
 def commits(run: Run) -> Counter[str]:
-    return Counter(line["unit"] for line in run.logged() if line["event"] == "commit")
+    return Counter(line["unit"] for line in run.log.lines() if line["event"] == "commit")
 
 
 def test_workers_share_a_run_and_nothing_is_computed_twice(tmp_path, corpus, whole):
@@ -109,7 +109,7 @@ def test_workers_share_a_run_and_nothing_is_computed_twice(tmp_path, corpus, who
     assert [own.error for own in workers] == [None] * 6
     assert parts(store) == whole
     assert commits(run) == dict.fromkeys((unit.name for unit in run.units), 1)
-    assert not [line for line in run.logged() if line["event"] == "lost"]
+    assert not [line for line in run.log.lines() if line["event"] == "lost"]
     assert sum(own.progress.n_rows for own in workers) == run.n_rows
     for own in workers:
         assert own.progress.n_rows + own.progress.n_rows_skipped == run.n_rows

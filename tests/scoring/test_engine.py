@@ -15,7 +15,7 @@ import pytest
 import torch
 from corpora import prepare_small_units, rows_of, save_small_model, write_corpus, write_jsonl
 from fake_model import FakeModel, fake_tokenizer, sum_alone
-from fake_runs import new_run, packs_of, parts, rows_of_unit, score
+from fake_runs import new_run, packs_of, part_path, parts, rows_of_unit, score
 
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.scoring.engine import Progress, score_run
@@ -42,7 +42,7 @@ def whole(tmp_path, corpus) -> dict[str, bytes]:
 
 
 def log_of(run: Run) -> list[dict]:
-    return run.logged()
+    return run.log.lines()
 
 
 def committed(run: Run) -> list[str]:
@@ -52,8 +52,8 @@ def committed(run: Run) -> list[str]:
 def assert_nothing_is_left_over(store: ScorerStore, *, begun: int = 0) -> None:
     """No thread, no temporary file, no more beginnings than those."""
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
-    assert not list(store.directory.glob(".*"))
-    assert len(list(store.directory.glob("begun-*"))) == begun
+    assert not list(store.place.directory.glob(".*"))
+    assert len(list(store.place.directory.glob("begun-*"))) == begun
 
 
 # --- overlap
@@ -144,7 +144,7 @@ def test_a_unit_that_another_process_finishes_is_not_computed(tmp_path, corpus, 
         if len(model.sizes) == 1:
             assert second_is_prepared.wait(30)
             for unit in (second, third):
-                store.part(unit).write_bytes(whole[store.part(unit).name])
+                part_path(store, unit).write_bytes(whole[part_path(store, unit).name])
 
     model = FakeModel(others_finish_two)
     progress = score(run, store, model, tokenizer)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import prepare_small_units, save_small_model, save_small_reward_model, write_corpus
+from fake_runs import part_path
 from typer.testing import CliRunner
 
 import fastcompat as fc
@@ -143,7 +144,7 @@ def score(run: Run, served: Pass, **options) -> Progress:
 
 
 def parts(run: Run) -> dict[tuple[str, str], bytes]:
-    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.directory.glob("part-*")}
+    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.place.directory.glob("part-*")}
 
 
 @pytest.mark.parametrize("with_reward", [False, True])
@@ -194,7 +195,7 @@ def test_a_run_that_comes_to_tell_more_shows_each_response_once(tmp_path, model,
     # Half done, both are shown: nothing that is known is hidden.
     (new,) = (store for store in run.scorers() if store.extras.columns)
     for unit in half:
-        new.part(unit).unlink()
+        part_path(new, unit).unlink()
     assert run.scores().num_rows == 2 * run.n_rows - sum(unit.n_rows for unit in half)
     # Resumed without the option, the richer one goes on only if the plain one is not there.
     plain = fc.Scorer(str(model), token_budget=128)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import prepare_small_units, save_small_model, save_small_reward_model, write_corpus
+from fake_runs import part_path
 from reward_makers import edit_config, edit_tensors
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -58,11 +59,11 @@ def score(run: Run, served: Pass, **options) -> Progress:
 
 
 def parts(run: Run) -> dict[tuple[str, str], bytes]:
-    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.directory.glob("part-*")}
+    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.place.directory.glob("part-*")}
 
 
 def commits(run: Run) -> list[tuple[str, str]]:
-    lines = run.logged()
+    lines = run.log.lines()
     return [(line["scorer"], line["unit"]) for line in lines if line["event"] == "commit"]
 
 
@@ -167,7 +168,7 @@ def test_what_lacks_one_figure_only_is_scored_for_that_alone(tmp_path, base, rew
     score(run, Pass(base=losses))
     for store in run.scorers():
         for unit in run.units[::2]:
-            store.part(unit).unlink()
+            part_path(store, unit).unlink()
     (served,) = passes_of([losses], [rewards])
     progress = score(run, served)
     assert_same_figures(run, apart)

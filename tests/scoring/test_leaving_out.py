@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_model import FakeModel, fake_tokenizer
-from fake_runs import new_run, parts, score
+from fake_runs import new_run, part_path, parts, score
 from left_out_runs import A, B, four_generators, without
 
 import fastcompat as fc
@@ -18,6 +18,7 @@ from fastcompat.errors import Interrupted, RunError
 from fastcompat.rows.response import Response, from_table
 from fastcompat.scoring import engine
 from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.places import Disk
 from fastcompat.store.run import Run
 from fastcompat.store.verification import find_damage, pending_rows, scorer_progress
 from fastcompat.tokens.conversations import TokenSequence
@@ -47,7 +48,7 @@ def whole(tmp_path, corpus) -> dict[str, bytes]:
     run, store = new_run(tmp_path / "whole", corpus)
     score(run, store, FakeModel(), tokenizer)
     assert not store.leaves_out
-    assert all(pq.read_schema(path).metadata == {b"scorer": b"fake"} for path in store.directory.glob("part-*"))
+    assert all(pq.read_schema(path).metadata == {b"scorer": b"fake"} for path in store.place.directory.glob("part-*"))
     return parts(store)
 
 
@@ -93,7 +94,7 @@ def test_rows_left_out_are_not_tokenised_and_say_why(tmp_path, corpus, whole):
         rows = store.read(unit, ["generator", "status"]).to_pylist()
         names = {A} if {"generator": A, "status": "left_out"} in rows else set()
         assert store.left_out(unit) == names
-        assert json.loads(pq.read_metadata(store.part(unit)).metadata.get(b"left_out", "[]")) == sorted(names)
+        assert json.loads(pq.read_metadatapart_path(store, unit).metadata.get(b"left_out", "[]")) == sorted(names)
     by_key = {row["row_key"]: row for row in final_rows(tmp_path / "whole")}
     for row in run.scores().to_pylist():
         final = by_key[row["row_key"]]
@@ -160,7 +161,7 @@ def test_who_is_left_out_may_change_from_unit_to_unit(tmp_path, corpus, whole):
     work_off(run, store, FakeModel(), leave_out=leave_out)
     assert [store.left_out(unit) for unit in run.units] == [set(), set()] + [{A}] * len(later)
     assert {name: data for name, data in parts(store).items() if whole[name] == data}.keys() == {
-        store.part(unit).name for unit in run.units[:2]
+        part_path(store, unit).name for unit in run.units[:2]
     }
     assert run.pending(store, leave_out=leave_out) == []
     assert run.pending(store) == run.units[2:]
@@ -220,7 +221,7 @@ def test_what_was_begun_without_others_is_not_taken_up(tmp_path, corpus, names):
     with pytest.raises(Interrupted):
         work_off(run, store, model, A, stop=lambda: len(model.sizes) >= 2)
     assert store.begun() - store.finished()
-    for path in store.directory.glob("part-*"):
+    for path in store.place.directory.glob("part-*"):
         path.unlink()
     work_off(run, store, FakeModel(), *names)
     assert parts(store) == parts(straight_store)
@@ -275,7 +276,7 @@ def test_two_that_complete_a_part_at_once_both_have_their_rows_in_it(tmp_path, c
     model = FakeModel(another_completes_it)
     work_off(run, store, model, B, units=[unit], ahead=0)
     assert store.left_out(unit) == frozenset()
-    assert store.part(unit).read_bytes() == whole[store.part(unit).name]
+    assert part_path(store, unit).read_bytes() == whole[part_path(store, unit).name]
 
 
 def test_rows_that_another_process_overwrote_are_scored_again(tmp_path, corpus, whole):
@@ -283,11 +284,11 @@ def test_rows_that_another_process_overwrote_are_scored_again(tmp_path, corpus, 
     work_off(run, store, FakeModel(), A, B)
     unit = unit_of_all(run)
     work_off(run, store, FakeModel(), A, units=[unit])
-    of_b = store.part(unit).read_bytes()
+    of_b = part_path(store, unit).read_bytes()
     for other in run.units:
-        store.part(other).unlink()
+        part_path(store, other).unlink()
     work_off(run, store, FakeModel())
-    store.part(unit).write_bytes(of_b)  # renamed over one that was whole
+    part_path(store, unit).write_bytes(of_b)  # renamed over one that was whole
     assert run.pending(store) == [unit]
     work_off(run, store, FakeModel())
     assert parts(store) == whole
@@ -298,10 +299,10 @@ def test_a_unit_that_another_process_finishes_is_left_as_it_is(tmp_path, corpus,
     unit = run.units[0]
 
     def another_finishes_it(forest):
-        store.part(unit).write_bytes(whole[store.part(unit).name])
+        part_path(store, unit).write_bytes(whole[part_path(store, unit).name])
 
     work_off(run, store, FakeModel(another_finishes_it), A, units=[unit], ahead=0)
-    assert store.part(unit).read_bytes() == whole[store.part(unit).name]
+    assert part_path(store, unit).read_bytes() == whole[part_path(store, unit).name]
 
 
 def test_a_kill_between_the_mark_and_the_part_costs_nothing(tmp_path, corpus, whole, monkeypatch):
@@ -311,7 +312,7 @@ def test_a_kill_between_the_mark_and_the_part_costs_nothing(tmp_path, corpus, wh
         def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr("fastcompat.store.parts.create_table", killed)
+        patch.setattr(Disk, "put_new_table", killed)
         with pytest.raises(KeyboardInterrupt):
             work_off(run, store, FakeModel(), A)
     assert store.leaves_out
@@ -337,7 +338,7 @@ def test_verify_tells_a_part_whose_metadata_does_not_fit(tmp_path, corpus):
     run, store = new_run(tmp_path / "run", corpus)
     work_off(run, store, FakeModel(), A)
     unit = unit_of_all(run)
-    path = store.part(unit)
+    path = part_path(store, unit)
     good = path.read_bytes()
     table = pq.read_table(path)
     for names in (None, "[]", json.dumps([B]), json.dumps([A, B])):
@@ -352,7 +353,7 @@ def test_verify_tells_a_part_whose_metadata_does_not_fit(tmp_path, corpus):
     path.write_bytes(good)
     assert find_damage(run) == []
     n_parts = sum(bool(store.left_out(unit)) for unit in run.units)
-    (store.directory / "left_out.json").unlink()
+    (store.place.directory / "left_out.json").unlink()
     assert len(find_damage(run)) == n_parts > 3
 
 
@@ -372,7 +373,11 @@ def test_a_scorer_with_more_columns_does_not_hide_what_only_the_other_has_scored
                 "left_out" if out and own == "ok" else own for out, own in zip(hidden, columns["status"], strict=True)
             ]
             columns["n_bytes"] = [1] * table.num_rows
-            richer.commit(unit, pa.table(columns, schema=richer.schema), completes=richer.part(unit).exists())
+            richer.commit(
+                unit,
+                pa.table(columns, schema=richer.schema),
+                completes=part_path(richer, unit).exists(),
+            )
 
     commit(A)
     assert {own.name for own in run.current_scorers()} == {"fake", "richer"}

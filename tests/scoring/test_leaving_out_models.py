@@ -34,7 +34,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def parts_of(run: Run) -> dict[tuple[str, str], bytes]:
-    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.directory.glob("part-*")}
+    return {(s.name, path.name): path.read_bytes() for s in run.scorers() for path in s.place.directory.glob("part-*")}
 
 
 def score_with(run: Run, served: Pass, **options) -> Progress:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import prepare_small_units, write_corpus, write_jsonl
 from fake_model import FakeModel, fake_tokenizer
-from fake_runs import BUDGET, new_run, packs_of, parts, rows_of_unit, score
+from fake_runs import BUDGET, new_run, packs_of, part_path, parts, rows_of_unit, score
 
 from fastcompat.errors import Interrupted
 from fastcompat.rows.response import Response
@@ -73,7 +73,7 @@ def test_after_every_pack_the_rows_scored_so_far_are_there_once_as_they_will_be(
         }
         progress = scorer_progress(run, store)
         assert progress.n_rows == len(found) == sum(progress.statuses.values())
-        finished = sum(unit.n_rows for unit in run.units if store.part(unit).exists())
+        finished = sum(unit.n_rows for unit in run.units if part_path(store, unit).exists())
         assert progress.n_begun_rows == len(found) - finished
         assert progress.n_begun_units == len(store.begun()) <= 1
         assert pending_rows(run, store).n_rows == run.n_rows - len(found)
@@ -156,7 +156,7 @@ def test_whoever_reads_while_they_are_replaced_sees_whole_rows_and_ever_more_of_
 def test_a_part_wins_over_the_beginning_beside_it_which_goes_with_the_next_session(tmp_path, corpus):
     run, store = new_run(tmp_path / "run", corpus)
     score_packs(run, store, 1)
-    (begun,) = store.directory.glob("begun-*")
+    (begun,) = store.place.directory.glob("begun-*")
     content = begun.read_bytes()
     score(run, store, FakeModel())
     begun.write_bytes(content)  # as a process leaves it that was killed between the two, or came too late
@@ -214,7 +214,7 @@ def test_one_that_cannot_be_used_is_told_and_left_out_and_its_unit_scored_again(
     run, store = new_run(tmp_path / "run", corpus)
     score_packs(run, store, sum(packs_of(run, unit) for unit in run.units[:3]) + 1)
     finished = [row.row_key for unit in run.units[:3] for row in rows_of_unit(run, unit)]
-    (begun,) = store.directory.glob("begun-*")
+    (begun,) = store.place.directory.glob("begun-*")
     assert find_damage(run) == []
     assert run.scores().num_rows > len(finished)
     damage, why = UNUSABLE[kind]
@@ -243,7 +243,7 @@ def test_other_packs_are_not_taken_up_but_their_rows_count(tmp_path, corpus):
         run, store = large_units(tmp_path / f"run-{k}", corpus)
         score_packs(run, store, 4)
         rows = run.scores()
-        (begun,) = store.directory.glob("begun-*")
+        (begun,) = store.place.directory.glob("begun-*")
         with_metadata(begun, **change)
         assert run.scores().equals(rows)
         assert find_damage(run) == []
@@ -256,7 +256,7 @@ def test_other_packs_are_not_taken_up_but_their_rows_count(tmp_path, corpus):
 def test_verify_tells_a_beginning_of_other_rows_and_of_no_unit(tmp_path, corpus):
     run, store = new_run(tmp_path / "run", corpus)
     score_packs(run, store, 1)
-    (begun,) = store.directory.glob("begun-*")
+    (begun,) = store.place.directory.glob("begun-*")
     alone = begun.with_name("begun-00099-0000.parquet")
     alone.write_bytes(begun.read_bytes())
     assert find_damage(run) == [f"{alone} belongs to no unit of this run"]

@@ -13,6 +13,7 @@ import pytest
 
 from fastcompat.store import claims as module
 from fastcompat.store.claims import TRIES, Claims
+from fastcompat.store.places import Disk
 
 UNIT = "00000-0003"
 
@@ -43,7 +44,7 @@ def alive(monkeypatch) -> dict[str, bool]:
 def worker(directory: Path, clock: Clock, *, done: tuple[str, ...] = (), lease: float = 60.0) -> Claims:
     """A worker whose heart beats when the test says so."""
     directory.mkdir(exist_ok=True)
-    return Claims(directory, is_done=lambda name: name in done, lease=lease, clock=clock)
+    return Claims(Disk(directory), is_done=lambda name: name in done, lease=lease, clock=clock)
 
 
 def test_one_of_many_takes_a_unit(tmp_path, clock):
@@ -104,7 +105,7 @@ def test_a_unit_that_kills_its_workers_is_set_aside(tmp_path, clock, alive):
 
 def test_what_is_done_is_given_back_at_the_next_beat_and_the_rest_at_the_end(tmp_path, clock):
     done: list[str] = []
-    with Claims(tmp_path / "claims", is_done=lambda name: name in done, lease=1e9, clock=clock) as own:
+    with Claims(Disk(tmp_path / "claims"), is_done=lambda name: name in done, lease=1e9, clock=clock) as own:
         own.take(UNIT)
         own.take("00000-0004")
         own.beat()
@@ -116,7 +117,7 @@ def test_what_is_done_is_given_back_at_the_next_beat_and_the_rest_at_the_end(tmp
 
 
 def test_the_heart_beats_by_itself(tmp_path):
-    with Claims(tmp_path / "claims", is_done=lambda name: False, lease=0.03) as own:
+    with Claims(Disk(tmp_path / "claims"), is_done=lambda name: False, lease=0.03) as own:
         own.take(UNIT)
         path = tmp_path / "claims" / f"{UNIT}.json"
         until = time.monotonic() + 60

@@ -17,23 +17,14 @@ import pytest
 
 from fastcompat.errors import RunError
 from fastcompat.store import durable
-from fastcompat.store.durable import (
-    create_json,
-    create_table,
-    own_name,
-    read_json,
-    remove_abandoned,
-    remove_tree,
-    replacing,
-    write_json,
-    write_table,
-)
+from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, replacing
+from fastcompat.store.places import Disk
 
 
 def test_what_is_written_is_there_and_nothing_else_is(tmp_path):
-    write_json(tmp_path / "a.json", {"ä": [1, None]})
-    write_table(tmp_path / "a.parquet", pa.table({"x": [1, 2]}))
-    assert read_json(tmp_path / "a.json") == {"ä": [1, None]}
+    Disk(tmp_path).put_json("a.json", {"ä": [1, None]})
+    Disk(tmp_path).put_table("a.parquet", pa.table({"x": [1, 2]}))
+    assert Disk(tmp_path).read_json("a.json") == {"ä": [1, None]}
     with pq.ParquetFile(tmp_path / "a.parquet", page_checksum_verification=True) as file:
         assert file.read().to_pydict() == {"x": [1, 2]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.parquet"]
@@ -41,13 +32,13 @@ def test_what_is_written_is_there_and_nothing_else_is(tmp_path):
 
 def test_a_failure_leaves_the_former_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
-    write_json(path, {"version": 1})
+    Disk(tmp_path).put_json(path.name, {"version": 1})
     with pytest.raises(ZeroDivisionError), replacing(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise ZeroDivisionError
     with pytest.raises(TypeError):
-        write_json(path, {"version": object()})
-    assert read_json(path) == {"version": 1}
+        Disk(tmp_path).put_json(path.name, {"version": object()})
+    assert Disk(tmp_path).read_json(path.name) == {"version": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -57,27 +48,27 @@ def test_what_the_disk_refuses_is_said_with_the_way_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(durable.os, "fsync", full)
     with pytest.raises(RunError, match=r"a\.json cannot be written \(No space left on device\).*same command again"):
-        write_json(tmp_path / "a.json", {})
+        Disk(tmp_path).put_json("a.json", {})
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     with pytest.raises(RunError, match="No such file or directory"):
-        write_json(tmp_path / "nowhere" / "a.json", {})
+        (Disk(tmp_path) / "nowhere").put_json("a.json", {})
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[1]", "does not hold")])
 def test_what_is_no_record_is_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RunError, match=message):
-        read_json(tmp_path / "a.json")
+        Disk(tmp_path).read_json("a.json")
     with pytest.raises(RunError, match="cannot be read"):
-        read_json(tmp_path / "b.json")
+        Disk(tmp_path).read_json("b.json")
 
 
 def test_of_many_writers_the_first_wins(tmp_path):
     table = pa.table({"writer": [0]})
     with ThreadPoolExecutor(16) as pool:
         for k in range(50):
-            write = partial(create_table, tmp_path / f"{k}.parquet")
+            write = partial(Disk(tmp_path).put_new_table, f"{k}.parquet")
             won = list(pool.map(lambda w, write=write: write(table.set_column(0, "writer", [[w]])), range(16)))
             assert won.count(True) == 1
             assert pq.read_table(tmp_path / f"{k}.parquet")["writer"].to_pylist() == [won.index(True)]
@@ -89,9 +80,9 @@ def test_a_disk_without_hard_links_keeps_what_is_there(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    assert create_json(tmp_path / "a.json", {"first": True})
-    assert not create_json(tmp_path / "a.json", {"first": False})
-    assert read_json(tmp_path / "a.json") == {"first": True}
+    assert Disk(tmp_path).put_new_json("a.json", {"first": True})
+    assert not Disk(tmp_path).put_new_json("a.json", {"first": False})
+    assert Disk(tmp_path).read_json("a.json") == {"first": True}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -133,7 +124,7 @@ def test_a_tree_goes_whole(tmp_path):
 def test_a_killed_writer_leaves_the_former_file(tmp_path):
     """Killed between the write and the rename, at which the new file begins to exist."""
     path = tmp_path / "a.json"
-    write_json(path, {"version": 1})
+    Disk(tmp_path).put_json(path.name, {"version": 1})
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom fastcompat.store.durable import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"

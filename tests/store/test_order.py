@@ -14,7 +14,7 @@ from corpora import prepare_small_units, rows_of, write_jsonl
 from fastcompat.corpus import partition, prepare
 from fastcompat.errors import RunError
 from fastcompat.store.preparing import add_generation
-from fastcompat.store.run import Run
+from fastcompat.store.run import Run, shard_name
 
 
 def extended(directory: Path, *, n_prompts: int = 300, n_more: int = 350) -> Run:
@@ -74,7 +74,7 @@ def test_without_statistics_the_column_is_read(tmp_path):
     run = extended(tmp_path)
     first = run.first_prompts()
     for unit in {unit.shard: unit for unit in run.units}.values():
-        path = run.shard_path(unit.shard)
+        path = run.directory / "corpus" / shard_name(unit.shard)
         own = [run.unit_rows(other) for other in run.units if other.shard == unit.shard]
         with pq.ParquetWriter(path, own[0].schema, write_statistics=False) as writer:
             for table in own:
@@ -84,7 +84,7 @@ def test_without_statistics_the_column_is_read(tmp_path):
 
 def test_a_shard_that_is_damaged_is_named(tmp_path):
     run = extended(tmp_path, n_prompts=40, n_more=10)
-    path = run.shard_path(0)
+    path = run.directory / "corpus" / shard_name(0)
     path.write_bytes(b"garbage")
     for ask in (run.first_prompts, run.n_prompts):
         with pytest.raises(RunError, match=r"shard-00000.parquet is missing or damaged"):

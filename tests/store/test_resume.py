@@ -48,11 +48,11 @@ def finish(directory: Path, model: Path, *options: str) -> str:
 
 def parts(run: Run) -> dict[str, bytes]:
     (scorer,) = run.scorers()
-    return {path.name: path.read_bytes() for path in scorer.directory.glob("part-*.parquet")}
+    return {path.name: path.read_bytes() for path in scorer.place.directory.glob("part-*.parquet")}
 
 
 def committed(directory: Path) -> list[str]:
-    lines = open_run(directory).logged()
+    lines = open_run(directory).log.lines()
     return [line["unit"] for line in lines if line["event"] == "commit"]
 
 
@@ -203,10 +203,10 @@ def test_a_process_that_extends_a_run_meanwhile_extended_starts_over(tmp_path):
 
 
 def test_a_finished_run_computes_nothing_again(undisturbed, model):
-    before = {name: os.stat(undisturbed.scorers()[0].directory / name).st_mtime_ns for name in parts(undisturbed)}
+    before = {name: os.stat(undisturbed.scorers()[0].place.directory / name).st_mtime_ns for name in parts(undisturbed)}
     output = finish(undisturbed.directory, model)
     assert "scored before" in output
-    after = {name: os.stat(undisturbed.scorers()[0].directory / name).st_mtime_ns for name in parts(undisturbed)}
+    after = {name: os.stat(undisturbed.scorers()[0].place.directory / name).st_mtime_ns for name in parts(undisturbed)}
     assert before == after
 
 

@@ -50,11 +50,13 @@ def finish(directory: Path, models: list[str]) -> str:
 
 
 def parts(run: Run) -> dict[str, bytes]:
-    return {f"{s.name}/{path.name}": path.read_bytes() for s in run.scorers() for path in s.directory.glob("part-*")}
+    return {
+        f"{s.name}/{path.name}": path.read_bytes() for s in run.scorers() for path in s.place.directory.glob("part-*")
+    }
 
 
 def commits(directory: Path) -> list[tuple[str, str]]:
-    lines = open_run(directory).logged()
+    lines = open_run(directory).log.lines()
     return [(line["scorer"], line["unit"]) for line in lines if line["event"] == "commit"]
 
 

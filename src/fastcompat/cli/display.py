@@ -115,7 +115,7 @@ def refuse_set_aside(run: Run, progress: EngineProgress) -> None:
         names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
         raise SetAside(
             f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
-            f"is its shard in {run.location}/corpus and its row group. To try again, remove claims/*.aside.json "
+            f"is its shard in {run.location}/corpus and its row group. To try again, remove the folder claims "
             "beside the parts, and give the same command"
         )
 

@@ -11,8 +11,6 @@ from fastcompat.store import Claims, Unit
 
 # After so many units a worker looks again at what the others have done.
 UNITS_A_LOOK = 20
-# A worker that finds everything claimed by others looks again after this long.
-WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,6 @@ class ClaimedUnits:
                     yield unit
             if not taken:
                 yield None
-                self.claims.beat()
+                self.claims.settle()
                 if self.claims.mine or wanted:
-                    time.sleep(WAIT_SECONDS / 10 if self.claims.mine else WAIT_SECONDS)
+                    time.sleep(self.claims.patience / 10 if self.claims.mine else self.claims.patience)

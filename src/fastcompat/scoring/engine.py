@@ -226,7 +226,7 @@ def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[
 def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, share: Share) -> None:
     for store, table in zip(stores, scores.tables(share.computed), strict=True):
         part = None
-        if store.part(unit).exists():
+        if store.has_part(unit):
             if not store.left_out(unit):
                 continue
             # As it is now: another process may have completed it. Where its rename falls between this and ours, its

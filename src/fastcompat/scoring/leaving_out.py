@@ -80,7 +80,7 @@ def share_of(rows: pa.Table, stores: Sequence[ScorerStore], unit: Unit, leave_ou
     named = why.take(pc.index_in(rows["generator"], value_set=names).combine_chunks())
     scorable = pc.equal(rows["status"], str(Status.OK)).combine_chunks()
     reasons = pc.if_else(scorable, named, pa.scalar(None, pa.string()))
-    parts = [store.read(unit, ["status"]) if store.part(unit).exists() else None for store in stores]
+    parts = [store.read(unit, ["status"]) if store.has_part(unit) else None for store in stores]
     lacking = np.zeros(rows.num_rows, np.bool_)
     for part in parts:
         lacking |= True if part is None else _is_left_out(part)

@@ -1,10 +1,12 @@
 """The run directory: what is to be scored, what has been, and how both survive a kill. A file that is there is whole.
 
-durable       written whole or not at all
+durable       written whole or not at all, on a disk
+places        a folder of files, on a disk (objects: in an object store)
 beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
 run           the corpus and all scorers, and what they have told so far, as one table
 preparing     a corpus becomes a run
+logs          what was done, when, by each process
 claims        who is at work on which unit
 races         races over a run, and what their looks found
 verification  how far a run is, and whether every file is what it should be
@@ -14,6 +16,7 @@ from fastcompat.store.beginnings import Packing
 from fastcompat.store.claims import Claims
 from fastcompat.store.durable import replacing
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store.places import Place, is_remote, place_of
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
 from fastcompat.store.verification import pending_rows, unscored_generators
@@ -23,13 +26,16 @@ __all__ = [
     "Claims",
     "LeaveOut",
     "Packing",
+    "Place",
     "RaceStore",
     "Run",
     "ScorerStore",
     "Unit",
+    "is_remote",
     "leave_nothing_out",
     "open_run",
     "pending_rows",
+    "place_of",
     "races_of",
     "replacing",
     "start_race",

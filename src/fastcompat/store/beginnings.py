@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
 from fastcompat.rows import Status, is_scored
-from fastcompat.store.durable import write_table
+from fastcompat.store.places import Place
 
 # Of a file's metadata, and only where rows are left out: a JSON list of their generators.
 LEFT_OUT = "left_out"
@@ -59,10 +57,10 @@ class Beginning:
         return int(pc.sum(self.done).as_py() or 0)
 
 
-def write_beginning(path: Path, table: pa.Table, *, scorer: str, packing: Packing) -> None:
+def write_beginning(place: Place, name: str, table: pa.Table, *, scorer: str, packing: Packing) -> None:
     """Keep a unit's rows, whole or not at all."""
     metadata = whose(table, scorer) | {name: str(value) for name, value in packing._asdict().items()}
-    write_table(path, table.replace_schema_metadata(metadata))
+    place.put_table(name, table.replace_schema_metadata(metadata))
 
 
 def whose(table: pa.Table, scorer: str) -> dict[str, str]:
@@ -86,7 +84,14 @@ def left_out_by(metadata: Mapping[bytes, bytes] | None) -> frozenset[str]:
 
 
 def read_beginning(
-    path: Path, *, scorer: str, schema: pa.Schema, figure: str, n_rows: int, columns: Sequence[str] | None = None
+    place: Place,
+    name: str,
+    *,
+    scorer: str,
+    schema: pa.Schema,
+    figure: str,
+    n_rows: int,
+    columns: Sequence[str] | None = None,
 ) -> Beginning:
     """A beginning, or some columns of it. Raises FileNotFoundError, and RunError for what cannot be used.
 
@@ -94,14 +99,14 @@ def read_beginning(
     has not come.
     """
     wanted = schema.names if columns is None else list(columns)
-    unusable = f"{path}: what is kept of this unit is not used, its rows are scored again"
+    unusable = f"{place.path(name)}: what is kept of this unit is not used, its rows are scored again"
     try:
         # Opened once: whoever computes the unit may put another file in its place at any time.
-        with pa.OSFile(str(path)) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            found, n_found = parquet.schema_arrow, parquet.metadata.num_rows
-            table = parquet.read(columns=list(dict.fromkeys([*wanted, figure, "status"])))
+        whole = place.read_table(name)
+        found, n_found = whole.schema, whole.num_rows
+        table = whole.select(list(dict.fromkeys([*wanted, figure, "status"])))
         metadata = found.metadata or {}
-        packing = Packing(*(int(metadata[name.encode()]) for name in Packing._fields))
+        packing = Packing(*(int(metadata[field.encode()]) for field in Packing._fields))
         its_scorer = metadata[b"scorer"].decode()
         left_out = left_out_by(metadata)
     except FileNotFoundError:

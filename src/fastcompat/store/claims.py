@@ -12,22 +12,43 @@ itself has seen no beat), and what goes wrong here costs time only.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
 from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
 
+from fastcompat.errors import RunError
 from fastcompat.store.durable import is_gone, own_name
+from fastcompat.store.places import Place
 
 # A claim whose beat has not changed for so long is a dead worker's. A live one beats three times in it.
 LEASE_SECONDS = 60.0
+# Another worker's claim is read again after this share of the lease.
+WATCH_SHARE = 1 / 12
 # Workers that may die over a unit before it is set aside.
 TRIES = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class _Own:
+    """A claim of this worker's, and when it last said that it lives, by its own clock."""
+
+    claim: dict[str, Any]
+    beaten: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """Another worker's claim: its nonce and beat, since when these are the same, and when it was read last."""
+
+    beat: tuple[str, int]
+    since: float
+    read: float
+    worker: str
 
 
 class Claims:
@@ -38,25 +59,25 @@ class Claims:
 
     def __init__(
         self,
-        directory: Path,
+        place: Place,
         *,
         is_done: Callable[[str], bool],
         lease: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._directory = directory
+        self._place = place
         self._is_done = is_done
         self._lease = lease
         self._clock = clock
         self._worker = own_name("").strip(".")
-        self._mine: dict[str, dict[str, Any]] = {}
-        self._seen: dict[str, tuple[tuple[str, int], float]] = {}  # unit -> (nonce and beat, since when)
+        self._mine: dict[str, _Own] = {}
+        self._seen: dict[str, _Seen] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_ended, name="fastcompat-claims", daemon=True)
 
     def __enter__(self) -> Self:
-        self._directory.mkdir(exist_ok=True)
+        self._place.make()
         self._heart.start()
         return self
 
@@ -74,92 +95,106 @@ class Claims:
         with self._lock:
             return set(self._mine)
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which it is worth while to look again at what others have claimed."""
+        return self._place.patience
+
     def take(self, name: str) -> int:
         """Claim a unit. Which attempt at it this is, from 1; 0 where it is another's, or set aside."""
-        if self.is_set_aside(name):
-            return 0
+        now = self._clock()
+        seen = self._seen.get(name)
+        if seen and now - seen.read < self._lease * WATCH_SHARE and not is_gone(seen.worker):
+            return 0  # it was somebody's a moment ago
         claim = {"worker": self._worker, "nonce": token_hex(8), "beat": 0, "attempt": 1}
-        if self._create(self._path(name), claim):
-            return self._keep(name, claim)
+        if self._place.put_new(_claim(name), _text(claim), lasting=False):
+            return self._keep(name, claim, now)
         there = self._read(name)
         if there is None:
             return 0  # released, or being written: it is there again at the next round
         beat = there["nonce"], there["beat"]
-        since = self._clock()
-        if self._seen.get(name, (None, 0.0))[0] == beat:
-            since = self._seen[name][1]
-        self._seen[name] = beat, since
+        since = seen.since if seen and seen.beat == beat else now
+        self._seen[name] = _Seen(beat=beat, since=since, read=now, worker=str(there.get("worker")))
         # Of a worker of this host one can see that it is gone.
-        if self._clock() - since < self._lease and not is_gone(str(there.get("worker"))):
+        if now - since < self._lease and not is_gone(self._seen[name].worker):
             return 0
         if there["attempt"] >= TRIES:
-            self._create(self._aside(name), {"attempts": there["attempt"], "last": there["worker"]})
+            record = {"attempts": there["attempt"], "last": there["worker"]}
+            self._place.put_new(_aside(name), _text(record), lasting=False)
             return 0
         # Of several that see it dead one makes this file, and it alone goes on.
-        if not self._create(self._directory / f"{name}.taken-{there['nonce']}", claim):
+        if not self._place.put_new(_taken(name, there["nonce"]), _text(claim), lasting=False):
             return 0
         claim["attempt"] = there["attempt"] + 1
-        self._replace(self._path(name), claim)
-        return self._keep(name, claim)
+        self._place.put(_claim(name), _text(claim), lasting=False)
+        return self._keep(name, claim, now)
 
     def release(self, name: str) -> None:
         """Give a unit back, finished or not."""
         with self._lock:
-            claim = self._mine.pop(name, None)
-        there = self._read(name) if claim else None
-        if claim and there and there["nonce"] == claim["nonce"]:
-            self._path(name).unlink(missing_ok=True)
+            own = self._mine.pop(name, None)
+        if own is None:
+            return
+        if self._may_be_lost(own):
+            there = self._read(name)
+            if there is None or there["nonce"] != own.claim["nonce"]:
+                return
+        self._place.delete(_claim(name))
+        if own.claim["attempt"] > 1:
             # What was taken over on the way here is settled with it.
-            for path in self._directory.glob(f"{name}.taken-*"):
-                path.unlink(missing_ok=True)
+            for other in self._place.names():
+                if other.startswith(_taken(name, "")):
+                    self._place.delete(other)
 
     def set_aside(self) -> list[str]:
         """Units that are left because workers die over them."""
-        return sorted(path.name.removesuffix(".aside.json") for path in self._directory.glob("*.aside.json"))
+        ending = _aside("")
+        return sorted(name.removesuffix(ending) for name in self._place.names() if name.endswith(ending))
 
-    def is_set_aside(self, name: str) -> bool:
-        return self._aside(name).exists()
-
-    def beat(self) -> None:
-        """Say that this worker lives; give back what has its part by now, or was taken over meanwhile."""
+    def settle(self) -> None:
+        """Give back what has its part by now."""
         for name in self.mine:
             if self._is_done(name):
                 self.release(name)
-                continue
+
+    def beat(self) -> None:
+        """Say that this worker lives; give back what has its part by now, or was taken over meanwhile."""
+        self.settle()
+        for name in self.mine:
             with self._lock:
-                claim = self._mine.get(name)
-            if claim is None:
+                own = self._mine.get(name)
+            if own is None:
                 continue
-            if (self._directory / f"{name}.taken-{claim['nonce']}").exists():
+            if self._may_be_lost(own) and self._place.has(_taken(name, own.claim["nonce"])):
                 # This worker was stopped for longer than the lease. What it computes of the unit still counts if it
                 # comes first.
                 with self._lock:
                     self._mine.pop(name, None)
                 continue
-            claim["beat"] += 1
-            self._replace(self._path(name), claim)
+            now = self._clock()
+            own.claim["beat"] += 1
+            self._place.put(_claim(name), _text(own.claim), lasting=False)
+            own.beaten = now
+
+    def _may_be_lost(self, own: _Own) -> bool:
+        """Whether somebody may have taken it over: nobody does who has not watched it in silence for a lease."""
+        return self._clock() - own.beaten >= self._lease
 
     def _beat_until_ended(self) -> None:
         while not self._ended.wait(self._lease / 3):
             # A disk that refuses a beat makes the claim look dead, which costs a unit computed twice, not the run.
-            with suppress(OSError):
+            with suppress(OSError, RunError):
                 self.beat()
 
-    def _keep(self, name: str, claim: dict[str, Any]) -> int:
+    def _keep(self, name: str, claim: dict[str, Any], now: float) -> int:
         with self._lock:
-            self._mine[name] = claim
+            self._mine[name] = _Own(claim=claim, beaten=now)
         self._seen.pop(name, None)
         return int(claim["attempt"])
 
-    def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.json"
-
-    def _aside(self, name: str) -> Path:
-        return self._directory / f"{name}.aside.json"
-
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            text = self._path(name).read_text(encoding="utf-8")
+            text = self._place.read(_claim(name))
         except OSError:
             return None
         try:
@@ -169,38 +204,18 @@ class Claims:
             # Half written by a worker that died over it: as good as a claim that does not beat.
             return {"worker": "", "nonce": "unreadable", "beat": 0, "attempt": 1}
 
-    def _create(self, path: Path, claim: dict[str, Any]) -> bool:
-        """Make a file where there is none: one worker succeeds."""
-        with self._written(path, claim) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without hard links
-                try:
-                    with path.open("x", encoding="utf-8") as file:
-                        file.write(json.dumps(claim))
-                except FileExistsError:
-                    return False
-        return True
 
-    def _replace(self, path: Path, claim: dict[str, Any]) -> None:
-        with self._written(path, claim) as temporary:
-            temporary.rename(path)
-
-    def _written(self, path: Path, claim: dict[str, Any]) -> _Temporary:
-        return _Temporary(path.parent / own_name(path.name), json.dumps(claim))
+def _claim(name: str) -> str:
+    return f"{name}.json"
 
 
-class _Temporary:
-    """A file of this worker's own while the block lasts."""
+def _aside(name: str) -> str:
+    return f"{name}.aside.json"
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path, self._text = path, text
 
-    def __enter__(self) -> Path:
-        self._path.write_text(self._text, encoding="utf-8")
-        return self._path
+def _taken(name: str, nonce: str) -> str:
+    return f"{name}.taken-{nonce}"
 
-    def __exit__(self, *error: object) -> None:
-        self._path.unlink(missing_ok=True)
+
+def _text(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()

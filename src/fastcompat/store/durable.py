@@ -3,70 +3,32 @@ several writers shall win, linked to a name that is free."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write Parquet whole or not at all; pages carry checksums."""
-    with replacing(path) as temporary:
-        _put_table(temporary, table)
-
-
-def create_table(path: Path, table: pa.Table) -> bool:
-    """The same where there is no such file yet; False, and nothing written, where there is one."""
-    with suppress(FileExistsError), creating(path) as temporary:
-        _put_table(temporary, table)
-        return True
-    return False
-
-
-def _put_table(path: Path, table: pa.Table) -> None:
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    with replacing(path) as temporary:
-        _put_json(temporary, value)
-
-
-def create_json(path: Path, value: Mapping[str, Any]) -> bool:
-    """The same where there is no such file yet; False, and nothing written, where there is one."""
-    with suppress(FileExistsError), creating(path) as temporary:
-        _put_json(temporary, value)
-        return True
-    return False
-
-
-def _put_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, synced and renamed to it at the end. Raises RunError when the disk refuses."""
-    with _temporary(path, Path.rename) as temporary:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`, synced and renamed to it at the end. Raises RunError when the disk refuses.
+
+    lasting: it must survive a power cut; what need not is not synced.
+    """
+    with _temporary(path, Path.rename, lasting) as temporary:
         yield temporary
 
 
 @contextmanager
-def creating(path: Path) -> Iterator[Path]:
+def creating(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """The same, but the name must be free: FileExistsError where another process came first."""
-    with _temporary(path, _link) as temporary:
+    with _temporary(path, _link if lasting else _link_or_write, lasting) as temporary:
         yield temporary
 
 
@@ -83,15 +45,28 @@ def _link(temporary: Path, path: Path) -> None:
         temporary.rename(path)
 
 
+def _link_or_write(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Here one writer only shall come through, and a file that is half there for a moment does no harm.
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
+
+
 @contextmanager
-def _temporary(path: Path, put: Callable[[Path, Path], object]) -> Iterator[Path]:
+def _temporary(path: Path, put: Callable[[Path, Path], object], lasting: bool) -> Iterator[Path]:
     temporary = path.parent / own_name(path.name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if lasting:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         put(temporary, path)
-        sync_directory(path.parent)
+        if lasting:
+            sync_directory(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -160,13 +135,3 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} does not hold a JSON object")
-    return value

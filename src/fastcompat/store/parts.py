@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastcompat.errors import RunError
 from fastcompat.rows import FIGURES, Extras, part_schema
@@ -23,7 +20,7 @@ from fastcompat.store.beginnings import (
     whose,
     write_beginning,
 )
-from fastcompat.store.durable import create_table, remove_abandoned, write_json, write_table
+from fastcompat.store.places import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -48,16 +45,28 @@ def leave_nothing_out(unit: Unit) -> Mapping[str, str]:
     return {}
 
 
+# There before the first part that leaves rows out, and for good.
+_LEFT_OUT_MARK = "left_out.json"
+
+
+def part_name(unit: Unit) -> str:
+    return f"part-{unit.name}.parquet"
+
+
+def beginning_name(unit: Unit) -> str:
+    return f"begun-{unit.name}.parquet"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerStore:
     """scores/<scorer>: the record of one scorer's settings, and the parts that it has finished."""
 
-    directory: Path
+    place: Place
     record: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        return self.directory.name
+        return self.place.name
 
     @property
     def kind(self) -> str:
@@ -79,16 +88,14 @@ class ScorerStore:
         """Its identity without them: equal for scorers whose figures are the same."""
         return {**self.record["identity"], "extras": None}
 
-    def part(self, unit: Unit) -> Path:
-        return self.directory / f"part-{unit.name}.parquet"
-
-    def beginning(self, unit: Unit) -> Path:
-        return self.directory / f"begun-{unit.name}.parquet"
+    def has_part(self, unit: Unit) -> bool:
+        """Whether a unit is committed."""
+        return self.place.has(part_name(unit))
 
     @property
-    def claims(self) -> Path:
+    def claims(self) -> Place:
         """Where workers say who is at work on what."""
-        return self.directory / "claims"
+        return self.place / "claims"
 
     def finished(self) -> set[str]:
         """Names of the units that are committed."""
@@ -99,27 +106,25 @@ class ScorerStore:
         return self._named("begun-")
 
     def _named(self, prefix: str) -> set[str]:
-        # One scan, without a pattern: there may be 100,000 parts.
         suffix = ".parquet"
-        with os.scandir(self.directory) as entries:
-            names = [entry.name for entry in entries]
+        names = self.place.names()
         return {name[len(prefix) : -len(suffix)] for name in names if name.startswith(prefix) and name.endswith(suffix)}
 
     def left_out(self, unit: Unit) -> frozenset[str]:
         """The generators of which a committed unit leaves rows out. Raises RunError where its part is damaged."""
         if not self.leaves_out:
             return frozenset()
-        path = self.part(unit)
+        name = part_name(unit)
         try:
-            return left_out_by(pq.read_metadata(path).metadata)
+            return left_out_by(self.place.read_footer(name).metadata)
         except FileNotFoundError:
             return frozenset()
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            raise RunError(f"{path} is damaged ({error}); delete it and score again") from error
+            raise RunError(f"{self.place.path(name)} is damaged ({error}); delete it and score again") from error
 
     def lacks(self, unit: Unit, leave_out: Collection[str]) -> bool:
         """Whether something of a unit is to be scored, where these generators are left out."""
-        return not self.part(unit).exists() or bool(self.left_out(unit) - set(leave_out))
+        return not self.has_part(unit) or bool(self.left_out(unit) - set(leave_out))
 
     def pending(self, units: Sequence[Unit], leave_out: LeaveOut) -> list[Unit]:
         """Of these units, those without a part, or with one that leaves out whom `leave_out` does not name."""
@@ -135,11 +140,7 @@ class ScorerStore:
         """Whether there may be parts with rows left out; where there are none, no footer needs to be read."""
         # The mark is there before the first such part and stays for good: no kill and no other process can come
         # between the two, and what is asked for after a part was seen is never too old.
-        return self._left_out_mark.exists()
-
-    @property
-    def _left_out_mark(self) -> Path:
-        return self.directory / "left_out.json"
+        return self.place.has(_LEFT_OUT_MARK)
 
     def with_rows(self, units: Sequence[Unit]) -> list[Unit]:
         """The units of which something is scored, finished or begun."""
@@ -155,23 +156,24 @@ class ScorerStore:
         """
         assert scores.num_rows == unit.n_rows
         if left_out_in(scores) and not self.leaves_out:
-            write_json(self._left_out_mark, {"parts": "some have rows of status left_out"})
+            self.place.put_json(_LEFT_OUT_MARK, {"parts": "some have rows of status left_out"})
         part = scores.replace_schema_metadata(whose(scores, self.name))
         if completes:
-            write_table(self.part(unit), part)
-        won = completes or create_table(self.part(unit), part)
-        self.beginning(unit).unlink(missing_ok=True)
+            self.place.put_table(part_name(unit), part)
+        won = completes or self.place.put_new_table(part_name(unit), part)
+        self.place.delete(beginning_name(unit))
         return won
 
     def keep_beginning(self, unit: Unit, scores: pa.Table, packing: Packing) -> None:
         """Keep what there is of a unit that is not finished."""
-        write_beginning(self.beginning(unit), scores, scorer=self.name, packing=packing)
+        write_beginning(self.place, beginning_name(unit), scores, scorer=self.name, packing=packing)
 
     def read_beginning(self, unit: Unit, columns: Sequence[str] | None = None) -> Beginning | None:
         """What is kept of a unit, None if nothing. Raises RunError where it cannot be used."""
         try:
             return read_beginning(
-                self.beginning(unit),
+                self.place,
+                beginning_name(unit),
                 scorer=self.name,
                 schema=self.schema,
                 figure=FIGURES[self.kind],
@@ -187,7 +189,7 @@ class ScorerStore:
         A beginning that cannot be used is warned of, and has none. Raises RunError where the part is damaged.
         """
         beginning = None
-        if not self.part(unit).exists():
+        if not self.has_part(unit):
             try:
                 beginning = self.read_beginning(unit, columns)
             except RunError as error:
@@ -195,15 +197,15 @@ class ScorerStore:
         if beginning is not None:
             return beginning.rows
         # Asked again: another process may just have put the part in the beginning's place.
-        if self.part(unit).exists():
+        if self.has_part(unit):
             return self.read(unit, columns)
         return self.schema.empty_table().select(self.schema.names if columns is None else list(columns))
 
     def read(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
         """A committed unit's scores, or some columns of them. Raises RunError where they are damaged."""
-        path = self.part(unit)
+        path = self.place.path(part_name(unit))
         try:
-            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+            table = self.place.read_table(part_name(unit), columns)
         except (OSError, pa.ArrowException) as error:
             raise RunError(
                 f"{path} is damaged ({error}); delete it and score again: only its unit is computed"
@@ -217,7 +219,7 @@ class ScorerStore:
 
     def sweep(self) -> None:
         """Remove what killed processes left: half-written files, and beginnings of units that are finished."""
-        remove_abandoned(self.directory)
+        self.place.sweep()
         begun = self.begun()
         for name in begun & self.finished():
-            (self.directory / f"begun-{name}.parquet").unlink(missing_ok=True)
+            self.place.delete(f"begun-{name}.parquet")

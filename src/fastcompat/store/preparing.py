@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, prepare
 from fastcompat.errors import RunError, UsageError
-from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, sync_directory, write_json
+from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, sync_directory
+from fastcompat.store.places import Disk
 from fastcompat.store.run import FORMAT, Run, open_run, shard_number
 
 
@@ -106,7 +107,7 @@ def add_generation(
         for shard in summary.shards:
             (own / shard.name).rename(corpus / shard.name)
         sync_directory(corpus)
-        write_json(directory / "manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in done]})
+        Disk(directory).put_json("manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in done]})
     finally:
         remove_tree(own)
-    return Run(directory, done)
+    return Run(Disk(directory), done)

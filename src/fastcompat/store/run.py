@@ -13,14 +13,11 @@ pack, so the parts of a killed and resumed run are those of an undisturbed one, 
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,17 +30,14 @@ import pyarrow.parquet as pq
 from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
-from fastcompat.store.durable import create_json, own_name, read_json
+from fastcompat.store.logs import Log, now
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store.places import Disk, Place, place_of
 
 FORMAT = 2
 
 # The column of the unit that a row lies in, where it is asked for.
 UNIT = "_unit"
-# Units that are read at once.
-READERS = 4
-# Shards whose footers are kept: units are read in their order, by `READERS` at once.
-FOOTERS = 2 * READERS
 
 # Settings by which two scorers of one model are told apart, if they differ in them.
 _TELLING = (
@@ -68,15 +62,22 @@ _LATER = {"template_options": {}, "reasoning": "keep", "tools": "keep", "turn_ma
 class Run:
     """An open run directory. `open_run` opens one; `preparing.prepare_run` makes one."""
 
-    def __init__(self, directory: Path, generations: Sequence[CorpusSummary]) -> None:
-        self.directory = directory
+    def __init__(self, place: Place, generations: Sequence[CorpusSummary]) -> None:
+        self.place = place
         self.generations = tuple(generations)  # the corpus as first prepared, then what --extend added
-        self._footers: dict[int, pq.FileMetaData] = {}
+        self._footers: dict[int, tuple[pq.FileMetaData, int]] = {}
 
     @property
     def location(self) -> str:
         """Where it lies, as users name it."""
-        return str(self.directory)
+        return str(self.place)
+
+    @property
+    def directory(self) -> Path:
+        """Its directory. Raises RunError for a run in an object store, which has none."""
+        if isinstance(self.place, Disk):
+            return self.place.directory
+        raise RunError(f"{self.location} is no directory of this machine")
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -98,31 +99,49 @@ class Run:
         """Rows of the corpus, those that cannot be scored included."""
         return sum(unit.n_rows for unit in self.units)
 
-    def shard_path(self, shard: int) -> Path:
-        return self.directory / "corpus" / f"shard-{shard:05d}.parquet"
+    @property
+    def shards(self) -> Place:
+        """Where the corpus's rows are."""
+        return self.place / "corpus"
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
+        """A shard, of which some row groups are read. Raises RunError, within the block too, for a damaged one."""
+        name = shard_name(shard)
+        try:
+            footer, size = self._footer(shard)
+            with (
+                self.shards.open(name, whole=False, size=size) as file,
+                pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True) as parquet,
+            ):
+                yield parquet
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise RunError(
+                f"{self.shards.path(name)} is missing or damaged ({error}); prepare the corpus again in a new run"
+            ) from error
 
     def unit_rows(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
         """A unit's normalised rows, `response.ROW_SCHEMA`, or some columns. Raises RunError for a damaged shard."""
-        path = self.shard_path(unit.shard)
-        try:
-            footer = self._footer(unit.shard)
-            with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
-                there = set(file.schema_arrow.names)
-                table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
+        with self._opened(unit.shard) as file:
+            there = set(file.schema_arrow.names)
+            table = file.read_row_group(unit.group, columns=columns and [name for name in columns if name in there])
             names = columns or ROW_SCHEMA.names
             table = with_later_columns(table, names)
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
         expected = pa.schema([ROW_SCHEMA.field(name) for name in names])
         if table.num_rows != unit.n_rows or not table.schema.equals(expected):
+            path = self.shards.path(shard_name(unit.shard))
             raise RunError(f"{path} is not the shard that manifest.json describes; prepare the corpus in a new run")
         return table
 
-    def _footer(self, shard: int) -> pq.FileMetaData:
-        """A shard's footer, which may be larger than a unit: those last asked for are kept."""
-        footer = self._footers.pop(shard, None) or pq.read_metadata(self.shard_path(shard))
+    def _footer(self, shard: int) -> tuple[pq.FileMetaData, int]:
+        """A shard's footer, which may be larger than a unit, and its size in bytes: those last asked for are kept."""
+        footer = self._footers.pop(shard, None)
+        if footer is None:
+            with self.shards.open(shard_name(shard), whole=False) as file:
+                footer = pq.read_metadata(file), file.size()
         self._footers[shard] = footer
-        while len(self._footers) > FOOTERS:
+        # Units are read in their order, a few at once.
+        while len(self._footers) > 2 * self.place.n_readers:
             self._footers.pop(next(iter(self._footers)), None)
         return footer
 
@@ -136,9 +155,9 @@ class Run:
         }
 
     def _first_prompts(self, shard: int, sizes: Sequence[int]) -> Iterator[tuple[Unit, str]]:
-        path = self.shard_path(shard)
+        path = self.shards.path(shard_name(shard))
         try:
-            metadata = self._footer(shard)
+            metadata, _ = self._footer(shard)
             column = next(k for k in range(metadata.num_columns) if metadata.schema.column(k).path == "prompt_id")
         except (OSError, StopIteration, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
@@ -162,17 +181,13 @@ class Run:
     def corpus(self, columns: Sequence[str]) -> pa.Table:
         """Some columns of every row, in the order of `units`; shards are read several at a time."""
         shards = [shard_number(shard.name) for generation in self.generations for shard in generation.shards]
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(self.place.n_readers) as pool:
             return pa.concat_tables(pool.map(partial(self._shard, columns=list(columns)), shards))
 
     def _shard(self, shard: int, columns: list[str]) -> pa.Table:
-        path = self.shard_path(shard)
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                there = [name for name in columns if name in file.schema_arrow.names]
-                return with_later_columns(file.read(columns=there), columns)
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+        with self._opened(shard) as file:
+            there = [name for name in columns if name in file.schema_arrow.names]
+            return with_later_columns(file.read(columns=there), columns)
 
     def n_prompts(self) -> int:
         """Different prompts in the corpus. Reads one column of every shard."""
@@ -188,24 +203,23 @@ class Run:
 
     def scorers(self) -> list[ScorerStore]:
         """Every scorer of the run, in the order in which they were first used."""
-        records = self.directory.glob("scores/*/scorer.json")
-        stores = [ScorerStore(directory=path.parent, record=_read_record(path)) for path in records]
+        scores = self.place / "scores"
+        places = [scores / name for name in scores.folders() if (scores / name).has("scorer.json")]
+        stores = [ScorerStore(place=place, record=_read_record(place)) for place in places]
         return sorted(stores, key=lambda store: (store.record["created"], store.name))
 
     def scorer(self, name: str, identity: Mapping[str, Any], settings: Callable[[], Mapping[str, Any]]) -> ScorerStore:
         """The scorer of this identity, to work with; one that is new is made, with `settings()` as its record."""
-        directory = self.directory / "scores" / name
-        path = directory / "scorer.json"
-        if not path.exists():
-            record = {"identity": dict(identity), "settings": dict(settings()), "created": _now()}
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(f"{directory} cannot be made ({error.strerror}); is the run writable?") from error
-            create_json(path, record)  # of workers that start together the first one's settings are everybody's
-        store = ScorerStore(directory=directory, record=_read_record(path))
+        place = self.place / "scores" / name
+        if not place.has("scorer.json"):
+            record = {"identity": dict(identity), "settings": dict(settings()), "created": now()}
+            place.make()
+            # Of workers that start together the first one's settings are everybody's.
+            place.put_new_json("scorer.json", record)
+        store = ScorerStore(place=place, record=_read_record(place))
         if store.record["identity"] != dict(identity):
-            raise RunError(f"{path} describes another scorer than its name says; move {directory} away")
+            path = place.path("scorer.json")
+            raise RunError(f"{path} describes another scorer than its name says; move {place} away")
         store.sweep()
         return store
 
@@ -271,7 +285,7 @@ class Run:
         parts = (store.rows(unit, ["row_key"]) for store in self.scorers() for unit in store.with_rows(self.units))
         if not self.reward_columns and not any(part.num_rows for part in parts):
             raise UsageError(
-                f"{self.directory} has no scores yet: fastcompat score -o {self.directory} --base-model ID_OR_DIR "
+                f"{self.location} has no scores yet: fastcompat score -o {self.location} --base-model ID_OR_DIR "
                 "--reward-model ID_OR_DIR"
             )
 
@@ -331,7 +345,7 @@ class Run:
         self, read_one: Callable[[Unit], pa.Table], units: Sequence[Unit], columns: Sequence[str] | None
     ) -> list[pa.Table]:
         """Every unit's rows, several units at a time; with the unit's index where the columns ask for it."""
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(self.place.n_readers) as pool:
             parts = list(pool.map(read_one, units))
         if UNIT not in (columns or ()):
             return parts
@@ -349,65 +363,41 @@ class Run:
         return rows.combine_chunks().take(pa.array(np.lexsort(keys)))
 
     @cached_property
-    def _log(self) -> Path:
-        return self.directory / "log" / f"{own_name('').removeprefix('..')}.jsonl"
-
-    def logged(self) -> list[dict[str, Any]]:
-        """Every line of every process's log, by time; what a killed process wrote half is passed over."""
-        # Runs of earlier versions have one log.
-        lines = []
-        for path in (self.directory / "log.jsonl", *sorted((self.directory / "log").glob("*.jsonl"))):
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-                with suppress(ValueError):
-                    lines.append(json.loads(line))
-        return sorted(lines, key=lambda line: line["time"])
-
-    def log(self, event: str, **values: Any) -> None:
-        """Append one line to this process's log.
-
-        One a process, because appending from several hosts cuts lines on some file systems. A log that cannot be
-        written stops nothing: what counts is committed elsewhere, and fails there by name.
-        """
-        line = json.dumps({"time": _now(), "event": event, "host": socket.gethostname(), "pid": os.getpid()} | values)
-        with suppress(OSError):
-            self._log.parent.mkdir(exist_ok=True)
-            descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, (line + "\n").encode())
-            finally:
-                os.close(descriptor)
+    def log(self) -> Log:
+        """What was done, when, by each process."""
+        return Log(self.place)
 
 
-def open_run(directory: str | os.PathLike[str]) -> Run:
-    """Open a run directory for reading. Raises RunError when there is none, or it is of another format."""
-    path = Path(directory) / "manifest.json"
-    if not path.is_file():
-        raise RunError(
-            f"{directory} is not a run: it has no manifest.json (fastcompat score ... -o {directory} makes one)"
-        )
-    manifest = read_json(path)
+def open_run(location: str | os.PathLike[str] | Place) -> Run:
+    """Open a run for reading: a directory, or s3://bucket/run, gs://, az://. Raises RunError when there is none, or it
+    is of another format."""
+    place = place_of(location)
+    if not place.has("manifest.json"):
+        raise RunError(f"{place} is not a run: it has no manifest.json (fastcompat score ... -o {place} makes one)")
+    manifest, path = place.read_json("manifest.json"), place.path("manifest.json")
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
     try:
-        run = Run(Path(directory), [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
+        run = Run(place, [CorpusSummary.from_json(generation) for generation in manifest["generations"]])
         _ = run.units  # every shard's name is read here
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error!r}); prepare the corpus in a new run") from error
     return run
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path)
+def _read_record(place: Place) -> dict[str, Any]:
+    record = place.read_json("scorer.json")
     whole = {"identity", "settings", "created"} <= set(record) and isinstance(record["settings"], dict)
     known = whole and isinstance(record["identity"], dict) and record["identity"].get("kind") in FIGURES
     if not known or not {"model", "token_budget"} <= set(record["settings"]):
-        raise RunError(f"{path} is damaged: it does not say which scorer this is; move {path.parent} away")
+        path = place.path("scorer.json")
+        raise RunError(f"{path} is damaged: it does not say which scorer this is; move {place} away")
     return record
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
 
 
 def shard_number(name: str) -> int:
     return int(Path(name).stem.removeprefix("shard-"))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

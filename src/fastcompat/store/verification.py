@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,9 +13,13 @@ import pyarrow.compute as pc
 from fastcompat.errors import RunError
 from fastcompat.rows import FIGURES, Status, is_scored
 from fastcompat.store.beginnings import left_out_in
-from fastcompat.store.parts import ScorerStore, Unit
+from fastcompat.store.parts import ScorerStore, Unit, beginning_name, part_name
+from fastcompat.store.places import Place
 from fastcompat.store.races import races_of
-from fastcompat.store.run import Run
+from fastcompat.store.run import Run, shard_name
+
+# Of a shard, read at once.
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +121,11 @@ def unscored_generators(run: Run) -> set[str]:
 
 def find_damage(run: Run) -> list[str]:
     """One line for everything in a run that is missing, damaged or does not belong; empty when all is whole."""
-    shards = {
-        run.directory / "corpus" / shard.name: shard.sha256
-        for generation in run.generations
-        for shard in generation.shards
-    }
-    damaged = {path: why for path, sha256 in shards.items() if (why := _shard_damage(path, sha256))}
-    damage = [f"{path} {why}" for path, why in damaged.items()]
+    shards = {shard.name: shard.sha256 for generation in run.generations for shard in generation.shards}
+    damaged = {name: why for name, sha256 in shards.items() if (why := _shard_damage(run.shards, name, sha256))}
+    damage = [f"{run.shards.path(name)} {why}" for name, why in damaged.items()]
     # A part is checked against its unit's rows, which a damaged shard cannot tell.
-    checkable = [unit for unit in run.units if run.shard_path(unit.shard) not in damaged]
+    checkable = [unit for unit in run.units if shard_name(unit.shard) not in damaged]
     for scorer in run.scorers():
         damage.extend(_damaged_units(run, scorer, checkable))
     try:
@@ -134,18 +133,24 @@ def find_damage(run: Run) -> list[str]:
             race.looks()
     except RunError as error:
         damage.append(str(error))
-    for directory in sorted({path.parent for path in run.directory.glob("scores/*/part-*.parquet")}):
-        if not (directory / "scorer.json").is_file():
-            damage.append(f"{directory} has parts but no scorer.json, so nobody knows whose; move it away, score again")
+    scores = run.place / "scores"
+    for place in [scores / name for name in scores.folders()]:
+        names = place.names()
+        if "scorer.json" not in names and any(name.startswith("part-") for name in names):
+            damage.append(f"{place} has parts but no scorer.json, so nobody knows whose; move it away, score again")
     return damage
 
 
-def _shard_damage(path: Path, sha256: str) -> str:
-    if not path.is_file():
+def _shard_damage(shards: Place, name: str, sha256: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with shards.open(name, whole=False) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
         return "is missing; prepare the corpus in a new run"
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-            return ""
+    if digest.hexdigest() == sha256:
+        return ""
     return "is not what was prepared (its SHA-256 differs); prepare the corpus in a new run"
 
 
@@ -155,15 +160,15 @@ def _damaged_units(run: Run, scorer: ScorerStore, checkable: Sequence[Unit]) -> 
     known = {unit.name for unit in run.units}
     for kind, names in (("part", finished), ("begun", begun)):
         for name in sorted(names - known):
-            yield f"{scorer.directory / f'{kind}-{name}.parquet'} belongs to no unit of this run"
+            yield f"{scorer.place.path(f'{kind}-{name}.parquet')} belongs to no unit of this run"
     for unit in sorted(checkable):
         try:
             if unit.name in finished:
                 part = scorer.read(unit)
-                yield from _damage(run, scorer, unit, scorer.part(unit), part, part, scorer.left_out(unit))
+                yield from _damage(run, scorer, unit, part_name(unit), part, part, scorer.left_out(unit))
             elif unit.name in begun and (beginning := scorer.read_beginning(unit)) is not None:
-                path = scorer.beginning(unit)
-                yield from _damage(run, scorer, unit, path, beginning.table, beginning.rows, beginning.left_out)
+                name = beginning_name(unit)
+                yield from _damage(run, scorer, unit, name, beginning.table, beginning.rows, beginning.left_out)
         except RunError as error:
             yield str(error)
 
@@ -172,12 +177,13 @@ def _damage(
     run: Run,
     scorer: ScorerStore,
     unit: Unit,
-    path: Path,
+    name: str,
     table: pa.Table,
     rows: pa.Table,
     left_out: frozenset[str],
 ) -> Iterator[str]:
-    """table: all rows of the file at `path`; rows: those that are finished; left_out: as the file says it."""
+    """table: all rows of the file of this name; rows: those that are finished; left_out: as the file says it."""
+    path = scorer.place.path(name)
     if not table["row_key"].equals(run.unit_rows(unit, ["row_key"])["row_key"]):
         yield f"{path} does not hold the rows of its unit; delete it and score again"
         return

@@ -73,9 +73,7 @@ class RunRace:
             self.base_model: str | None = record["base_model"]
             self.reward_model: str | None = record["reward_model"]
         except (KeyError, TypeError, ValueError, UsageError) as error:
-            raise RunError(
-                f"{store.directory} is damaged ({error!r}); delete it, and the race is held again"
-            ) from error
+            raise RunError(f"{store.place} is damaged ({error!r}); delete it, and the race is held again") from error
         self._thresholds = [prompts_below(share) for share in self.shares]
         self._read: dict[Unit, pa.Table] = {}
 
