@@ -113,7 +113,7 @@ def test_workers_share_a_run_and_nothing_is_computed_twice(tmp_path, corpus, who
     assert sum(own.progress.n_rows for own in workers) == run.n_rows
     for own in workers:
         assert own.progress.n_rows + own.progress.n_rows_skipped == run.n_rows
-    assert list(store.claims.iterdir()) == []
+    assert list(store.claims.directory.iterdir()) == []
 
 
 def test_small_runs_end_again_and_again(tmp_path, corpus):
@@ -126,7 +126,7 @@ def test_small_runs_end_again_and_again(tmp_path, corpus):
 
 def abandoned(store: ScorerStore, unit: Unit) -> None:
     """A worker claims a unit and is never heard of again."""
-    store.claims.mkdir(exist_ok=True)
+    store.claims.directory.mkdir(exist_ok=True)
     assert Claims(store.claims, is_done=lambda name: False).take(unit.name)
 
 
@@ -137,7 +137,7 @@ def test_what_the_dead_had_claimed_is_taken_over(tmp_path, corpus, whole, monkey
         abandoned(store, unit)
     work([Worker(run.directory, FakeModel(), lease=0.5) for _ in range(3)])
     assert parts(store) == whole
-    assert list(store.claims.iterdir()) == []
+    assert list(store.claims.directory.iterdir()) == []
 
 
 def test_one_that_is_slow_is_left_behind_by_the_others(tmp_path, corpus, whole):
@@ -158,7 +158,7 @@ def test_an_error_gives_the_claims_back(tmp_path, corpus, whole):
     broken = Worker(run.directory, FakeModel(raises=fail))
     work([broken])
     assert isinstance(broken.error, RuntimeError)
-    assert list(store.claims.iterdir()) == []
+    assert list(store.claims.directory.iterdir()) == []
     work([Worker(run.directory, FakeModel())])
     assert parts(store) == whole
 

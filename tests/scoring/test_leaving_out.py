@@ -94,7 +94,7 @@ def test_rows_left_out_are_not_tokenised_and_say_why(tmp_path, corpus, whole):
         rows = store.read(unit, ["generator", "status"]).to_pylist()
         names = {A} if {"generator": A, "status": "left_out"} in rows else set()
         assert store.left_out(unit) == names
-        assert json.loads(pq.read_metadatapart_path(store, unit).metadata.get(b"left_out", "[]")) == sorted(names)
+        assert json.loads(pq.read_metadata(part_path(store, unit)).metadata.get(b"left_out", "[]")) == sorted(names)
     by_key = {row["row_key"]: row for row in final_rows(tmp_path / "whole")}
     for row in run.scores().to_pylist():
         final = by_key[row["row_key"]]
@@ -325,7 +325,7 @@ def test_a_kill_between_the_mark_and_the_part_costs_nothing(tmp_path, corpus, wh
 def test_no_footer_is_read_where_nothing_was_left_out(tmp_path, corpus, whole, monkeypatch):
     run, store = new_run(tmp_path / "run", corpus)
     work_off(run, store, FakeModel())
-    monkeypatch.setattr("fastcompat.store.parts.pq.read_metadata", lambda path: pytest.fail("a footer was read"))
+    monkeypatch.setattr(Disk, "read_footer", lambda place, name: pytest.fail("a footer was read"))
     assert run.pending(store) == []
     assert pending_rows(run, store).n_rows == 0
     assert not any(store.left_out(unit) for unit in run.units)

@@ -100,7 +100,6 @@ def test_a_unit_that_kills_its_workers_is_set_aside(tmp_path, clock, alive):
     assert attempts == [*range(1, TRIES + 1), 0, 0]
     last = worker(tmp_path / "claims", clock)
     assert last.set_aside() == [UNIT]
-    assert last.is_set_aside(UNIT)
 
 
 def test_what_is_done_is_given_back_at_the_next_beat_and_the_rest_at_the_end(tmp_path, clock):

@@ -103,9 +103,7 @@ def read_beginning(
     try:
         # Opened once: whoever computes the unit may put another file in its place at any time.
         whole = place.read_table(name)
-        found, n_found = whole.schema, whole.num_rows
-        table = whole.select(list(dict.fromkeys([*wanted, figure, "status"])))
-        metadata = found.metadata or {}
+        metadata = whole.schema.metadata or {}
         packing = Packing(*(int(metadata[field.encode()]) for field in Packing._fields))
         its_scorer = metadata[b"scorer"].decode()
         left_out = left_out_by(metadata)
@@ -116,11 +114,11 @@ def read_beginning(
     except (KeyError, ValueError) as error:
         # Packs were in another order before the scorer's name was there.
         raise RunError(f"{unusable}: another version of fastcompat wrote it") from error
-    if not found.equals(schema) or n_found != n_rows:
+    if not whole.schema.equals(schema) or whole.num_rows != n_rows:
         raise RunError(f"{unusable}: it has other rows or columns than its part will have")
     if its_scorer != scorer:
         raise RunError(f"{unusable}: it is another scorer's")
-    unscored = pc.invert(is_scored(table["status"]))
-    done = pc.or_(pc.is_valid(table[figure]), unscored)
-    table = table.select(wanted).replace_schema_metadata(None)
+    unscored = pc.invert(is_scored(whole["status"]))
+    done = pc.or_(pc.is_valid(whole[figure]), unscored)
+    table = whole.select(wanted).replace_schema_metadata(None)
     return Beginning(table=table, done=done, packing=packing, left_out=left_out)

@@ -104,7 +104,8 @@ class Claims:
         """Claim a unit. Which attempt at it this is, from 1; 0 where it is another's, or set aside."""
         now = self._clock()
         seen = self._seen.get(name)
-        if seen and now - seen.read < self._lease * WATCH_SHARE and not is_gone(seen.worker):
+        expired = seen is not None and (now - seen.since >= self._lease or is_gone(seen.worker))
+        if seen and not expired and now - seen.read < self._lease * WATCH_SHARE:
             return 0  # it was somebody's a moment ago
         claim = {"worker": self._worker, "nonce": token_hex(8), "beat": 0, "attempt": 1}
         if self._place.put_new(_claim(name), _text(claim), lasting=False):
