@@ -108,10 +108,12 @@ class Objects(Place):
     def _get(self, name: str) -> Any:
         try:
             return _obstore().get(self._store, self._key(name)).bytes()
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            if _is_bucket_missing(error):
+                raise RunError(f"{self} cannot be read: {reason(error)}") from error
+            raise FileNotFoundError(f"{self.path(name)} is not there") from error
         except _exceptions().BaseError as error:
-            raise OSError(reason(error)) from error
+            raise OSError(f"{self.path(name)}: {reason(error)}{_advice(error)}") from error
 
     def has(self, name: str) -> bool:
         try:
@@ -119,7 +121,7 @@ class Objects(Place):
         except FileNotFoundError:
             return False
         except _exceptions().BaseError as error:
-            raise OSError(f"{self.path(name)}: {reason(error)}") from error
+            raise OSError(f"{self.path(name)}: {reason(error)}{_advice(error)}") from error
         return True
 
     def names(self) -> set[str]:
@@ -191,10 +193,10 @@ class Ranges(io.RawIOBase):
         self._at = 0
         try:
             self.size = int(_obstore().head(store, key)["size"]) if size is None else size
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{label} is not there") from error
         except _exceptions().BaseError as error:
-            raise OSError(f"{label}: {reason(error)}") from error
+            raise OSError(f"{label}: {reason(error)}{_advice(error)}") from error
 
     def readable(self) -> bool:
         return True
@@ -215,10 +217,8 @@ class Ranges(io.RawIOBase):
             return b""
         try:
             data = bytes(_obstore().get_range(self._store, self._key, start=self._at, end=end))
-        except FileNotFoundError:
-            raise
-        except _exceptions().BaseError as error:
-            raise OSError(f"{self._label}: {reason(error)}") from error
+        except (FileNotFoundError, _exceptions().BaseError) as error:
+            raise OSError(f"{self._label}: {reason(error)}{_advice(error)}") from error
         self._at += len(data)
         return data
 
@@ -272,13 +272,17 @@ def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """What an error of obstore says, in a line, without what an address may carry after its question mark."""
     text = " ".join(str(error).partition("\n\nDebug source")[0].split()) or type(error).__name__
+    if answer := re.search(r"<Code>(?P<code>[^<]*)</Code>\s*<Message>(?P<message>[^<]*)", text):
+        return f"{answer['message'].rstrip('. ')} ({answer['code']})"
     return re.sub(r"\?[^\s\")]*", "", text).rstrip(".")
+
+
+def _is_bucket_missing(error: Exception) -> bool:
+    return "NoSuchBucket" in str(error)
 
 
 def _advice(error: Exception) -> str:
     exceptions = _exceptions()
-    if isinstance(error, FileNotFoundError):
-        return " (is there such a bucket?)"
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return " (with the credentials of this environment)"
     return ""
