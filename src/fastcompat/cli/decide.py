@@ -123,7 +123,7 @@ def _validate(
 def select(
     directory: RunDirectory,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Ends in .jsonl, .jsonl.gz or .parquet.")
+        str, typer.Option("--output", "-o", metavar="FILE", help="Ends in .jsonl, .jsonl.gz or .parquet.")
     ],
     by: Annotated[
         str, typer.Option(help="A metric (car, loss, reward, ifd_ppl ...) or a mixture: car=0.7,ifd_ppl=0.3.")
@@ -174,13 +174,13 @@ def select(
     for count in sorted(counts, key=lambda count: -count["counts"]):
         say(f"{count['counts']:>9,}  {escape(str(count['values']))}")
     n_chosen = counted_noun(chosen.num_rows, "response")
-    say(f"{n_chosen} in [bold]{escape(str(output))}[/], described in {escape(str(card))}")
+    say(f"{n_chosen} in [bold]{escape(output)}[/], described in {escape(str(card))}")
     _note_pending(run)
 
 
 def report(
     directory: RunDirectory,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE.html")] = "report.html",
     by: By = "generator",
     beta: Beta = None,
     average: Annotated[Average, typer.Option(help="Loss: mean over responses or over tokens.")] = Average.response,
@@ -191,10 +191,11 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: the ranking, what it rests on, and examples."""
     from fastcompat.report import write_report
+    from fastcompat.store import is_remote
 
     run = _opened(directory)
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no directory {output.parent}; make it first")
+    if not is_remote(output) and not Path(output).absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no directory {Path(output).parent}; make it first")
     betas = beta or [3.0]
     path = write_report(
         run,
@@ -208,7 +209,8 @@ def report(
         draws=draws,
         examples=examples,
     )
-    say(f"[bold]{escape(str(path))}[/] ({path.stat().st_size / 1e6:.1f} MB)")
+    size = f" ({path.stat().st_size / 1e6:.1f} MB)" if isinstance(path, Path) else ""
+    say(f"[bold]{escape(str(path))}[/]{size}")
     _note_pending(run)
 
 
@@ -218,7 +220,7 @@ def reproduce(
         list[str] | None,
         typer.Option("--base-model", metavar="NAME", help="One of the paper's five. Repeatable.", show_default="all"),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN")] = Path("zoo"),
+    output: Annotated[str, typer.Option("--output", "-o", metavar="RUN")] = "zoo",
     corpus: Annotated[
         str | None, typer.Option(metavar="INPUT", help="A copy of the corpus.", show_default="the hub's")
     ] = None,
@@ -245,7 +247,7 @@ def reproduce(
         say(f"[dim]{escape(note)}[/]")
 
 
-def _opened(directory: Path) -> Run:
+def _opened(directory: str) -> Run:
     """The run, which has something to decide with."""
     from fastcompat.store.run import open_run
 

@@ -54,13 +54,13 @@ def demo(
     command(f"score {models}")
     score(context, directory, None, [base], [judge], keep_tokens=True)
     command(f"rank {directory}")
-    rank(directory)
+    rank(str(directory))
     say(
         "\nThe judge is as small as the base model and often wrong (its MODEL_CARD.md says how often): look where\n"
         "other-function stands, whose answers are all about something else."
     )
     command(f"report {directory} -o {page}")
-    report(directory, page)
+    report(str(directory), str(page))
     say(
         "\nOn your own data: [bold]fastcompat score YOUR_FILES --base-model Qwen/Qwen2.5-0.5B "
         "--reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B -o RUN[/],\n"

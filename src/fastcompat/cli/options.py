@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -100,7 +99,9 @@ Tokenizer = Annotated[
         "--tokenizer", help="Whose token ids: tokenizer.json's (file), or those of transformers' class for it."
     ),
 ]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as score -o made it.")]
+RunDirectory = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run, as score -o made it: a directory, or s3://, gs://, az://.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut.", show_default="the model's context")]

@@ -1,4 +1,4 @@
-"""From what a user names (file, directory, glob, `datasets` directory, hf:// id) to the files that will be read.
+"""From what a user names (file, directory, glob, `datasets` directory, address) to the files that will be read.
 
 A `Source` is one file with its label, which is the path as the user gave it: it stays the same when the corpus is
 named again from the same place, and it is what every row's `source` column says. Sources come in the order
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import glob
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import PurePath, PurePosixPath
+from pathlib import PurePath
 from typing import IO, Any, NamedTuple, cast
 
 from fastcompat.corpus.content import STAND_IN_BYTES, StandIn, stand_in
@@ -28,9 +27,8 @@ from fastcompat.corpus.filenames import (
     is_log,
     may_be_data,
 )
+from fastcompat.corpus.remote import Stream, is_remote, remote_files
 from fastcompat.errors import CorpusError
-
-_HUB = "hf://"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,21 +41,18 @@ class Source:
     size: int
     mtime_ns: int = 0
     oid: str = ""
-    filesystem: Any = None  # an fsspec filesystem; None is this machine's own
+    filesystem: Any = None  # with fsspec's `open`; None is this machine's own
 
     @property
     def remote(self) -> bool:
-        """Whether the file is reached through fsspec."""
+        """Whether the file is not on this machine."""
         return self.filesystem is not None
 
     def open(self) -> IO[bytes]:
         """The file's bytes, seekable. Raises OSError (local) or CorpusError (remote)."""
         if self.filesystem is None:
             return open(self.path, "rb", buffering=0)
-        try:
-            return cast("IO[bytes]", _RemoteFile(self.filesystem.open(self.path, "rb"), self.label))
-        except Exception as error:  # fsspec and the hub raise what they like
-            raise CorpusError(f"cannot open {self.label}: {_reason(error)}.") from error
+        return cast("IO[bytes]", Stream(partial(self.filesystem.open, self.path, "rb"), self.label))
 
 
 class Found(NamedTuple):
@@ -84,10 +79,11 @@ def find_inputs(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     left_out: dict[str, None] = {}
     for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
         text = os.fspath(item)
-        if text.startswith(_HUB):
+        if is_remote(text):
             sources, others = _remote_sources(text, filesystem)
         elif "://" in text and not os.path.exists(text):
-            raise CorpusError(f"cannot read {text}: only hf:// addresses and local paths are known; download it first.")
+            known = "hf://, s3://, gs://, az:// and https:// addresses and local paths are known"
+            raise CorpusError(f"cannot read {text}: only {known}; download it first.")
         else:
             sources, others = _local_sources(text)
         for source in sources:
@@ -134,34 +130,20 @@ def _storable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-class _RemoteFile(io.RawIOBase):
-    """A file behind a network, whose failures are errors: they say nothing about what is in the file."""
-
-    def __init__(self, file: IO[bytes], label: str) -> None:
-        self._file = file
-        self._label = label
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self._file.read(size)
-        except Exception as error:
-            raise CorpusError(f"reading {self._label} failed: {_reason(error)}. Run the command again.") from error
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _remote_sources(address: str, filesystem: Any) -> Found:
+    listed = remote_files(address, filesystem)
+    sources = [
+        Source(
+            label=file.label,
+            path=file.path,
+            generator="",
+            size=file.size,
+            oid=file.oid,
+            filesystem=file.filesystem,
+        )
+        for file in listed.files
+    ]
+    return Found(sources, tuple(listed.others))
 
 
 def _local_sources(text: str) -> Found:
@@ -310,71 +292,3 @@ def _stand_in(source: Source) -> StandIn | None:
     except OSError:
         # Reading it gives one `unreadable` row that says so.
         return None
-
-
-def _remote_sources(address: str, filesystem: Any) -> Found:
-    path = address.removeprefix(_HUB).rstrip("/")
-    if not path.startswith("datasets/"):
-        raise CorpusError(
-            f"cannot read {address}: data sets are addressed as hf://datasets/ORG/NAME[@REVISION][/PATH]."
-        )
-    if filesystem is None:
-        from huggingface_hub import HfFileSystem
-
-        filesystem = HfFileSystem()
-    try:
-        entries, others = _remote_entries(path, filesystem)
-    except FileNotFoundError as error:
-        raise CorpusError(
-            f"{address} does not exist on the hub (or is private: log in with `hf auth login`)."
-        ) from error
-    except Exception as error:  # network errors come as the types of whichever client is underneath
-        raise CorpusError(
-            f"cannot list {address}: {_reason(error)}. Is the hub reachable? If not, download the files and name them."
-        ) from error
-    if not entries:
-        raise CorpusError(f"{address} holds no corpus file; known endings: {' '.join(KNOWN_SUFFIXES)}.")
-    return Found([_remote_source(entry, filesystem) for entry in entries], tuple(others))
-
-
-def _remote_entries(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    if not glob.has_magic(path):
-        info = filesystem.info(path)
-        if info["type"] == "file":
-            return [info], []
-        listed = filesystem.find(path, detail=True)
-    else:
-        listed = filesystem.glob(path, detail=True)
-    root = PurePosixPath(path).parts
-    entries, others = [], []
-    for name, info in sorted(listed.items()):
-        parts = PurePosixPath(name.lstrip("/")).parts
-        hidden = any(part.startswith(".") for part in parts[len(root) - 1 :])
-        base = parts[-1]
-        if info["type"] != "file" or hidden or is_bookkeeping(base):
-            continue
-        if has_known_suffix(base):
-            entries.append(info)
-        elif may_be_data(base):
-            others.append(_HUB + name.lstrip("/"))
-    return entries, others
-
-
-def _remote_source(info: dict[str, Any], filesystem: Any) -> Source:
-    name = str(info["name"])
-    label = _HUB + name.lstrip("/")
-    large = info.get("lfs") or {}
-    oid = large.get("sha256") or large.get("oid") or info.get("blob_id") or info.get("ETag") or ""
-    return Source(
-        label=label,
-        path=name,
-        generator="",
-        size=int(info.get("size") or 0),
-        oid=str(oid),
-        filesystem=filesystem,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".")

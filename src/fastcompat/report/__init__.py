@@ -19,7 +19,7 @@ from typing import Literal
 from fastcompat.metrics import BETA
 from fastcompat.report.data import BETAS, Options, report_data
 from fastcompat.report.page import render
-from fastcompat.store import Run
+from fastcompat.store import Run, is_remote, new_file
 
 
 def write_report(
@@ -35,16 +35,17 @@ def write_report(
     draws: int = 1000,
     seed: int = 0,
     examples: int = 5,
-) -> Path:
-    """Write the page of a run, finished or not, to `path`, and return the path. Under 2 MB, whatever the run's size.
+) -> Path | str:
+    """Write the page of a run, finished or not, to `path` (or s3://bucket/report.html), and return that. Under 2 MB,
+    whatever the run's size.
 
     by, average, reward_shift, leave_out, draws, seed: as of `ranking.rank`. beta: the weight of the loss in CAR that
     the page is about; betas: those that the rankings are compared under, `beta` joins them. examples: responses shown
     of the highest and of the lowest of each figure; 0 for none, so that the page has no text of the corpus.
 
     The same run and options give the same bytes. Where a mean reward is negative the page says so and ranks by
-    loss. Raises UsageError for a run without scores and options out of range, RunError where the run is damaged,
-    OSError where `path` cannot be written.
+    loss. Raises UsageError for a run without scores and options out of range, RunError where the run is damaged or
+    `path` cannot be written.
     """
     options = Options(
         by=by,
@@ -58,9 +59,9 @@ def write_report(
         examples=examples,
     )
     page = render(report_data(run, options), options)
-    target = Path(path)
-    target.write_text(page, encoding="utf-8", newline="\n")
-    return target
+    with new_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return os.fspath(path) if is_remote(path) else Path(path)
 
 
 __all__ = ["Options", "report_data", "write_report"]

@@ -14,9 +14,8 @@ verification  how far a run is, and whether every file is what it should be
 
 from fastcompat.store.beginnings import Packing
 from fastcompat.store.claims import Claims
-from fastcompat.store.durable import replacing
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
-from fastcompat.store.places import Place, is_remote, place_of
+from fastcompat.store.places import Place, is_remote, new_file, place_of
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
 from fastcompat.store.verification import pending_rows, unscored_generators
@@ -33,11 +32,11 @@ __all__ = [
     "Unit",
     "is_remote",
     "leave_nothing_out",
+    "new_file",
     "open_run",
     "pending_rows",
     "place_of",
     "races_of",
-    "replacing",
     "start_race",
     "unscored_generators",
 ]

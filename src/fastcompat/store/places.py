@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastcompat.cloud import SCHEMES
 from fastcompat.errors import RunError
 from fastcompat.store.durable import creating, own_name, remove_abandoned, replacing
 
@@ -70,7 +72,8 @@ class Place(ABC):
         bytes, if that is known."""
 
     @abstractmethod
-    def has(self, name: str) -> bool: ...
+    def has(self, name: str) -> bool:
+        """Whether there is such a file. Raises RunError where that cannot be told."""
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -226,12 +229,24 @@ class Disk(Place):
         remove_abandoned(self.directory)
 
 
-_SCHEMES = ("s3://", "s3a://", "gs://", "az://", "abfs://", "abfss://")
+@contextmanager
+def new_file(location: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path on this machine's disk, whose file is at `location` when the block ends: there, or in an object store,
+    whole or not at all. Raises RunError where that is refused."""
+    if not is_remote(location):
+        with replacing(Path(location)) as temporary:
+            yield temporary
+        return
+    folder, _, name = os.fspath(location).rpartition("/")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / name
+        yield path
+        place_of(folder).put_file(name, path)
 
 
 def is_remote(location: str | os.PathLike[str] | Place) -> bool:
     """Whether it names an object store and not this machine's disks."""
-    return isinstance(location, str) and location.startswith(_SCHEMES)
+    return isinstance(location, str) and location.startswith(SCHEMES)
 
 
 def place_of(location: str | os.PathLike[str] | Place) -> Place:

@@ -23,7 +23,7 @@ from fastcompat.decisions.selection.dataset_card import dataset_card
 from fastcompat.decisions.selection.selection import METADATA_KEY
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import ROW_SCHEMA, IntArray, Message
-from fastcompat.store import Run, replacing
+from fastcompat.store import Run, is_remote, new_file
 
 # Conversations in memory at once: some 60 MB.
 ROWS_AT_ONCE = 20_000
@@ -35,22 +35,22 @@ _CONVERSATION = ["messages", "tools"]
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
 
-def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) -> Path:
-    """Write the conversations of `chosen` in its order, with a card beside them; the card's path.
+def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) -> Path | str:
+    """Write the conversations of `chosen` in its order, with a card beside them; the card's path or address.
 
-    chosen: what `select` returned for this run, or some of its rows. path: ends in .jsonl, .jsonl.gz or .parquet; what
-    is there is replaced. Every row has `messages` (a list of role, content and whatever else the corpus says of a
-    turn), `tools` where the corpus names some, `prompt_id`, `generator`, `row_key`, the values that it was chosen by,
-    loss and reward where they are known, and its `rank` within the prompt. In Parquet, whose columns have one type,
-    a turn's keys are columns of their own, null where it has not, objects as JSON text; so are `tools`, as TRL reads
-    them. The card
-    is `path` with ".md" after it. Both are written whole or not at all; few conversations are in memory at once.
+    chosen: what `select` returned for this run, or some of its rows. path: ends in .jsonl, .jsonl.gz or .parquet, and
+    may be an address like s3://bucket/best.jsonl; what is there is replaced. Every row has `messages` (a list of role,
+    content and whatever else the corpus says of a turn), `tools` where the corpus names some, `prompt_id`, `generator`,
+    `row_key`, the values that it was chosen by, loss and reward where they are known, and its `rank` within the prompt.
+    In Parquet, whose columns have one type, a turn's keys are columns of their own, null where it has not, objects as
+    JSON text; so are `tools`, as TRL reads them. The card is `path` with ".md" after it. Both are written whole or not
+    at all; few conversations are in memory at once.
 
     Raises UsageError: another suffix, no rows, rows that are not the run's, tool calls for a Parquet file; RunError: a
     damaged shard, a full disk.
     """
-    path = Path(path)
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    name = os.fspath(path).rpartition("/")[2] if is_remote(path) else Path(path).name
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     if suffix is None:
         raise UsageError(f"{path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if METADATA_KEY not in (chosen.schema.metadata or {}):
@@ -60,21 +60,26 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
     record = json.loads(chosen.schema.metadata[METADATA_KEY])
     values = _values(chosen, record)
     places = _places(run, chosen)
-    card_path = path.with_name(f"{path.name}.md")
+    card_path = f"{os.fspath(path)}.md"
     n_unusual = 0
     form = _ParquetForm.of(run, places, path) if suffix == ".parquet" else _LinesForm()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{path.parent} cannot be made ({error.strerror}); choose another place") from error
-    with replacing(path) as temporary, replacing(card_path) as temporary_card:
+    if not is_remote(path):
+        _make(Path(path).parent)
+    with new_file(path) as temporary, new_file(card_path) as temporary_card:
         with form.writer(temporary, suffix) as write:
-            for first, conversations in _in_order(run, places, chosen.num_rows, path):
+            for first, conversations in _in_order(run, places, chosen.num_rows, temporary):
                 n_unusual += _count_unusual(conversations["messages"].combine_chunks())
                 write(conversations, values.slice(first, conversations.num_rows))
-        card = dataset_card(run, chosen, record, path.name, n_unusual=n_unusual)
+        card = dataset_card(run, chosen, record, name, n_unusual=n_unusual)
         temporary_card.write_text(card, encoding="utf-8")
-    return card_path
+    return card_path if is_remote(path) else Path(card_path)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{directory} cannot be made ({error.strerror}); choose another place") from error
 
 
 def _values(chosen: pa.Table, record: dict[str, Any]) -> pa.Table:
@@ -98,7 +103,7 @@ def _places(run: Run, chosen: pa.Table) -> list[IntArray]:
     return np.split(places, np.cumsum([len(key) for key in keys])[:-1])
 
 
-def _in_order(run: Run, places: list[IntArray], n_rows: int, path: Path) -> Iterator[tuple[int, pa.Table]]:
+def _in_order(run: Run, places: list[IntArray], n_rows: int, beside: Path) -> Iterator[tuple[int, pa.Table]]:
     """(first row, messages and tools) of `ROWS_AT_ONCE` rows after the other, by their places.
 
     Units hold the prompts of a hash bucket, so a unit's rows belong all over the file: they are dealt into one
@@ -107,7 +112,7 @@ def _in_order(run: Run, places: list[IntArray], n_rows: int, path: Path) -> Iter
     schema = pa.schema([("place", pa.int64()), *(ROW_SCHEMA.field(name) for name in _CONVERSATION)])
     n_pieces = -(-n_rows // ROWS_AT_ONCE)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+    with TemporaryDirectory(dir=beside.parent, prefix=f".{beside.name}.") as directory:
         files = [Path(directory) / str(piece) for piece in range(n_pieces)]
         with ExitStack() as stack:
             pieces = [stack.enter_context(pa.ipc.new_stream(file, schema, options=options)) for file in files]
@@ -157,7 +162,7 @@ class _ParquetForm:
     has_tools: bool
 
     @classmethod
-    def of(cls, run: Run, places: list[IntArray], path: Path) -> Self:
+    def of(cls, run: Run, places: list[IntArray], path: str | os.PathLike[str]) -> Self:
         """The form that holds all chosen conversations. Raises UsageError where a key has no one type."""
         types: dict[str, pa.DataType] = {}
         has_tools = False

@@ -1,0 +1,135 @@
+"""Object stores through obstore, the extra `cloud`: opened, read in ranges, and what they answer in a sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from fastcompat.errors import UsageError
+
+SCHEMES = ("s3://", "s3a://", "gs://", "az://", "abfs://", "abfss://")
+
+# A request, connecting included, may take so long.
+_TIMEOUT, _CONNECT_TIMEOUT = timedelta(minutes=2), timedelta(seconds=10)
+
+
+def split_address(location: str) -> tuple[str, str]:
+    """s3://bucket/a/b -> (s3://bucket, a/b). Raises UsageError where there is no bucket."""
+    scheme, _, rest = location.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if not bucket:
+        raise UsageError(f"{location} names no bucket: write {scheme}://BUCKET/FOLDER")
+    return f"{scheme}://{bucket}", prefix
+
+
+def open_store(root: str) -> Any:
+    """obstore's store of a bucket, s3://bucket. Credentials are found where each platform's own tools look for them:
+    environment, instance, for S3 with boto3 installed also profiles and single sign-on.
+
+    Raises UsageError without obstore, or where a setting is missing.
+    """
+    client = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT}
+    settings: dict[str, Any] = _of_s3(os.environ) if root.startswith(("s3://", "s3a://")) else {}
+    settings["client_options"] = client | settings.get("client_options", {})
+    settings["retry_config"] = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
+    try:
+        return obstore().store.from_url(root, **settings)
+    except (exceptions().BaseError, ValueError) as error:
+        raise UsageError(f"{root} cannot be opened: {reason(error)}") from error
+
+
+def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Beside what obstore reads of the environment itself."""
+    settings: dict[str, Any] = {}
+    if endpoint := environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"):
+        settings["config"] = {"endpoint": endpoint}
+        settings["client_options"] = {"allow_http": endpoint.startswith("http://")}
+    told = "AWS_ACCESS_KEY_ID" in environment or environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
+    if not told and find_spec("boto3") is not None:
+        settings["credential_provider"] = import_module("obstore.auth.boto3").Boto3CredentialProvider()
+    return settings
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in a line, without what an address may carry after its question mark."""
+    text = " ".join(str(error).partition("\n\nDebug source")[0].split()) or type(error).__name__
+    if answer := re.search(r"<Code>(?P<code>[^<]*)</Code>\s*<Message>(?P<message>[^<]*)", text):
+        return f"{answer['message'].rstrip('. ')} ({answer['code']})"
+    return re.sub(r"\?[^\s\")]*", "", text).rstrip(".")
+
+
+def advice(error: Exception) -> str:
+    """What may be wrong, where that is known; follows the reason."""
+    refused = exceptions().PermissionDeniedError, exceptions().UnauthenticatedError
+    return " (with the credentials of this environment)" if isinstance(error, refused) else ""
+
+
+def is_bucket_missing(error: Exception) -> bool:
+    """Whether an object is not there because its bucket is not."""
+    return "NoSuchBucket" in str(error)
+
+
+class Ranges(io.RawIOBase):
+    """An object's bytes, read where they are asked for: one request a read. Failures are OSError.
+
+    label: how users name it. size: if known, saves asking.
+    """
+
+    def __init__(self, store: Any, key: str, label: str, size: int | None = None) -> None:
+        self._store, self._key, self._label = store, key, label
+        self._at = 0
+        try:
+            self.size = int(obstore().head(store, key)["size"]) if size is None else size
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{label} is not there") from error
+        except exceptions().BaseError as error:
+            raise OSError(f"{label}: {reason(error)}{advice(error)}") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self.size if size is None or size < 0 else min(self._at + size, self.size)
+        if end <= self._at:
+            return b""
+        try:
+            data = bytes(obstore().get_range(self._store, self._key, start=self._at, end=end))
+        except (FileNotFoundError, exceptions().BaseError) as error:
+            raise OSError(f"{self._label}: {reason(error)}{advice(error)}") from error
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def obstore() -> Any:
+    """The module. Raises UsageError where it is not installed."""
+    try:
+        import_module("obstore.store")
+        return import_module("obstore")
+    except ModuleNotFoundError as error:
+        raise UsageError("object stores need obstore: pip install 'fastcompat[cloud]'") from error
+
+
+def exceptions() -> Any:
+    """obstore's."""
+    return obstore().exceptions

@@ -1,0 +1,309 @@
+"""Files that are not on this machine: data sets of the hub, object stores, the web. Listed, and opened as streams."""
+
+from __future__ import annotations
+
+import glob
+import http.client
+import io
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import IO, Any, NamedTuple, cast
+
+from fastcompat.cloud import SCHEMES, advice, obstore, open_store, reason, split_address
+from fastcompat.corpus.filenames import KNOWN_SUFFIXES, has_known_suffix, is_bookkeeping, may_be_data
+from fastcompat.errors import CorpusError
+
+HUB = "hf://"
+_WEB = ("https://", "http://")
+# What is read of an object or a page at once.
+_BUFFER_BYTES = 4 << 20
+# A transfer that breaks off is taken up again so often.
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """label: its address, as it will be named. oid: tells its content from another; "" where nobody says."""
+
+    label: str
+    path: str
+    size: int
+    oid: str
+    filesystem: Any
+
+
+class Listed(NamedTuple):
+    """Files whose endings are known, and the labels of those that may be data all the same."""
+
+    files: list[RemoteFile]
+    others: list[str]
+
+
+def is_remote(address: str) -> bool:
+    return address.startswith((HUB, *SCHEMES, *_WEB))
+
+
+def remote_files(address: str, filesystem: Any = None) -> Listed:
+    """The files behind an address. filesystem: in the place of the hub's. Raises CorpusError where there is none."""
+    if address.startswith(_WEB):
+        return Listed([_of_the_web(address)], [])
+    if address.startswith(SCHEMES):
+        bucket = Bucket(address)
+        entries, others = _entries(bucket.prefix, bucket, address)
+        files = [_file(bucket.root + "/", entry, bucket) for entry in entries]
+        return Listed(files, [f"{bucket.root}/{name}" for name in others])
+    path = address.removeprefix(HUB).rstrip("/")
+    if not path.startswith("datasets/"):
+        raise CorpusError(
+            f"cannot read {address}: data sets are addressed as hf://datasets/ORG/NAME[@REVISION][/PATH]."
+        )
+    if filesystem is None:
+        from huggingface_hub import HfFileSystem
+
+        filesystem = HfFileSystem()
+    entries, others = _entries(path, filesystem, address)
+    return Listed([_file(HUB, entry, filesystem) for entry in entries], [HUB + name for name in others])
+
+
+def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, Any]], list[str]]:
+    on_the_hub = address.startswith(HUB)
+    try:
+        entries, others = _divided(path, filesystem)
+    except FileNotFoundError as error:
+        where = " on the hub (or is private: log in with `hf auth login`)" if on_the_hub else ""
+        raise CorpusError(f"{address} does not exist{where}.") from error
+    except Exception as error:  # network errors come as the types of whichever client is underneath
+        hint = "Is the hub reachable? If not, download the files and name them." if on_the_hub else ""
+        raise CorpusError(f"cannot list {address}: {because(error)}. {hint}".rstrip()) from error
+    if not entries:
+        raise CorpusError(f"{address} holds no corpus file; known endings: {' '.join(KNOWN_SUFFIXES)}.")
+    return entries, others
+
+
+def _divided(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    if not glob.has_magic(path):
+        info = filesystem.info(path)
+        if info["type"] == "file":
+            return [info], []
+        listed = filesystem.find(path, detail=True)
+    else:
+        listed = filesystem.glob(path, detail=True)
+    root = PurePosixPath(path).parts
+    entries, others = [], []
+    for name, info in sorted(listed.items()):
+        parts = PurePosixPath(name.lstrip("/")).parts
+        hidden = any(part.startswith(".") for part in parts[max(len(root) - 1, 0) :])
+        base = parts[-1]
+        if info["type"] != "file" or hidden or is_bookkeeping(base):
+            continue
+        if has_known_suffix(base):
+            entries.append(info)
+        elif may_be_data(base):
+            others.append(name.lstrip("/"))
+    return entries, others
+
+
+def _file(root: str, info: dict[str, Any], filesystem: Any) -> RemoteFile:
+    name = str(info["name"])
+    large = info.get("lfs") or {}
+    oid = large.get("sha256") or large.get("oid") or info.get("blob_id") or info.get("ETag") or ""
+    return RemoteFile(
+        label=root + name.lstrip("/"),
+        path=name,
+        size=int(info.get("size") or 0),
+        oid=str(oid),
+        filesystem=filesystem,
+    )
+
+
+class Bucket:
+    """A bucket's objects, with the four methods of an fsspec filesystem that are used here."""
+
+    def __init__(self, address: str) -> None:
+        self.root, prefix = split_address(address)
+        self.prefix = prefix.rstrip("/")
+
+    @property
+    def _store(self) -> Any:
+        # Made anew: it cannot be sent to another process.
+        return open_store(self.root)
+
+    def info(self, path: str) -> dict[str, Any]:
+        """Of an object, or of what would be a folder. Raises FileNotFoundError for neither."""
+        if path:
+            try:
+                return _described(obstore().head(self._store, path))
+            except FileNotFoundError:
+                pass
+        if not self.find(path):
+            raise FileNotFoundError(f"{self.root}/{path}")
+        return {"name": path, "type": "directory"}
+
+    def find(self, path: str, detail: bool = True) -> dict[str, dict[str, Any]]:
+        """Every object below a folder, at any depth."""
+        prefix = f"{path.rstrip('/')}/" if path else None
+        found = [entry for batch in obstore().list(self._store, prefix) for entry in batch]
+        return {entry["path"]: _described(entry) for entry in found if entry["size"] or not entry["path"].endswith("/")}
+
+    def glob(self, pattern: str, detail: bool = True) -> dict[str, dict[str, Any]]:
+        """Every object whose name matches; * ends at a slash, ** does not."""
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+        return {name: info for name, info in self.find(fixed).items() if _matches(pattern.split("/"), name.split("/"))}
+
+    def open(self, path: str, mode: str = "rb") -> IO[bytes]:
+        return cast("IO[bytes]", obstore().open_reader(self._store, path, buffer_size=_BUFFER_BYTES))
+
+
+def _described(entry: Any) -> dict[str, Any]:
+    etag = str(entry.get("e_tag") or "").strip('"')
+    return {"name": entry["path"], "type": "file", "size": entry["size"], "ETag": etag}
+
+
+def _matches(pattern: list[str], name: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(pattern[1:], name[k:]) for k in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
+
+
+class Web:
+    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark."""
+
+    def open(self, path: str, mode: str = "rb") -> IO[bytes]:
+        return cast("IO[bytes]", io.BufferedReader(_WebFile(path), _BUFFER_BYTES))
+
+
+def _of_the_web(address: str) -> RemoteFile:
+    # What follows the question mark may be a signature: it is nobody's business who reads the run.
+    label = address.partition("?")[0].partition("#")[0]
+    try:
+        with _answer(address, 0) as answer:
+            size = answer.headers.get("Content-Length")
+            oid = str(answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
+    except OSError as error:
+        raise CorpusError(f"cannot read {label}: {because(error)}.") from error
+    if size is None:
+        raise CorpusError(f"cannot read {label}: the server does not say how large it is; download it first.")
+    return RemoteFile(label=label, path=address, size=int(size), oid=oid, filesystem=Web())
+
+
+def _answer(address: str, begin: int) -> http.client.HTTPResponse:
+    """The server's answer, from a byte on. Raises OSError."""
+    # Packed on the way, a file would have another length than it has.
+    headers = {"User-Agent": "fastcompat", "Accept-Encoding": "identity"} | (
+        {"Range": f"bytes={begin}-"} if begin else {}
+    )
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        raise OSError(f"the server answers {error.code} {error.reason}") from error
+    except http.client.HTTPException as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    if begin and answer.status != http.client.PARTIAL_CONTENT:
+        answer.close()
+        raise OSError("the server does not give parts of a file; download it first")
+    return cast("http.client.HTTPResponse", answer)
+
+
+class _WebFile(io.RawIOBase):
+    """One file of a web server: a stream that is begun anew wherever it is read next."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._at = self._stream_at = 0
+        self._answer: http.client.HTTPResponse | None = _answer(address, 0)
+        self._size = int(self._answer.headers.get("Content-Length") or 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        if self._at >= self._size:
+            return 0
+        for attempt in range(_TRIES):
+            try:
+                data = self._stream().read(min(len(buffer), self._size - self._at))
+                if data:
+                    break
+            except (OSError, http.client.HTTPException):
+                if attempt == _TRIES - 1:
+                    raise
+            self._drop()
+            time.sleep(0.1 * 4**attempt)
+        else:
+            raise OSError("the server ends the file early")
+        buffer[: len(data)] = data
+        self._at = self._stream_at = self._at + len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _stream(self) -> http.client.HTTPResponse:
+        if self._answer is None or self._stream_at != self._at:
+            self._drop()
+            self._answer, self._stream_at = _answer(self._address, self._at), self._at
+        return self._answer
+
+    def _drop(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+        self._answer = None
+
+
+class Stream(io.RawIOBase):
+    """A file behind a network, whose failures are CorpusError: they say nothing about what is in the file."""
+
+    def __init__(self, open_file: Callable[[], IO[bytes]], label: str) -> None:
+        self._label = label
+        try:
+            self._file = open_file()
+        except Exception as error:  # fsspec, the hub and obstore raise what they like
+            raise CorpusError(f"cannot open {label}: {because(error)}.") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return bytes(self._file.read(size))
+        except Exception as error:
+            raise CorpusError(f"reading {self._label} failed: {because(error)}. Run the command again.") from error
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def because(error: Exception) -> str:
+    """An error of whichever client is underneath, in a line."""
+    hint = "" if isinstance(error, OSError) or type(error).__module__ != "obstore.exceptions" else advice(error)
+    return reason(error) + hint
