@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -52,7 +53,8 @@ def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
         settings["client_options"] = {"allow_http": endpoint.startswith("http://")}
     told = "AWS_ACCESS_KEY_ID" in environment or environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
     if not told and find_spec("boto3") is not None:
-        settings["credential_provider"] = import_module("obstore.auth.boto3").Boto3CredentialProvider()
+        with suppress(ValueError):  # it knows of none either
+            settings["credential_provider"] = obstore().auth.boto3.Boto3CredentialProvider()
     return settings
 
 
@@ -66,8 +68,9 @@ def reason(error: BaseException) -> str:
 
 def advice(error: Exception) -> str:
     """What may be wrong, where that is known; follows the reason."""
-    refused = exceptions().PermissionDeniedError, exceptions().UnauthenticatedError
-    return " (with the credentials of this environment)" if isinstance(error, refused) else ""
+    refused = isinstance(error, exceptions().PermissionDeniedError | exceptions().UnauthenticatedError)
+    refused = refused or re.search(r"\b(401 Unauthorized|403 Forbidden)\b", str(error)) is not None
+    return " (with the credentials of this environment)" if refused else ""
 
 
 def is_bucket_missing(error: Exception) -> bool:
@@ -124,7 +127,8 @@ class Ranges(io.RawIOBase):
 def obstore() -> Any:
     """The module. Raises UsageError where it is not installed."""
     try:
-        import_module("obstore.store")
+        for name in ("obstore.store", *(["obstore.auth.boto3"] if find_spec("boto3") else [])):
+            import_module(name)
         return import_module("obstore")
     except ModuleNotFoundError as error:
         raise UsageError("object stores need obstore: pip install 'fastcompat[cloud]'") from error

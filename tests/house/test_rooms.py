@@ -19,8 +19,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "fastcompat"
 
 # From the ground up. A room may use what stands below it, never what stands beside or above it.
 STOREYS = [
-    {"errors", "wording", "version", "hub", "cloud"},
-    {"rows", "ops"},
+    {"errors", "wording", "version", "hub"},
+    {"rows", "ops", "cloud"},
     {"corpus", "tokens", "metrics"},
     {"store", "models"},
     {"decisions", "scoring"},
@@ -151,7 +151,7 @@ def test_every_room_has_a_map_that_names_its_files():
 
 
 def test_few_files_stand_outside_the_rooms():
-    assert len(list(SOURCE.glob("*.py"))) <= 6
+    assert len(list(SOURCE.glob("*.py"))) <= 7
 
 
 def test_storeys_are_climbed_without_a_gap():

@@ -61,10 +61,10 @@ class Objects(Place):
         """Nothing: a folder is the beginning of its objects' names."""
 
     def put(self, name: str, data: bytes | pa.Buffer, *, lasting: bool = True) -> None:
-        self._try(name, lambda: obstore().put(self._store, self._key(name), data))
+        self._try(name, lambda: obstore().put(self._store, self._key(name), bytes(data)))
 
     def put_new(self, name: str, data: bytes | pa.Buffer, *, lasting: bool = True) -> bool:
-        known = exceptions()
+        known, data = exceptions(), bytes(data)
         why: Exception | None = None
         for attempt in range(TRIES):
             try:
