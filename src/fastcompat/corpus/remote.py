@@ -55,10 +55,10 @@ def remote_files(address: str, filesystem: Any = None) -> Listed:
     if address.startswith(_WEB):
         return Listed([_of_the_web(address)], [])
     if address.startswith(SCHEMES):
-        bucket = Bucket(address)
-        entries, others = _entries(bucket.prefix, bucket, address)
-        files = [_file(bucket.root + "/", entry, bucket) for entry in entries]
-        return Listed(files, [f"{bucket.root}/{name}" for name in others])
+        root, path = split_address(address)
+        entries, others = _entries(path.rstrip("/"), Bucket(root), address)
+        files = [_file(f"{root}/", entry, Bucket(root)) for entry in entries]
+        return Listed(files, [f"{root}/{name}" for name in others])
     path = address.removeprefix(HUB).rstrip("/")
     if not path.startswith("datasets/"):
         raise CorpusError(
@@ -123,12 +123,11 @@ def _file(root: str, info: dict[str, Any], filesystem: Any) -> RemoteFile:
     )
 
 
+@dataclass(frozen=True, slots=True)
 class Bucket:
-    """A bucket's objects, with the four methods of an fsspec filesystem that are used here."""
+    """A bucket's objects, with the four methods of an fsspec filesystem that are used here. root: s3://bucket."""
 
-    def __init__(self, address: str) -> None:
-        self.root, prefix = split_address(address)
-        self.prefix = prefix.rstrip("/")
+    root: str
 
     @property
     def _store(self) -> Any:

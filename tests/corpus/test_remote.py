@@ -1,0 +1,228 @@
+"""Corpora in object stores and on the web give the rows of the same files on a disk."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpora import rows_of
+from object_stores import BUCKET, FaultProxy, credentials, s3_server
+
+from fastcompat.corpus import iter_responses, prepare, remote
+from fastcompat.corpus.sources import find_inputs, find_sources
+from fastcompat.errors import CorpusError
+from fastcompat.rows import ROW_SCHEMA
+
+NAMES = ("a.jsonl", "deep/b.jsonl.gz", "deep/deeper/c.parquet")
+
+
+def content(name: str) -> bytes:
+    rows = rows_of(Path(name).name.split(".")[0], n_prompts=200)
+    if name.endswith(".parquet"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=50)
+        return sink.getvalue().to_pybytes()
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("files") / "corpus"
+    for name in NAMES:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content(name))
+    (directory / "README.md").write_text("no corpus")
+    (directory / "deep" / "notes.txt").write_text("none either")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def s3(files) -> Iterator[str]:
+    obstore = pytest.importorskip("obstore")
+    with s3_server() as address:
+        config = {name.lower(): value for name, value in credentials(address).items()}
+        store = obstore.store.S3Store(BUCKET, config=config, client_options={"allow_http": True})
+        for path in files.rglob("*.*"):
+            if path.is_file():
+                obstore.put(store, f"data/{path.relative_to(files).as_posix()}", path.read_bytes())
+        obstore.put(store, "data/.hidden.jsonl", b"{}")
+        obstore.put(store, "data/folder/", b"")
+        yield address
+
+
+@pytest.fixture
+def in_bucket(s3, monkeypatch) -> str:
+    for name, value in credentials(s3).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/data"
+
+
+def texts(inputs: str | Path | list) -> list[tuple[str, int, str]]:
+    rows = iter_responses(inputs)
+    return [(row.generator, row.row_index, row.messages[-1].content) for row in rows]
+
+
+def test_a_folder_of_a_bucket_is_the_directory(files, in_bucket):
+    found = find_inputs(in_bucket)
+    assert [source.label for source in found.sources] == [f"{in_bucket}/{name}" for name in NAMES]
+    assert [source.size for source in found.sources] == [(files / name).stat().st_size for name in NAMES]
+    assert all(source.oid for source in found.sources)
+    assert texts(in_bucket) == texts(files)
+    assert find_sources(in_bucket + "/") == found.sources
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.jsonl", NAMES[:1]),
+        ("*.jsonl", NAMES[:1]),
+        ("deep/*", NAMES[1:2]),
+        ("**/*.gz", NAMES[1:2]),
+        ("**", NAMES),
+        ("deep/**/c.parquet", NAMES[2:]),
+        ("[ab].jsonl", NAMES[:1]),
+    ],
+)
+def test_names_and_patterns(in_bucket, pattern, names):
+    assert [source.label for source in find_sources(f"{in_bucket}/{pattern}")] == [f"{in_bucket}/{n}" for n in names]
+
+
+def test_the_shards_are_those_of_the_files(files, in_bucket, tmp_path):
+    summary = prepare(in_bucket, tmp_path / "bucket")
+    here = prepare(str(files), tmp_path / "here")
+    assert [file.statuses for file in summary.files] == [file.statuses for file in here.files]
+    # Where a row came from is all that may differ.
+    columns = [name for name in ROW_SCHEMA.names if name not in ("source", "row_key")]
+    for shard in summary.shards:
+        tables = [pq.read_table(tmp_path / where / shard.name, columns=columns) for where in ("bucket", "here")]
+        assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("path", ["nothing", "data/none.jsonl", "data/deep/x*"])
+def test_what_is_not_there_is_said(in_bucket, path):
+    with pytest.raises(CorpusError, match=r"does not exist|holds no corpus file"):
+        find_sources(f"s3://{BUCKET}/{path}")
+
+
+def test_a_missing_bucket_and_refused_credentials(s3, in_bucket, monkeypatch):
+    with pytest.raises(CorpusError, match="bucket does not exist"):
+        find_sources("s3://no-such-bucket/x")
+    with FaultProxy(s3, lambda method, path, n: 403) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        with pytest.raises(CorpusError, match="with the credentials of this environment"):
+            find_sources(in_bucket)
+
+
+def test_reading_that_fails_is_an_error_and_no_end_of_the_file(s3, in_bucket, monkeypatch):
+    refuse = False
+    with FaultProxy(s3, lambda method, path, n: 404 if refuse and method == "GET" else "") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        sources = find_sources(in_bucket)
+        refuse = True
+        with pytest.raises(CorpusError, match=r"(reading|cannot open) s3://.*"):
+            list(iter_responses(in_bucket + "/a.jsonl")) if not sources else sources[0].open().read()
+
+
+# --- the web
+
+
+@contextmanager
+def web(files: Path, *, ranges: bool = True, breaks_after: int | None = None) -> Iterator[tuple[str, Counter]]:
+    """A server of these files; breaks_after: it hangs up after so many bytes of every answer."""
+    seen: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = files / urlsplit(self.path).path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            if urlsplit(self.path).query not in ("", "signature=secret"):
+                self.send_error(403)
+                return
+            data = path.read_bytes()
+            begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            partial_answer = bool(begin) and ranges
+            seen["range" if partial_answer else "whole"] += 1
+            body = data[begin:] if partial_answer else data
+            self.send_response(206 if partial_answer else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"tag"')
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(body if breaks_after is None else body[:breaks_after])
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield "http://{}:{}".format(*server.server_address), seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_the_web(files, name):
+    with web(files) as (address, _):
+        (source,) = find_sources(f"{address}/{name}")
+        assert (source.label, source.size, source.oid) == (
+            f"{address}/{name}",
+            (files / name).stat().st_size,
+            "tag",
+        )
+        assert texts(f"{address}/{name}") == texts(files / name)
+
+
+def test_a_signature_is_sent_and_kept_nowhere(files):
+    with web(files) as (address, _):
+        (source,) = find_sources(f"{address}/a.jsonl?signature=secret")
+        assert source.label == f"{address}/a.jsonl"
+        assert len(texts(f"{address}/a.jsonl?signature=secret")) == 200
+        with pytest.raises(CorpusError, match="answers 403") as raised:
+            find_sources(f"{address}/a.jsonl?signature=wrong")
+        assert "wrong" not in str(raised.value)
+
+
+def test_a_transfer_that_breaks_off_is_taken_up(files, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with web(files, breaks_after=3000) as (address, seen):
+        assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")
+        assert seen["range"] > 2
+
+
+def test_a_server_without_ranges(files, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with web(files, ranges=False) as (address, _):
+        # A stream needs none, but it is read twice: once for a look at its head.
+        assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")
+        with pytest.raises(CorpusError, match="does not give parts of a file"):
+            texts(f"{address}/deep/deeper/c.parquet")
+
+
+def test_what_the_web_has_not(files):
+    with web(files) as (address, _), pytest.raises(CorpusError, match=r"cannot read http://.*none.jsonl.*answers 404"):
+        find_sources(f"{address}/none.jsonl")
+    with pytest.raises(CorpusError, match="cannot read http://127"):
+        find_sources("http://127.0.0.1:9/x.jsonl")
+
+
+def test_other_addresses_are_refused():
+    with pytest.raises(CorpusError, match="ftp://host/x: only hf://"):
+        find_sources("ftp://host/x")
