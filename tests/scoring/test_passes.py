@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from command_line import succeed
+from command_line import fail, succeed
 from corpora import prepare_small_units, rows_of, save_small_model, write_jsonl
 
 import fastcompat as fc
+from fastcompat.errors import UsageError
 from fastcompat.scoring.passes import find_scorer
+from fastcompat.scoring.scorer import versions
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,26 @@ def test_workers_that_start_together_work_with_one_record(tmp_path, corpus):
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(begin, range(100, 108)))) == 1
+
+
+@pytest.mark.parametrize("how", ["auto", "1/2"])
+def test_a_worker_of_another_version_is_refused_and_one_process_is_not(tmp_path, model, corpus, how):
+    run = tmp_path / "run"
+    succeed("score", corpus, "--base-model", model, "--only", "a", "-o", run)
+    record = next(run.glob("scores/*/scorer.json"))
+    record.write_text(record.read_text().replace(f'"torch": "{versions()["torch"]}"', '"torch": "1.13.1"'))
+    output = fail(UsageError, "score", "--base-model", model, "-o", run, "--worker", how)
+    assert f"torch {versions()['torch']} here, 1.13.1 there" in output
+    assert "24 responses" not in output
+    succeed("score", "--base-model", model, "-o", run)
+
+
+def test_a_worker_with_other_weights_is_refused_and_one_process_is_not(tmp_path, model, corpus):
+    run = tmp_path / "run"
+    succeed("score", corpus, "--base-model", model, "-o", run)
+    other = save_small_model(tmp_path / model.name, seed=1)
+    output = fail(UsageError, "score", "--base-model", other, "-o", run, "--worker", "auto")
+    assert f"the weights of {model.name} here are not those that" in output
+    assert len(fc.open_run(run).scorers()) == 1
+    succeed("score", "--base-model", other, "-o", run)
+    assert len(fc.open_run(run).scorers()) == 2

@@ -32,7 +32,7 @@ from fastcompat.rows import (
     without_reasoning,
 )
 from fastcompat.scoring.packs import score_all
-from fastcompat.scoring.scorer import ModelScorer
+from fastcompat.scoring.scorer import ModelScorer, versions
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import (
     BoolArray,
@@ -44,7 +44,6 @@ from fastcompat.tokens import (
     scored_positions,
     sums_at,
 )
-from fastcompat.version import __version__
 
 
 class ResponseScores(OneFigure):
@@ -317,7 +316,7 @@ class Scorer(ModelScorer):
             "tools": tokenization.tools,
             "turn_masks": tokenization.turn_masks,
             "token_budget": self.token_budget,
-            "fastcompat": __version__,
+            **versions(),
             **settings_of(self.model),
         }
 

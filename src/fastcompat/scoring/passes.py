@@ -15,7 +15,7 @@ from fastcompat.scoring.joint import JointScorer, share_body
 from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.rewards import RewardScorer
-from fastcompat.scoring.scorer import ModelScorer
+from fastcompat.scoring.scorer import ModelScorer, versions
 from fastcompat.store import Claims, LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
 
 
@@ -122,6 +122,32 @@ def find_scorer(run: Run, scorer: ModelScorer) -> ScorerStore | None:
     return min(fitting, key=lambda store: len(store.extras.columns), default=None)
 
 
+def refuse_unlike(run: Run, scorer: ModelScorer) -> None:
+    """UsageError for a worker whose program or weights are not those of the run's first, before it computes anything:
+    what several workers score must not depend on which of them scored it."""
+    there = find_scorer(run, scorer)
+    if there is None:
+        # But for the weights, is it one that there is?
+        open_weights = {"extras": None, "model_sha256": None}
+        for store in run.scorers():
+            same = store.but_extras | open_weights == scorer.identity | open_weights
+            if same and store.record["settings"]["model"] == scorer.name:
+                own, other = scorer.identity["model_sha256"][:10], store.record["identity"]["model_sha256"][:10]
+                raise UsageError(
+                    f"the weights of {scorer.name} here are not those that {run.location} was begun with (SHA-256 "
+                    f"{own} here, {other} there): give every worker the same files, or score these into another run"
+                )
+        return
+    recorded = there.record["settings"]
+    unlike = [(name, own, recorded[name]) for name, own in versions().items() if recorded.get(name, own) != own]
+    if unlike:
+        listed = ", ".join(f"{name} {own} here, {other} there" for name, own, other in unlike)
+        raise UsageError(
+            f"{run.location} was begun with other versions than this worker's ({listed}): install those, so that all "
+            "parts come from one program; or finish it in one process, without --worker, --gpus and --processes"
+        )
+
+
 def score_corpus(
     run: Run,
     served: Pass,
@@ -141,6 +167,9 @@ def score_corpus(
     kept.
     """
     scorers = served.scorers
+    shared = worker.claims or worker.count > 1
+    for scorer in scorers if shared else ():
+        refuse_unlike(run, scorer)
     own = (run.units if units is None else units)[worker.index :: worker.count]
     progress.n_rows_total = sum(unit.n_rows for unit in own)
     there = [find_scorer(run, scorer) for scorer in scorers]
@@ -150,6 +179,8 @@ def score_corpus(
     joint = served.joint
     opened = [open_scorer(run, scorer, token_budget=token_budget) for scorer in scorers]
     stores = [store for store, _ in opened]
+    for scorer in scorers if shared else ():
+        refuse_unlike(run, scorer)  # another worker may have been first meanwhile
     pending = [run.pending(store, units=own, leave_out=leave_out) for store in stores]
     progress.n_rows_skipped = sum(unit.n_rows for unit in set(own).difference(*pending))
     # Units that lack both figures are computed once; what lacks one of them, by its own scorer.

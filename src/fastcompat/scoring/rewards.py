@@ -24,10 +24,9 @@ from fastcompat.models import (
 )
 from fastcompat.rows import REWARD_SCHEMA, SCORED_STATUSES, Response
 from fastcompat.scoring.packs import score_all
-from fastcompat.scoring.scorer import ModelScorer
+from fastcompat.scoring.scorer import ModelScorer, versions
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import BoolArray, IntArray, PrefixForest, RewardSequence, RewardTokenizer, packed_reads
-from fastcompat.version import __version__
 
 
 class RewardScores(OneFigure):
@@ -180,6 +179,6 @@ class RewardScorer(ModelScorer):
             "reasoning": self.tokenizer.settings.reasoning,
             "tools": self.tokenizer.settings.tools,
             "token_budget": self.token_budget,
-            "fastcompat": __version__,
+            **versions(),
             **settings_of(self.model),
         }

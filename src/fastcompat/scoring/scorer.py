@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+import transformers
 
 from fastcompat.corpus import rows_from_records
 from fastcompat.errors import UsageError
@@ -32,6 +33,17 @@ from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import score_all
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.scoring.token_budget import choose_token_budget
+from fastcompat.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of the programs on which the last bits of a figure depend."""
+    # What follows a plus says how torch was built, which may differ from machine to machine.
+    return {
+        "fastcompat": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+    }
 
 
 class ModelScorer:
