@@ -11,16 +11,19 @@ verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
-from fastcompat.store.claims import Claims
+from fastcompat.store.claims import TRIES, Claims
 from fastcompat.store.durable import replacing
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store.preparing import CorpusSettings, prepare_run
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
 from fastcompat.store.verification import pending_rows, unscored_generators
 
 __all__ = [
+    "TRIES",
     "UNIT",
     "Claims",
+    "CorpusSettings",
     "LeaveOut",
     "Packing",
     "RaceStore",
@@ -30,6 +33,7 @@ __all__ = [
     "leave_nothing_out",
     "open_run",
     "pending_rows",
+    "prepare_run",
     "races_of",
     "replacing",
     "start_race",
