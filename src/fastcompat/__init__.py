@@ -27,6 +27,7 @@ _HOMES = {
     "open_run": "fastcompat.store",
     "packed_nll": "fastcompat.ops",
     "rank": "fastcompat.decisions",
+    "score": "fastcompat.scoring",
     "select": "fastcompat.decisions",
     "write_selection": "fastcompat.decisions",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "open_run",
     "packed_nll",
     "rank",
+    "score",
     "select",
     "write_selection",
 ]
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from fastcompat.decisions import Race, rank, select, write_selection
     from fastcompat.metrics import car
     from fastcompat.ops import linear_nll, packed_nll
-    from fastcompat.scoring import RewardScorer, Scorer
+    from fastcompat.scoring import RewardScorer, Scorer, score
     from fastcompat.store import Run, open_run
 
 

@@ -16,6 +16,8 @@ from fake_model import FakeModel, fake_tokenizer
 from fake_runs import BUDGET, new_run, parts
 from fake_runs import score as score_alone
 
+from fastcompat.errors import RunError
+from fastcompat.scoring import claimed_units
 from fastcompat.scoring.claimed_units import ClaimedUnits
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.losses import ResponseScores
@@ -173,3 +175,22 @@ def test_a_unit_that_kills_is_left_and_the_others_are_scored(tmp_path, corpus, w
     work([Worker(run.directory, FakeModel(), lease=0.2) for _ in range(2)])
     assert set(whole) - set(parts(store)) == {f"part-{poison.name}.parquet"}
     assert Claims(store.claims, is_done=lambda name: False).set_aside() == [poison.name]
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_part_that_cannot_be_written_ends_the_worker(tmp_path, corpus, monkeypatch, which):
+    """Also where it was the last one, while the worker only waits to see it there."""
+    run, store = new_run(tmp_path / "run", corpus)
+    monkeypatch.setattr(claimed_units.random, "randrange", lambda n: 0)
+    commit = ScorerStore.commit
+
+    def refuse(self: ScorerStore, unit: Unit, *arguments: object, **options: bool) -> bool:
+        if unit == run.units[which]:
+            raise RunError("no room on the disk")
+        return commit(self, unit, *arguments, **options)
+
+    monkeypatch.setattr(ScorerStore, "commit", refuse)
+    worker = Worker(run.directory, FakeModel())
+    work([worker])
+    assert isinstance(worker.error, RunError)
+    assert list(store.claims.directory.iterdir()) == []

@@ -4,6 +4,7 @@ application  the program: it registers the commands and ends with an exit code
 options      options that several commands have
 score        score
 processes    score on several GPUs, or in several processes
+cluster      score --ray
 racing       score --until: the loop of a race
 decide       rank, report, select, reproduce
 status       status, verify

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastcompat.errors import SetAside
+from fastcompat.errors import Interrupted
 from fastcompat.wording import counted_noun, duration, printable
 
 if TYPE_CHECKING:
@@ -107,17 +107,12 @@ def show_pass(served: Pass) -> None:
         say("one body with two heads: one pass serves both")
 
 
-def refuse_set_aside(run: Run, progress: EngineProgress) -> None:
-    """SetAside where workers have died over units, which are named."""
-    from fastcompat.store.claims import TRIES
-
-    if progress.set_aside:
-        names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
-        raise SetAside(
-            f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
-            f"is its shard in {run.location}/corpus and its row group. To try again, remove the folder claims "
-            "beside the parts, and give the same command"
-        )
+def interrupted(run: Run, to_what: str = "") -> Interrupted:
+    """What somebody who has stopped the scoring of a run is told."""
+    return Interrupted(
+        f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks them. "
+        f"Give the same command again to go on{to_what}."
+    )
 
 
 def saved_share(progress: EngineProgress) -> float:

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from fastcompat.cli.display import LiveDisplay, say, show_statuses
-from fastcompat.errors import FastcompatError, Interrupted, SetAside, UsageError
+from fastcompat.cli.display import LiveDisplay, interrupted, say, show_statuses
+from fastcompat.errors import FastcompatError, SetAside, UsageError
 from fastcompat.wording import duration
 
 if TYPE_CHECKING:
@@ -103,18 +104,14 @@ def score_in_processes(
             )
 
     say(f"{len(environments)} processes share the work; what each says is in {escape(str(outputs[0].parent))}")
-    display, began, deaths, set_aside = LiveDisplay("all processes"), time.monotonic(), 0, False
+    together, deaths, set_aside = Together(run, "all processes"), 0, False
     children = {k: start(k) for k in range(len(environments))}
-    n_before = _n_done(run)
     try:
-        with display.showing():
+        with together.showing():
             while children:
                 time.sleep(POLL_SECONDS)
                 if stop():
-                    raise Interrupted(
-                        f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks "
-                        "them. Give the same command again to go on."
-                    )
+                    raise interrupted(run)
                 for k, child in list(children.items()):
                     code = child.poll()
                     if code is None:
@@ -131,38 +128,54 @@ def score_in_processes(
                         set_aside = True
                     elif code:
                         raise FastcompatError(f"a process ended with exit code {code}: {_last(outputs[k])}")
-                done, total = _n_done(run), run.n_rows * max(1, len(run.scorers()))
-                rate = (done - n_before) / max(time.monotonic() - began, 1e-9)
-                display.show(done, total, f"{done:,}/{total:,} figures · {rate:,.0f}/s · {len(children)} processes")
+                together.show(f"{len(children)} processes")
     finally:
         for child in children.values():
             child.send_signal(signal.SIGTERM)
         for child in children.values():
             child.wait()
-    say(f"{_n_done(run) - n_before:,} figures in {duration(time.monotonic() - began)}" + _deaths(deaths))
-    _show(run)
+    together.tell(f"{deaths} processes died and were replaced" if deaths else "")
     if set_aside:
         raise SetAside(_last(outputs[0]))
 
 
-def _deaths(n: int) -> str:
-    return f" · {n} processes died and were replaced" if n else ""
+class Together:
+    """Shows what several workers have done together, by the parts that are there."""
 
+    def __init__(self, run: Run, title: str) -> None:
+        from fastcompat.scoring.passes import figures_done
 
-def _show(run: Run) -> None:
-    from fastcompat.cli.racing import tell_races
-    from fastcompat.store.verification import scorer_progress
+        self._run, self._display, self._done = run, LiveDisplay(title), figures_done
+        self._before = figures_done(run)
+        self._next = 0.0
 
-    for store in run.scorers():
-        say(f"[bold]{escape(store.name)}[/]")
-        show_statuses(scorer_progress(run, store))
-    tell_races(run)
+    def showing(self) -> AbstractContextManager[LiveDisplay]:
+        """Show it while the block runs."""
+        return self._display.showing()
 
+    def show(self, workers: str) -> None:
+        """How far they are, and how many."""
+        began = time.monotonic()
+        if began < self._next:
+            return
+        done, total = self._done(self._run), self._run.n_rows * max(1, len(self._run.scorers()))
+        rate = (done - self._before) / max(time.monotonic() - self._display.began, 1e-9)
+        self._display.show(done, total, f"{done:,}/{total:,} figures · {rate:,.0f}/s · {workers}")
+        # Many parts on a slow disk take a while to count.
+        self._next = began + 10 * (time.monotonic() - began)
 
-def _n_done(run: Run) -> int:
-    """Figures in finished parts, of all scorers."""
-    rows = {unit.name: unit.n_rows for unit in run.units}
-    return sum(rows.get(name, 0) for store in run.scorers() for name in store.finished())
+    def tell(self, deaths: str) -> None:
+        """What came of it, at the end."""
+        from fastcompat.cli.racing import tell_races
+        from fastcompat.store.verification import scorer_progress
+
+        done = self._done(self._run) - self._before
+        parts = [f"{done:,} figures in {duration(time.monotonic() - self._display.began)}", deaths]
+        say(" · ".join(part for part in parts if part))
+        for store in self._run.scorers():
+            say(f"[bold]{escape(store.name)}[/]")
+            show_statuses(scorer_progress(self._run, store))
+        tell_races(self._run)
 
 
 def _last(output: Path) -> str:

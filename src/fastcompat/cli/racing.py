@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from fastcompat.cli.display import LiveDisplay, refuse_set_aside, say, show_pass
+from fastcompat.cli.display import LiveDisplay, interrupted, say, show_pass
 from fastcompat.errors import Interrupted, UsageError
 from fastcompat.wording import counted_noun, duration, printable
 
 if TYPE_CHECKING:
     from fastcompat.decisions.racing.rule import Look
     from fastcompat.decisions.racing.run_race import RunRace
+    from fastcompat.scoring.asked_models import AskedModels
     from fastcompat.scoring.passes import Pass, Worker
     from fastcompat.store import LeaveOut, Run, Unit
 
@@ -142,6 +143,17 @@ def hold_races(
         say(f"{tokens:,} tokens in {duration(time.monotonic() - began)}")
 
 
+def race_at(location: str, models: AskedModels, asked: Mapping[str, Any], stop: Callable[[], bool]) -> None:
+    """What one of several workers of a race does, wherever it is; what it says of it, it says there."""
+    from fastcompat.scoring.passes import Worker, find_scorer
+    from fastcompat.store import open_run
+
+    run, passes = open_run(location), models.passes()
+    for scorer in [scorer for served in passes for scorer in served.scorers]:
+        find_scorer(run, scorer)  # a dtype that was left open is that of the run's first worker
+    hold_races(run, passes, asked, token_budget=models.token_budget, worker=Worker(claims=True), stop=stop)
+
+
 def _score(
     run: Run,
     served: Pass,
@@ -154,7 +166,7 @@ def _score(
 ) -> int:
     """Score units up to the next look; the tokens that were computed."""
     from fastcompat.scoring.engine import Progress
-    from fastcompat.scoring.passes import Worker, score_corpus
+    from fastcompat.scoring.passes import Worker, refuse_set_aside, score_corpus
 
     display = LiveDisplay(served.name)
     progress = Progress(notify=display.scoring)
@@ -171,10 +183,7 @@ def _score(
                 stop=stop,
             )
     except Interrupted:
-        raise Interrupted(
-            f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks them. "
-            "Give the same command again to go on with the race."
-        ) from None
+        raise interrupted(run, " with the race") from None
     refuse_set_aside(run, progress)
     return progress.n_tokens
 

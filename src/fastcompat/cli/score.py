@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -39,11 +39,11 @@ from fastcompat.errors import Interrupted, UsageError
 
 REWARDS = "Rewards"
 RACE = "Until it is sure"
+SHARED = "Several GPUs or machines"
 
 if TYPE_CHECKING:
     from fastcompat.corpus import PreparationProgress
     from fastcompat.scoring.passes import Pass, Worker
-    from fastcompat.scoring.rewards import RewardScorer
     from fastcompat.store import LeaveOut, Run
 
 
@@ -134,15 +134,40 @@ def score(
     worker: Annotated[
         str,
         typer.Option(
+            rich_help_panel=SHARED,
             metavar="I/N|auto",
             help="This process's share, when N processes work on one RUN; auto: any number, whatever is free.",
         ),
     ] = "1/1",
     gpus: Annotated[
         str | None,
-        typer.Option(metavar="all|0,1", help="A process for each of these GPUs.", show_default="all, if several"),
+        typer.Option(
+            rich_help_panel=SHARED,
+            metavar="all|0,1",
+            help="A process for each of these GPUs.",
+            show_default="all, if several",
+        ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="So many processes, on a CPU.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(rich_help_panel=SHARED, min=1, help="So many processes, on a CPU.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SHARED,
+            metavar="auto|local|HOST:PORT",
+            help="Have workers on Ray score: in the cluster at hand, on this machine alone, or in the cluster there.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=SHARED,
+            min=1,
+            help="Of --ray: so many, each with a GPU if there are any.",
+            show_default="one for each GPU, or machine",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GENERATOR", help="Score only its responses. Repeatable.")
     ] = None,
@@ -186,25 +211,26 @@ def score(
     """
     from transformers.utils import logging as transformers_logging
 
+    from fastcompat.cli.cluster import refuse_beside_ray, score_in_cluster
     from fastcompat.cli.display import LiveDisplay, show_corpus
     from fastcompat.cli.processes import arguments_of, environments, score_in_processes
     from fastcompat.cli.racing import everybody_but, hold_races, race_asked
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
-    from fastcompat.scoring.losses import Scorer
-    from fastcompat.scoring.passes import find_scorer, passes_of
+    from fastcompat.scoring.asked_models import AskedModels
+    from fastcompat.scoring.passes import Worker, find_scorer
     from fastcompat.store.preparing import CorpusSettings, prepare_run
 
-    if not base_model and not reward_model:
-        raise UsageError("name at least one model: --base-model ID_OR_DIR for losses, --reward-model for rewards")
     of_rewards = {"--reward-output": reward_output, "--reward-max-length": reward_max_length, "--truncate": truncate}
     idle = [option for option, value in of_rewards.items() if value]
     if idle and not reward_model:
         raise UsageError(f"{', '.join(idle)} is about reward models: name one with --reward-model")
     transformers_logging.disable_progress_bar()
-    share = parse_worker(worker)
+    share = Worker.of(worker)
+    refuse_beside_ray(ray, workers, worker=worker, processes=processes, gpus=gpus)
     # `demo` is one process whatever there is.
-    children = environments(processes, gpus, device, worker) if context.info_name == "score" else []
+    alone = context.info_name != "score" or ray is not None
+    children = [] if alone else environments(processes, gpus, device, worker)
     race = race_asked(
         until,
         only=only,
@@ -217,46 +243,44 @@ def score(
     overrides = [*(mapping or []), *([] if reward_column is None else [f"reward={reward_column}"])]
     settings = CorpusSettings(overrides=parse_overrides(overrides), strict=strict)
     extras = extras_needed_by(metric_names(metrics) if metrics else (), keep_tokens=keep_tokens)
-    # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
-    bases = [
-        Scorer(
-            model,
-            device=device,
-            dtype=dtype,
-            token_budget=token_budget,
-            template=template,
-            turns=turns.value,
-            score_eos=score_eos,
-            bos=bos.value,
-            max_length=max_length,
-            template_options=parse_template_options(template_option or []),
-            reasoning=reasoning.value,
-            tools=tools.value,
-            turn_masks=turn_masks.value,
-            revision=revision,
-            token_ids=token_ids.value,
-            extras=extras.columns,
-        )
-        for model in base_model or []
-    ]
-    rewards = reward_scorers(
-        reward_model or [],
-        reward_output,
+    models = AskedModels(
+        base=base_model or [],
+        reward=reward_model or [],
         device=device,
         dtype=dtype,
         token_budget=token_budget,
-        bos=reward_bos.value,
-        max_length=reward_max_length,
-        truncate=truncate,
-        reasoning=reward_reasoning.value,
-        tools=reward_tools.value,
-        read_out=reward_read_out.value,
-        revision=revision,
-        token_ids=token_ids.value,
+        base_settings={
+            "template": template,
+            "turns": turns.value,
+            "score_eos": score_eos,
+            "bos": bos.value,
+            "max_length": max_length,
+            "template_options": parse_template_options(template_option or []),
+            "reasoning": reasoning.value,
+            "tools": tools.value,
+            "turn_masks": turn_masks.value,
+            "revision": revision,
+            "token_ids": token_ids.value,
+            "extras": extras.columns,
+        },
+        reward_settings={
+            "output": reward_output,
+            "read_out": reward_read_out.value,
+            "bos": reward_bos.value,
+            "max_length": reward_max_length,
+            "truncate": truncate,
+            "reasoning": reward_reasoning.value,
+            "tools": reward_tools.value,
+            "revision": revision,
+            "token_ids": token_ids.value,
+        },
     )
-    passes = passes_of(bases, rewards)
+    # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
+    passes = models.passes() if ray is None else []
+    if ray is not None:
+        models.elsewhere().scorers()
     with stopping() as stop:
-        if extend or not (output / "manifest.json").exists():
+        if passes and (extend or not (output / "manifest.json").exists()):
             _ = passes[0].scorers[0].model  # a checkpoint that lacks weights shows before hours of reading
         display = LiveDisplay("corpus")
 
@@ -276,6 +300,8 @@ def score(
             passes[0].unload()
             score_in_processes(run, children, arguments_of(context), stop=stop)
             passes = []
+        elif ray is not None:
+            score_in_cluster(run, models, race, address=ray, workers=workers, leave_out=leave_out, stop=stop)
         elif race is not None:
             hold_races(run, passes, race, token_budget=token_budget, worker=share, stop=stop)
         for served in passes if race is None else ():
@@ -284,25 +310,6 @@ def score(
     say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
     if race is not None:
         say("To score the rest, for the best response to every prompt: the same command without --until.")
-
-
-def reward_scorers(models: Sequence[str], output: str | None, **settings: Any) -> list[RewardScorer]:
-    """A scorer for each reward model; `output` is for those that have it, and one of several must."""
-    from fastcompat.scoring.rewards import RewardScorer
-
-    scorers: list[RewardScorer] = []
-    refusals: list[UsageError] = []
-    for model in models:
-        try:
-            scorers.append(RewardScorer(model, output=output, **settings))
-        except UsageError as error:
-            if output is None:
-                raise
-            refusals.append(error)
-            scorers.append(RewardScorer(model, **settings))  # raises where an output must be chosen
-    if models and len(refusals) == len(models):
-        raise refusals[0]
-    return scorers
 
 
 def work_off(
@@ -315,9 +322,9 @@ def work_off(
     leave_out: LeaveOut,
 ) -> None:
     """One pass over the corpus, with its progress on the screen."""
-    from fastcompat.cli.display import LiveDisplay, figures_of, refuse_set_aside, saved_share, show_pass, show_statuses
+    from fastcompat.cli.display import LiveDisplay, figures_of, interrupted, saved_share, show_pass, show_statuses
     from fastcompat.scoring.engine import Progress
-    from fastcompat.scoring.passes import score_corpus
+    from fastcompat.scoring.passes import refuse_set_aside, score_corpus
     from fastcompat.store.verification import scorer_progress
     from fastcompat.wording import duration
 
@@ -337,10 +344,7 @@ def work_off(
             )
     except Interrupted:
         say(figures_of(progress))
-        raise Interrupted(
-            f"interrupted; every response scored so far is kept: fastcompat rank {run.location} ranks them. "
-            "Give the same command again to go on."
-        ) from None
+        raise interrupted(run) from None
     refuse_set_aside(run, progress)
     if not progress.n_rows:
         say(
@@ -377,15 +381,3 @@ def stopping() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def parse_worker(text: str) -> Worker:
-    """--worker I/N or auto."""
-    from fastcompat.scoring.passes import Worker
-
-    if text == "auto":
-        return Worker(claims=True)
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal()):
-        raise UsageError(f"--worker {text}: write I/N, for example 1/4, or auto")
-    return Worker(index=int(first) - 1, count=int(second))

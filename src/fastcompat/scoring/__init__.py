@@ -13,12 +13,16 @@ losses          a base model's figures
 rewards         a reward model's
 joint           both of one body in one pass
 passes          what a run still lacks, and which pass over the corpus gives it
+asked_models    which models, and how, as plain values
+on_ray          workers as actors of Ray
+run_scoring     all of it by one call
 """
 
 from fastcompat.scoring.losses import ResponseScores, Scorer, score_sequences
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import pack_sequences
 from fastcompat.scoring.rewards import RewardScorer, RewardScores, score_conversations
+from fastcompat.scoring.run_scoring import score
 from fastcompat.scoring.token_budget import (
     ACTIVE_EXPERTS,
     MEMORY_SHARE,
@@ -38,6 +42,7 @@ __all__ = [
     "free_memory",
     "out_of_memory",
     "pack_sequences",
+    "score",
     "score_conversations",
     "score_sequences",
     "token_bytes",

@@ -19,8 +19,9 @@ class ClaimedUnits:
 
     pending: of some units, those that still lack something. seen: is told, at every look, what others have done since
     the last. stop: ends it.
-    None among the units means that what was handed out before is to be finished before more is asked for: a worker
-    that waited with work in hand for what others hold, while these wait for it, would wait for ever.
+    None among the units means that what was handed out before is to be committed before more is asked for: a worker
+    that waited with work in hand for what others hold, while these wait for it, would wait for ever; and a unit whose
+    part is not yet on the disk would be lost with one that kills, as if it killed too.
     """
 
     units: Sequence[Unit]

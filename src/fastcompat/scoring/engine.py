@@ -49,7 +49,7 @@ def score_run(
     stop: Callable[[], bool] = lambda: False,
     ahead: int = 1,
 ) -> None:
-    """Score and commit `units`, one after the other; at a None those before it are finished first.
+    """Score and commit `units`, one after the other; at a None those before it are committed first.
 
     begin: tokenises a unit's responses; its scores fill one part of each of `stores`.
     leave_out: whose responses in a unit get no figure; asked by the thread that prepares it, `ahead` units before its
@@ -67,7 +67,11 @@ def score_run(
         closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
         Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
     ):
-        for unit, prepared in prepared_units:
+        for prepared_unit in prepared_units:
+            if prepared_unit is None:
+                writer.finish()
+                continue
+            unit, prepared = prepared_unit
             # Another process may have been here in the meantime.
             if prepared is None or not _lack(stores, unit, prepared.leave_out):
                 progress.n_rows_skipped += unit.n_rows

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastcompat.errors import Interrupted, UsageError
+from fastcompat.errors import Interrupted, SetAside, UsageError
 from fastcompat.models import weight_files
 from fastcompat.scoring.claimed_units import ClaimedUnits
 from fastcompat.scoring.engine import Progress, score_run
@@ -16,7 +16,7 @@ from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer, versions
-from fastcompat.store import Claims, LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store import TRIES, Claims, LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,16 @@ class Worker:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise UsageError(f"--worker {self.index + 1}/{self.count}: the first number counts from 1 to the second")
+
+    @classmethod
+    def of(cls, text: str) -> Worker:
+        """From I/N, counted from 1, or auto."""
+        if text == "auto":
+            return cls(claims=True)
+        first, _, second = text.partition("/")
+        if not (first.isdecimal() and second.isdecimal()):
+            raise UsageError(f"--worker {text}: write I/N, for example 1/4, or auto")
+        return cls(index=int(first) - 1, count=int(second))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +155,48 @@ def refuse_unlike(run: Run, scorer: ModelScorer) -> None:
         raise UsageError(
             f"{run.location} was begun with other versions than this worker's ({listed}): install those, so that all "
             "parts come from one program; or finish it in one process, without --worker, --gpus and --processes"
+        )
+
+
+def all_is_scored(run: Run, scorers: Sequence[ModelScorer], leave_out: LeaveOut) -> bool:
+    """Whether nothing is pending for any of these scorers."""
+    stores = [find_scorer(run, scorer) for scorer in scorers]
+    return all(store is not None and not run.pending(store, leave_out=leave_out) for store in stores)
+
+
+def figures_done(run: Run) -> int:
+    """Figures in finished parts, of all scorers of the run."""
+    rows = {unit.name: unit.n_rows for unit in run.units}
+    return sum(rows.get(name, 0) for store in run.scorers() for name in store.finished())
+
+
+def score_passes(
+    run: Run,
+    passes: Sequence[Pass],
+    *,
+    token_budget: int | None,
+    worker: Worker,
+    leave_out: LeaveOut = leave_nothing_out,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Work off what is pending, pass by pass, and show nothing. Raises Interrupted as `score_corpus`, and SetAside."""
+    for served in passes:
+        progress = Progress()
+        score_corpus(
+            run, served, token_budget=token_budget, worker=worker, progress=progress, leave_out=leave_out, stop=stop
+        )
+        refuse_set_aside(run, progress)
+        served.unload()  # the next model needs the room
+
+
+def refuse_set_aside(run: Run, progress: Progress) -> None:
+    """SetAside where workers have died over units, which are named."""
+    if progress.set_aside:
+        names = ", ".join(progress.set_aside[:8]) + (" ..." if len(progress.set_aside) > 8 else "")
+        raise SetAside(
+            f"{TRIES} workers have died over each of the units {names}; all other responses are scored. A unit's name "
+            f"is its shard in {run.location}/corpus and its row group. To try again, remove the folder claims "
+            "beside the parts, and give the same command"
         )
 
 

@@ -69,18 +69,17 @@ def sharing_processor(*, with_forward_pass: bool) -> Iterator[None]:
 
 def prefetch(
     function: Callable[[T], R], items: Iterable[T | None], *, ahead: int, waited: Stopwatch
-) -> Generator[R, None, None]:
+) -> Generator[R | None, None, None]:
     """function(item) for every item, in order, computed in a thread up to `ahead` items before it is asked for.
 
-    A None among the items is none: it says that those before it are wanted before the next one is asked for.
+    A None among the items stays one: those before it are handed on, and it too, before the next one is asked for.
 
     An exception is raised when its item's turn comes, so that everything before it gets done. Close the iterator
     (`contextlib.closing`) to end the thread; the item that it is at is finished. ahead 0: no thread.
     """
     if ahead == 0:
         for item in items:
-            if item is not None:
-                yield waited.time(function, item)
+            yield None if item is None else waited.time(function, item)
         return
     executor = _one_thread("prepare")
     waiting: deque[Future[R]] = deque()
@@ -90,6 +89,8 @@ def prefetch(
                 waiting.append(executor.submit(function, item))
             while len(waiting) > (ahead if item is not None else 0):
                 yield waited.time(waiting.popleft().result)
+            if item is None:
+                yield None
         while waiting:
             yield waited.time(waiting.popleft().result)
     finally:

@@ -13,16 +13,19 @@ verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
-from fastcompat.store.claims import Claims
+from fastcompat.store.claims import TRIES, Claims
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.places import Place, is_remote, new_file, place_of
+from fastcompat.store.preparing import CorpusSettings, prepare_run
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
 from fastcompat.store.verification import pending_rows, unscored_generators
 
 __all__ = [
+    "TRIES",
     "UNIT",
     "Claims",
+    "CorpusSettings",
     "LeaveOut",
     "Packing",
     "Place",
@@ -36,6 +39,7 @@ __all__ = [
     "open_run",
     "pending_rows",
     "place_of",
+    "prepare_run",
     "races_of",
     "start_race",
     "unscored_generators",
