@@ -46,13 +46,13 @@ def demo(
     )
     models = f"--base-model {base} --reward-model {judge} --keep-tokens -o {directory}"
     command(f"score {corpus} {models} --until winner")
-    score(context, directory, [str(corpus)], [base], [judge], keep_tokens=True, until="winner")
+    score(context, str(directory), [str(corpus)], [base], [judge], keep_tokens=True, until="winner")
     say(
         "\n500 prompts are few for a race: of 100,000 with generators like these, it needs about one response in a\n"
         "hundred. Now the rest, for the report and the best response to every prompt."
     )
     command(f"score {models}")
-    score(context, directory, None, [base], [judge], keep_tokens=True)
+    score(context, str(directory), None, [base], [judge], keep_tokens=True)
     command(f"rank {directory}")
     rank(str(directory))
     say(

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -93,9 +94,13 @@ def score_in_processes(
 
     Raises the FastcompatError of a child that cannot work, SetAside and Interrupted as one process would.
     """
+    from fastcompat.store import is_remote
+
     command = [sys.executable, "-m", "fastcompat", "score", *arguments, "--worker", "auto"]
-    outputs = [run.directory / "log" / f"process-{k}.txt" for k in range(len(environments))]
-    outputs[0].parent.mkdir(exist_ok=True)
+    # Of a run in an object store the children write on this machine's disk.
+    logs = Path(tempfile.mkdtemp(prefix="fastcompat-")) if is_remote(run.location) else run.directory / "log"
+    logs.mkdir(exist_ok=True)
+    outputs = [logs / f"process-{k}.txt" for k in range(len(environments))]
 
     def start(k: int) -> subprocess.Popen[bytes]:
         with outputs[k].open("wb") as output:
@@ -103,7 +108,7 @@ def score_in_processes(
                 command, env=os.environ | environments[k], stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
 
-    say(f"{len(environments)} processes share the work; what each says is in {escape(str(outputs[0].parent))}")
+    say(f"{len(environments)} processes share the work; what each says is in {escape(str(logs))}")
     together, deaths, set_aside = Together(run, "all processes"), 0, False
     children = {k: start(k) for k in range(len(environments))}
     try:

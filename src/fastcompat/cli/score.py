@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,10 +48,13 @@ if TYPE_CHECKING:
 
 def score(
     context: typer.Context,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run directory: made, or resumed.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="RUN", help="The run, made or resumed: a directory, or s3://BUCKET/RUN."),
+    ],
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT...", help="Files, directories, globs or hf:// ids. None: resume RUN."),
+        typer.Argument(metavar="INPUT...", help="Files, directories, globs; hf://, s3://, gs://, az://, https://. None: resume RUN."),
     ] = None,
     base_model: Annotated[
         list[str] | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Computes losses. Repeatable.")
@@ -219,6 +221,7 @@ def score(
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.asked_models import AskedModels
     from fastcompat.scoring.passes import Worker, find_scorer
+    from fastcompat.store import place_of
     from fastcompat.store.preparing import CorpusSettings, prepare_run
 
     of_rewards = {"--reward-output": reward_output, "--reward-max-length": reward_max_length, "--truncate": truncate}
@@ -280,7 +283,7 @@ def score(
     if ray is not None:
         models.elsewhere().scorers()
     with stopping() as stop:
-        if passes and (extend or not (output / "manifest.json").exists()):
+        if passes and (extend or not place_of(output).has("manifest.json")):
             _ = passes[0].scorers[0].model  # a checkpoint that lacks weights shows before hours of reading
         display = LiveDisplay("corpus")
 
@@ -307,7 +310,7 @@ def score(
         for served in passes if race is None else ():
             work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
             served.unload()  # the next model needs the room
-    say(f"\nNext: [bold]fastcompat rank {escape(str(output))}[/]")
+    say(f"\nNext: [bold]fastcompat rank {escape(output)}[/]")
     if race is not None:
         say("To score the rest, for the best response to every prompt: the same command without --until.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from fastcompat.corpus import PreparationProgress
@@ -13,7 +12,7 @@ from fastcompat.errors import Interrupted, UsageError
 from fastcompat.scoring.asked_models import AskedModels, absolute
 from fastcompat.scoring.on_ray import Launch, work_on_ray
 from fastcompat.scoring.passes import Worker, all_is_scored, score_passes
-from fastcompat.store import CorpusSettings, LeaveOut, Run, leave_nothing_out, open_run, prepare_run
+from fastcompat.store import CorpusSettings, LeaveOut, Run, leave_nothing_out, open_run, place_of, prepare_run
 
 
 def score(
@@ -67,13 +66,12 @@ def score(
         base_settings=base_settings or {},
         reward_settings=reward_settings or {},
     )
-    directory = Path(output)
     # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
     if engine == "ray":
         models.elsewhere().scorers()
     else:
         passes = models.passes()
-        if extend or not (directory / "manifest.json").exists():
+        if extend or not place_of(output).has("manifest.json"):
             _ = passes[0].scorers[0].model  # so does a checkpoint that lacks weights
 
     def preparing(progress: PreparationProgress) -> None:
@@ -82,7 +80,7 @@ def score(
 
     files = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     settings = CorpusSettings(overrides=mapping or {}, strict=strict)
-    run, _ = prepare_run(directory, [str(own) for own in files], settings, extend=extend, on_progress=preparing)
+    run, _ = prepare_run(output, [str(own) for own in files], settings, extend=extend, on_progress=preparing)
     if engine == "ray":
         score_on_ray(run, models, address=ray_address, workers=workers, stop=stop)
     else:
