@@ -74,7 +74,7 @@ def check(inputs: Any, *, piece_bytes: int = 50, least_stretches: int = 0, seed:
     plan = in_pieces(plan_whole(inputs, **sizes, **options), piece_bytes)
     assert sum(map(len, plan.stretches.values())) >= least_stretches
     assert sum(piece.n_bytes for piece in plan.pieces) == plan.n_bytes
-    cut = plan.with_pieces(json.loads(json.dumps(plan.to_json())))
+    cut = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert cut == plan
     assert prepare_plan(cut, pieces, seed=seed) == whole
     assert shard_bytes(pieces) == shard_bytes(shards)

@@ -142,7 +142,14 @@ def score(
         str | None,
         typer.Option(metavar="all|0,1", help="A process for each of these GPUs.", show_default="all, if several"),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="So many processes, on a CPU.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many processes, on a CPU; also to prepare a large corpus.",
+            show_default="one, but a preparer per core",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="GENERATOR", help="Score only its responses. Repeatable.")
     ] = None,
@@ -187,7 +194,7 @@ def score(
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.cli.display import LiveDisplay, show_corpus
-    from fastcompat.cli.processes import arguments_of, environments, score_in_processes
+    from fastcompat.cli.processes import arguments_of, environments, preparers, score_in_processes
     from fastcompat.cli.racing import everybody_but, hold_races, race_asked
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
@@ -266,7 +273,14 @@ def score(
                 raise Interrupted("interrupted while the corpus was prepared; give the same command again")
 
         with display.showing():
-            run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
+            run, summary = prepare_run(
+                output,
+                inputs or [],
+                settings,
+                extend=extend,
+                processes=preparers(processes, worker),
+                on_progress=preparing,
+            )
         if summary is not None:
             show_corpus(summary, time.monotonic() - display.began)
         for scorer in [scorer for served in passes for scorer in served.scorers]:

@@ -7,6 +7,8 @@ every byte is fetched once. The same corpus always gives the same pieces; whatev
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,9 @@ from fastcompat.corpus.formats import Overrides
 from fastcompat.corpus.parquetfiles import group_bytes
 from fastcompat.corpus.reading import opening_of
 from fastcompat.corpus.sources import Source, find_inputs
+from fastcompat.corpus.summary import NORMALISATION
 from fastcompat.corpus.units import UnitSize
+from fastcompat.version import __version__
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -31,6 +35,10 @@ _EXPANSION = {".gz": 4, ".zst": 4, ".zstd": 4, ".parquet": 3, ".pq": 3}
 _PIECES = 256
 _LEAST_PIECE_BYTES = 16 << 20
 _MOST_PIECE_BYTES = 128 << 20
+# A bucket's share of a run is read by itself: were it small, reading it would be mostly seeking. Memory bounds it.
+_BUCKET_SHARE_BYTES = 128 << 10
+_LEAST_STAGE_BYTES = 48 << 20
+_MOST_STAGE_BYTES = 128 << 20
 
 
 class Part(NamedTuple):
@@ -87,18 +95,44 @@ class Plan:
         """The files that a piece is of."""
         return [self.sources[self.parts[part].source].label for part in piece.parts]
 
+    @property
+    def stage_bytes(self) -> int:
+        """Of rows that a reader of pieces holds before they become a run, of which each bucket has its share."""
+        return min(max(_LEAST_STAGE_BYTES, self.n_buckets * _BUCKET_SHARE_BYTES), _MOST_STAGE_BYTES)
+
+    @property
+    def digest(self) -> str:
+        """Equal for preparations of the same corpus in the same way, whatever the pieces."""
+        of = {**self.to_json(), "parts": None, "pieces": None, "instead": None, "version": __version__}
+        of["sources"] = [{**source, "path": None} for source in of["sources"]]
+        return hashlib.sha256(json.dumps([NORMALISATION, of], sort_keys=True).encode()).hexdigest()[:16]
+
     def to_json(self) -> dict[str, Any]:
-        """How it is cut into pieces."""
+        """Plain JSON types, in which paths may have unpaired surrogates."""
         return {
-            "parts": [[part.source, part.stretch] for part in self.parts],
+            "sources": [source.to_json() for source in self.sources],
+            "left_out": self.left_out,
+            "overrides": dict(self.overrides),
+            "strict": self.strict,
+            "unit_size": self.unit_size,
+            "n_buckets": self.n_buckets,
+            "first_shard": self.first_shard,
+            "parts": self.parts,
             "pieces": self.pieces,
-            "instead": [[source, piece] for source, piece in self.instead.items()],
+            "instead": list(self.instead.items()),
         }
 
-    def with_pieces(self, value: Mapping[str, Any]) -> Plan:
-        """The same preparation, cut as that `to_json` says."""
-        return replace(
-            self,
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls(
+            sources=tuple(map(Source.from_json, value["sources"])),
+            left_out=tuple(value["left_out"]),
+            overrides=value["overrides"],
+            strict=value["strict"],
+            unit_size=UnitSize(*value["unit_size"]),
+            n_buckets=value["n_buckets"],
+            first_shard=value["first_shard"],
             parts=tuple(Part(source, Stretch(*stretch) if stretch else None) for source, stretch in value["parts"]),
             pieces=tuple(map(_piece, value["pieces"])),
             instead={source: _piece(piece) for source, piece in value["instead"]},

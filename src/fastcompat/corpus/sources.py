@@ -12,7 +12,7 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath, PurePosixPath
@@ -58,6 +58,17 @@ class Source:
             return cast("IO[bytes]", _RemoteFile(self.filesystem.open(self.path, "rb"), self.label))
         except Exception as error:  # fsspec and the hub raise what they like
             raise CorpusError(f"cannot open {self.label}: {_reason(error)}.") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types. Of a file behind a network, that it is on the hub."""
+        names = ("label", "path", "generator", "size", "mtime_ns", "oid", "remote")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Source:
+        """The inverse of `to_json`."""
+        fields = {name: item for name, item in value.items() if name != "remote"}
+        return cls(**fields, filesystem=_hub() if value["remote"] else None)
 
 
 class Found(NamedTuple):
@@ -319,9 +330,7 @@ def _remote_sources(address: str, filesystem: Any) -> Found:
             f"cannot read {address}: data sets are addressed as hf://datasets/ORG/NAME[@REVISION][/PATH]."
         )
     if filesystem is None:
-        from huggingface_hub import HfFileSystem
-
-        filesystem = HfFileSystem()
+        filesystem = _hub()
     try:
         entries, others = _remote_entries(path, filesystem)
     except FileNotFoundError as error:
@@ -335,6 +344,12 @@ def _remote_sources(address: str, filesystem: Any) -> Found:
     if not entries:
         raise CorpusError(f"{address} holds no corpus file; known endings: {' '.join(KNOWN_SUFFIXES)}.")
     return Found([_remote_source(entry, filesystem) for entry in entries], tuple(others))
+
+
+def _hub() -> Any:
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem()
 
 
 def _remote_entries(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:

@@ -1,15 +1,41 @@
-"""A corpus becomes a run, or is added to one."""
+"""A corpus becomes a run, or is added to one.
+
+A small one is prepared in one go, by every worker that comes before it is there: the first one's counts. A large one
+is prepared in tasks, by all that come (tasks.py), in children of theirs (preparers.py), and what is finished of it
+survives a kill.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, prepare
-from fastcompat.errors import RunError, UsageError
+from fastcompat.corpus import (
+    CorpusSummary,
+    Plan,
+    PreparationProgress,
+    compare_inputs,
+    plan_whole,
+    prepare_whole,
+    writing,
+)
+from fastcompat.errors import CorpusError, RunError, UsageError
 from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, sync_directory, write_json
+from fastcompat.store.preparers import WAIT_SECONDS, Report, claims_of, work_here, work_in_children
 from fastcompat.store.run import FORMAT, Run, open_run, shard_number
+from fastcompat.store.tasks import Tasks
+
+# Files of less than so many bytes together are prepared in one go: it takes seconds.
+_SMALL_BYTES = 64 << 20
+_WORK = ".preparing-"
+# A preparation in whose claims nothing has stirred for so long has no workers: they beat three times a minute.
+_IDLE_SECONDS = 300.0
+# Where the work is gone, because the run has its outcome, a shared file system may show the run only after so long.
+_LATE_SECONDS = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +52,40 @@ def prepare_run(
     settings: CorpusSettings,
     *,
     extend: bool = False,
+    processes: int = 1,
     on_progress: Callable[[PreparationProgress], None] | None = None,
 ) -> tuple[Run, CorpusSummary | None]:
     """The run in `directory`, and the summary of what was prepared now (None: the corpus was there already).
 
     An existing run is taken up again when `inputs` name the corpus it was made from, or nothing. `extend` adds what is
     new in them. Raises RunError with the difference when the corpus has changed.
+
+    processes: how many prepare a large corpus, as children if more than one. What on_progress raises, as Interrupted,
+    ends them; the same call goes on with what they have finished, as does that of another worker meanwhile.
     """
 
-    def fresh(files: Sequence[str]) -> Callable[[Path, int], CorpusSummary]:
-        return lambda shards, first: prepare(
+    def added(generations: Sequence[CorpusSummary], files: Sequence[str]) -> tuple[Run, CorpusSummary]:
+        plan = plan_whole(
             files,
-            shards,
-            overrides=dict(settings.overrides),
+            overrides=settings.overrides,
             strict=settings.strict,
-            first_shard=first,
-            on_progress=on_progress,
+            first_shard=_next_shard(generations),
         )
+        if plan.n_bytes < _SMALL_BYTES:
+            run = add_generation(
+                directory, generations, lambda shards, _: prepare_whole(plan, shards, on_progress=on_progress)
+            )
+        else:
+            run = _add_in_tasks(directory, before, generations, plan, processes, on_progress or _report_nothing)
+        return run, run.generations[-1]
 
-    if not (directory / "manifest.json").is_file():
+    before = _state(directory)
+    if not before:
         if not inputs:
             raise UsageError(f"{directory} is no run yet: name the files to score")
         if directory.is_dir() and any(path.name[0] != "." and path.name != "corpus" for path in directory.iterdir()):
             raise RunError(f"{directory} holds something that is not a run; choose an empty or new directory with -o")
-        run = add_generation(directory, [], fresh(inputs))
-        return run, run.generations[-1]
+        return added([], inputs)
     run = open_run(directory)
     if not inputs:
         if extend or settings.overrides or settings.strict:
@@ -64,8 +99,7 @@ def prepare_run(
         if difference.changed:
             raise RunError(f"{directory}: --extend only adds files, but {', '.join(difference.changed)} changed")
         if difference.added:
-            run = add_generation(directory, run.generations, fresh(difference.added))
-            return run, run.generations[-1]
+            return added(run.generations, difference.added)
         return run, None
     if difference:
         raise RunError(
@@ -85,18 +119,10 @@ def add_generation(
     that a kill leaves nothing half done and two processes that prepare the same corpus do not disturb each other.
     """
     corpus = directory / "corpus"
+    own = directory / own_name("preparing")
+    _make(directory, own)
     try:
-        corpus.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(directory)
-        own = directory / own_name("preparing")
-        own.mkdir()
-    except OSError as error:
-        raise RunError(
-            f"{directory}: cannot be written ({error.strerror}); choose another directory with -o"
-        ) from error
-    try:
-        numbers = [shard_number(shard.name) for generation in generations for shard in generation.shards]
-        summary = prepare(own, max(numbers, default=-1) + 1)
+        summary = prepare(own, _next_shard(generations))
         done = [*generations, summary]
         there = open_run(directory).generations if (directory / "manifest.json").exists() else ()
         if [g.fingerprint for g in there] == [g.fingerprint for g in done]:
@@ -105,8 +131,147 @@ def add_generation(
             raise RunError(f"another process changed {directory} in the meantime; give the same command again")
         for shard in summary.shards:
             (own / shard.name).rename(corpus / shard.name)
-        sync_directory(corpus)
-        write_json(directory / "manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in done]})
+        _commit(directory, done)
     finally:
         remove_tree(own)
     return Run(directory, done)
+
+
+def _next_shard(generations: Sequence[CorpusSummary]) -> int:
+    numbers = [shard_number(shard.name) for generation in generations for shard in generation.shards]
+    return max(numbers, default=-1) + 1
+
+
+def _make(directory: Path, own: Path) -> None:
+    """The run's directory and one in it, and what killed preparations left in it removed."""
+    try:
+        (directory / "corpus").mkdir(parents=True, exist_ok=True)
+        remove_abandoned(directory)
+        own.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{directory}: cannot be written ({error.strerror}); choose another directory with -o"
+        ) from error
+
+
+def _commit(directory: Path, generations: Sequence[CorpusSummary]) -> None:
+    """Make shards that have been moved in count."""
+    sync_directory(directory / "corpus")
+    write_json(directory / "manifest.json", {"format": FORMAT, "generations": [g.to_json() for g in generations]})
+    for work in directory.glob(f"{_WORK}*"):
+        _remove(work)
+
+
+def _report_nothing(progress: PreparationProgress) -> None:
+    """For those who did not ask."""
+
+
+def _add_in_tasks(
+    directory: Path,
+    before: Sequence[int],
+    generations: Sequence[CorpusSummary],
+    plan: Plan,
+    processes: int,
+    report: Report,
+) -> Run:
+    """Add a large corpus to a run that was `before`, together with whoever does the same meanwhile."""
+    work = directory / f"{_WORK}{plan.digest}"
+
+    def is_over() -> bool:
+        return _state(directory) != before
+
+    _make(directory, work)
+    for other in directory.glob(f"{_WORK}*"):
+        if other != work and _is_idle(other):
+            _remove(other)
+    try:
+        with writing(directory):
+            tasks = Tasks.open(work, plan)
+            n = min(processes, len(tasks.plan.pieces))
+            if n > 1:
+                there = work_in_children(tasks, n, report=report, is_over=is_over)
+            else:
+                there = work_here(tasks, report=report, is_over=is_over)
+            if there:
+                _commit_tasks(directory, generations, tasks, is_over)
+    except CorpusError:
+        # Nothing of it can be used again, unless by others, who will learn the same.
+        if not list(work.glob("claims/*.json")):
+            _remove(work)
+        raise
+    except RunError:
+        # Whoever was first has removed the work under the others' hands.
+        until = time.monotonic() + (0 if work.exists() else _LATE_SECONDS)
+        while not is_over():
+            if time.monotonic() >= until:
+                raise
+            time.sleep(WAIT_SECONDS)
+    _remove(work)
+    run = open_run(directory)
+    if not _is_with(run, generations, plan):
+        raise RunError(f"another process changed {directory} in the meantime; give the same command again")
+    return run
+
+
+def _commit_tasks(
+    directory: Path, generations: Sequence[CorpusSummary], tasks: Tasks, is_over: Callable[[], bool]
+) -> None:
+    """Move the shards in and commit them: one worker does, the others wait for it."""
+    assert tasks.rows is not None
+    summary = tasks.rows.summary([shard for _, shard in tasks.shards])
+    with claims_of(tasks) as claims:
+        while not is_over():
+            if not claims.take("commit"):
+                if "commit" in claims.set_aside():
+                    raise RunError(f"workers have died again and again while they wrote {directory}/manifest.json")
+                time.sleep(WAIT_SECONDS)
+                continue
+            if is_over():
+                return
+            for path, shard in tasks.shards:
+                goal = directory / "corpus" / shard.name
+                if path.exists():
+                    path.rename(goal)
+                # Else a worker that died had moved it in.
+                elif not (goal.exists() and _sha256(goal) == shard.sha256):
+                    raise RunError(f"{path} is gone; remove {tasks.directory} and give the same command again")
+            _commit(directory, [*generations, summary])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_with(run: Run, generations: Sequence[CorpusSummary], plan: Plan) -> bool:
+    """Whether the run is what it was and what was planned."""
+    *before, last = run.generations
+    planned = [(source.label, source.size, source.mtime_ns, source.oid) for source in plan.sources]
+    return (
+        [g.fingerprint for g in before] == [g.fingerprint for g in generations]
+        and [(file.label, file.size, file.mtime_ns, file.oid) for file in last.files] == planned
+        and last.overrides == plan.overrides
+    )
+
+
+def _state(directory: Path) -> tuple[int, ...]:
+    """Changes with the manifest; nothing where there is none."""
+    try:
+        status = (directory / "manifest.json").stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _is_idle(work: Path) -> bool:
+    """Whether nobody is at work on a preparation."""
+    with suppress(OSError):
+        stirred = max(path.stat().st_mtime for path in (work, work / "claims"))
+        return time.time() - stirred > _IDLE_SECONDS
+    return False
+
+
+def _remove(work: Path) -> None:
+    """Remove a preparation's directory, if it is there, so that nobody goes on in it."""
+    with suppress(OSError):  # another worker does the same, or something in it is open on a system that minds
+        remove_tree(work.rename(work.with_name(own_name("removed"))))
