@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fastcompat.corpus.bytestream import ByteStream
 from fastcompat.corpus.containers import SourceReader, file_sha256
 from fastcompat.corpus.filenames import generator_name
-from fastcompat.corpus.jsonrecords import _whole_lines
+from fastcompat.corpus.jsonrecords import whole_lines
 from fastcompat.corpus.records import Broken, Unreadable
 from fastcompat.corpus.sources import Source, find_inputs, find_sources
 from fastcompat.errors import CorpusError
@@ -185,7 +185,7 @@ def test_documents_are_read_in_pieces() -> None:
 def test_lines_are_whole_wherever_blocks_end(texts: list[bytes], size: int) -> None:
     data = b"\n".join(texts)
     blocks: Any = [data[i : i + size] for i in range(0, len(data), size)]
-    chunks = list(_whole_lines(blocks))
+    chunks = list(whole_lines(blocks))
     assert b"".join(chunk for chunk in chunks if chunk) == data
     assert all(chunk is not None and chunk.endswith(b"\n") for chunk in chunks[:-1])
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcompat.corpus import CorpusSummary, PreparationProgress, compare_inputs, iter_responses, preparation, prepare
-from fastcompat.corpus.partition import Bucket, Partition, bucket_of
+from fastcompat.corpus.partition import Bucket, Origins, Partition, bucket_of
 from fastcompat.corpus.units import UnitSize
 from fastcompat.errors import CorpusError, RunError, SchemaError
 from fastcompat.rows.response import ROW_SCHEMA, Message, Response, from_table, prompt_id
@@ -448,7 +448,8 @@ def test_progress_reaches_its_total() -> None:
 @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=3), st.integers(0, 3)), max_size=40))
 def test_partition_returns_every_row(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]) -> None:
     """Prompts and answers of any text, over several runs and buckets, come back as they went in."""
-    partition = Partition(tmp_path_factory.mktemp("p"), n_buckets=3, stage_bytes=1)
+    directory = tmp_path_factory.mktemp("p")
+    partition = Partition(directory, n_buckets=3, stage_bytes=1, home=directory)
     for index, (text, response_index) in enumerate(rows):
         messages = (Message("user", text), Message("assistant", f"{index}"))
         partition.add(prompt_id(messages[:-1]), 0, index, response_index, text, messages, Status.OK, "")
@@ -457,9 +458,11 @@ def test_partition_returns_every_row(tmp_path_factory: pytest.TempPathFactory, r
     partition.finish()
     found = []
     for number in range(3):
-        bucket: Bucket = partition.bucket(number)
-        for unit in bucket.units(UnitSize(10, 5)):
-            found += from_table(bucket.gather(unit, ["s"]))
+        bucket = Bucket.read(partition.runs, number)
+        assert bucket.n_rows == partition.rows[number]
+        units = list(bucket.tables(UnitSize(10, 5), Origins(["s"])))
+        assert [len(unit) for unit in units] == [len(unit) for unit in bucket.units(UnitSize(10, 5))]
+        found += [row for unit in units for row in from_table(unit)]
     expected = [
         Response(
             messages=(Message("user", t), Message("assistant", f"{i}")),

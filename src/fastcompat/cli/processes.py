@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 # Processes that may die before their parent gives up: one unit that kills takes three, then it is set aside.
 MOST_DEATHS = 30
+# Memory of a process that prepares a corpus, at most.
+PREPARER_BYTES = 512 << 20
 # What children do not get of their parent's command: it is done, or theirs to choose.
 _NOT_HANDED_ON = {"inputs", "mapping", "reward_column", "strict", "extend", "processes", "gpus", "worker"}
 
@@ -60,6 +62,28 @@ def environments(processes: int | None, gpus: str | None, device: str, worker: s
             raise UsageError(f"--gpus {gpus}: write all, or numbers below {len(visible)}, for example 0,1")
         chosen = [visible[int(number)] for number in numbers]
     return [{"CUDA_VISIBLE_DEVICES": own} for own in chosen] if len(chosen) > 1 or gpus is not None else []
+
+
+def preparers(processes: int | None, worker: str, root: Path = Path("/")) -> int:
+    """How many processes prepare a large corpus: so many as were asked for, else one for each core that may be used and
+    for which there is memory; one where this process is a worker of several. root: where sys lies."""
+    if processes is not None:
+        return processes
+    if worker != "1/1":
+        return 1
+    from fastcompat.scoring.machine_memory import available_memory
+
+    return max(1, min(usable_cores(root), available_memory(root) // PREPARER_BYTES))
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use; a container's quota may be less than the machine has. root: where sys lies."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no quota, or none that is told here
+        return count
 
 
 def visible_gpus() -> list[str]:

@@ -50,11 +50,16 @@ def score(
     context: typer.Context,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", metavar="RUN", help="The run, made or resumed: a directory, or s3://BUCKET/RUN."),
+        typer.Option(
+            "--output", "-o", metavar="RUN", help="The run, made or resumed: a directory, or s3://BUCKET/RUN."
+        ),
     ],
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="INPUT...", help="Files, directories, globs; hf://, s3://, gs://, az://, https://. None: resume RUN."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files, directories, globs; hf://, s3://, gs://, az://, https://. None: resume RUN.",
+        ),
     ] = None,
     base_model: Annotated[
         list[str] | None, typer.Option("--base-model", metavar="ID_OR_DIR", help="Computes losses. Repeatable.")
@@ -151,7 +156,13 @@ def score(
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(rich_help_panel=SHARED, min=1, help="So many processes, on a CPU.")
+        int | None,
+        typer.Option(
+            rich_help_panel=SHARED,
+            min=1,
+            help="So many processes, on a CPU; also to prepare a large corpus.",
+            show_default="one, but a preparer per core",
+        ),
     ] = None,
     ray: Annotated[
         str | None,
@@ -215,7 +226,7 @@ def score(
 
     from fastcompat.cli.cluster import refuse_beside_ray, score_in_cluster
     from fastcompat.cli.display import LiveDisplay, show_corpus
-    from fastcompat.cli.processes import arguments_of, environments, score_in_processes
+    from fastcompat.cli.processes import arguments_of, environments, preparers, score_in_processes
     from fastcompat.cli.racing import everybody_but, hold_races, race_asked
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
@@ -293,7 +304,14 @@ def score(
                 raise Interrupted("interrupted while the corpus was prepared; give the same command again")
 
         with display.showing():
-            run, summary = prepare_run(output, inputs or [], settings, extend=extend, on_progress=preparing)
+            run, summary = prepare_run(
+                output,
+                inputs or [],
+                settings,
+                extend=extend,
+                processes=preparers(processes, worker),
+                on_progress=preparing,
+            )
         if summary is not None:
             show_corpus(summary, time.monotonic() - display.began)
         for scorer in [scorer for served in passes for scorer in served.scorers]:

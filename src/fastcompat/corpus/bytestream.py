@@ -128,6 +128,35 @@ class ByteStream:
             yield bytes(rest)
 
 
+class ByteRange:
+    """Bytes `begin` to `end` of a plain file, in blocks that end where those of the whole file end.
+
+    After the last block `broken` is "" or the reason why there are no more. Raises OSError where it cannot be opened.
+    """
+
+    def __init__(self, source: Source, begin: int, end: int) -> None:
+        self._file = source.open()
+        self._end = end
+        self.position = begin
+        self.broken = ""
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            self._file.seek(self.position)
+            while size := min(BLOCK_BYTES - self.position % BLOCK_BYTES, self._end - self.position):
+                block = self._file.read(size)
+                if not block:
+                    raise OSError("the file has become shorter")
+                self.position += len(block)
+                yield block
+        except OSError as error:
+            self.broken = f"reading stopped at byte {self.position}: {error.strerror or error}"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def _joined(first: bytes, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
     """Reads the bytes that were taken for the magic, then goes on where they came from."""
 

@@ -10,31 +10,43 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
+from typing import NamedTuple
 
 from fastcompat.corpus.arrowfiles import arrow_batches
-from fastcompat.corpus.bytestream import BLOCK_BYTES, ByteStream
+from fastcompat.corpus.bytestream import BLOCK_BYTES, ByteRange, ByteStream
 from fastcompat.corpus.content import foreign_format, stand_in
 from fastcompat.corpus.filenames import COMPRESSION_SUFFIXES, has_known_suffix
 from fastcompat.corpus.jsondocuments import DocumentRecords
-from fastcompat.corpus.jsonrecords import is_document, line_records
+from fastcompat.corpus.jsonrecords import LineRecords, is_document
+from fastcompat.corpus.jsonvalues import JsonReader
 from fastcompat.corpus.parquetfiles import parquet_batches
 from fastcompat.corpus.records import Batch, Unreadable
 from fastcompat.corpus.sources import Source
+
+
+class Stretch(NamedTuple):
+    """A part of a file: of a "jsonl" one bytes `begin` to `end`, cut at line ends; of a "parquet" one row groups."""
+
+    container: str
+    begin: int
+    end: int
 
 
 class SourceReader:
     """Iterates over a source's `Batch`es once; `container` is known from the start, `sha256()` is asked at the end.
 
     `container` is "jsonl" or "json" (with ".gz", ".zst", ".bz2", ".xz"), "parquet", "arrow", "arrow stream", "unknown".
+    stretch: what is read of the file, all of it where it is None. reader: of a stretch's JSON.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, stretch: Stretch | None = None, reader: JsonReader | None = None) -> None:
         self.source = source
         self.container = "unknown"
+        self.lines: LineRecords | None = None
         self._sha256: Callable[[], str] = str
         self._close: Callable[[], None] = lambda: None
         self._document: DocumentRecords | None = None
-        self._batches = self._start()
+        self._batches = self._start() if stretch is None else self._start_in(stretch, reader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
@@ -73,9 +85,23 @@ class SourceReader:
             return iter([Batch([Unreadable(reason)], self.source.size)])
         document = is_document(head, name)
         self.container = ("json" if document else "jsonl") + (f".{stream.compression}" if stream.compression else "")
-        self._document = DocumentRecords(stream) if document else None
-        records = self._document or line_records(stream)
-        return (Batch(batch, stream.position) for batch in records)
+        if document:
+            self._document = DocumentRecords(stream)
+            return (Batch(batch, stream.position) for batch in self._document)
+        self.lines = LineRecords(stream)
+        return (Batch(batch, stream.position) for batch in self.lines)
+
+    def _start_in(self, stretch: Stretch, reader: JsonReader | None) -> Iterator[Batch]:
+        self.container = stretch.container
+        if stretch.container == "parquet":
+            return parquet_batches(self.source, (stretch.begin, stretch.end))
+        try:
+            stream = ByteRange(self.source, stretch.begin, stretch.end)
+        except OSError as error:
+            return iter([Batch([Unreadable(f"the file cannot be opened: {error.strerror or error}")], 0)])
+        self._close = stream.close
+        self.lines = LineRecords(stream, reader)
+        return (Batch(batch, stream.position) for batch in self.lines)
 
     def _hash_apart(self) -> str:
         # Columnar files are read out of order, so their hash is a reading of its own; the hub knows it already.

@@ -35,7 +35,8 @@ __all__ = [
 SAMPLE_RECORDS = 64
 # Broken records may come first; past this many the mapping is chosen from what there is.
 _SAMPLE_SEARCH = 16384
-_REMEMBERED_SHAPES = 1024
+# As many forms of records that the mapping does not fit are known at a time.
+REMEMBERED_FORMS = 1024
 
 
 class RecordReader:
@@ -56,7 +57,9 @@ class RecordReader:
         self.error: SchemaError | None = None
         self.problem = ""
         self._overrides = overrides
-        self._alone: dict[object, Read | None] = {}
+        # Of records that the mapping does not fit, by their form: what fits, as the first of that form told.
+        self._alone: dict[object, tuple[Mapping, Read] | None] = {}
+        self._has_forgotten = False
         self._read: Read = self._read_unmapped
         try:
             self.mapping = detect(sample, overrides=overrides, label=label, more_columns=more_columns)
@@ -95,20 +98,30 @@ class RecordReader:
         filled = {name: value for name, value in record.items() if value is not None}
         key = tuple((name, form_of(value)) for name, value in filled.items())
         if key not in self._alone:
-            if len(self._alone) >= _REMEMBERED_SHAPES:
+            if len(self._alone) >= REMEMBERED_FORMS:
                 self._alone.clear()
-            self._alone[key] = self._reader_of(filled)
-        read = self._alone[key]
-        if read is None:
+                self._has_forgotten = True
+            self._alone[key] = self._mapping_of(filled)
+        fitting = self._alone[key]
+        if fitting is None:
             return [otherwise]
         try:
-            readings = read(filled, self.tally)
+            readings = fitting[1](filled, self.tally)
         except MissingColumnError:
             return [otherwise]
         self.tally.other_shapes[", ".join(sorted(map(str, filled)))] += 1
         return readings
 
-    def _reader_of(self, record: Record) -> Read | None:
+    def read_alone(self) -> dict[str, str] | None:
+        """How records that the mapping does not fit were read, by their form; None where some of it is forgotten.
+
+        Who has read a part of a file, and of whose forms the rest knows the same, has read it as in one go.
+        """
+        if self._has_forgotten:
+            return None
+        return {repr(form): "" if fitting is None else _reading(fitting[0]) for form, fitting in self._alone.items()}
+
+    def _mapping_of(self, record: Record) -> tuple[Mapping, Read] | None:
         try:
             mapping = detect([record], overrides=self._overrides)
         except SchemaError:
@@ -116,8 +129,14 @@ class RecordReader:
         # A response that an override names may stand without a prompt, but not where the prompt is only null.
         if self.mapping and self.mapping.shape == mapping.shape == "prompt + response":
             lost = self.mapping.columns.keys() - mapping.columns.keys()
-            return None if "prompt" in lost else mapping.reader()
-        return mapping.reader()
+            return None if "prompt" in lost else (mapping, mapping.reader())
+        return mapping, mapping.reader()
+
+
+def _reading(mapping: Mapping) -> str:
+    """Equal for mappings that read alike."""
+    rewards = [(column.name, column.path, column.where, column.late) for column in mapping.rewards]
+    return repr((mapping.shape, mapping.columns, mapping.structs, rewards))
 
 
 def take_sample(records: Iterable[object]) -> tuple[list[Record], Iterator[object]]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from fastcompat.corpus.bytestream import HEAD_BYTES, ByteStream
+from fastcompat.corpus.bytestream import HEAD_BYTES, ByteRange, ByteStream
 from fastcompat.corpus.filenames import split_suffixes
 from fastcompat.corpus.jsonvalues import JsonReader, what_is_broken
 from fastcompat.corpus.records import BATCH_CHARS, BATCH_RECORDS, MAX_RECORD_BYTES, Broken, Records, Unreadable
@@ -54,48 +54,60 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def line_records(stream: ByteStream) -> Iterator[Records]:
-    """Batches of records; blank lines are skipped, reasons name the line (from 1)."""
-    reader = JsonReader()
-    decode = reader.decode
-    records: Records = []
-    number = 0
-    for chunk in _whole_lines(stream):
-        if chunk is None:
-            number += 1
-            records.append(Broken(f"line {number}: longer than {MAX_RECORD_BYTES >> 20} MiB"))
-            continue
-        # Bytes that are no UTF-8 become unpaired surrogates, for which a row is marked where it needs the text.
-        lines = chunk.decode("utf-8", "surrogateescape").split("\n")
-        if not lines[-1]:
-            lines.pop()
-        # A line that was cut by the break is part of what `Unreadable` stands for, unless it happens to be whole.
-        cut_off = bool(stream.broken) and not chunk.endswith(b"\n")
-        for line in lines:
-            number += 1
-            line = line.strip(_BLANK)
-            if not line:
+class LineRecords:
+    """Iterates once over batches of records; blank lines are skipped, reasons name the line (from 1).
+
+    `n_lines` are those read so far. has_twice_at_first: whether `reader` had found names twice when it stopped being
+    thorough, after the first lines; None before.
+    """
+
+    def __init__(self, stream: ByteStream | ByteRange, reader: JsonReader | None = None) -> None:
+        self._stream = stream
+        self.reader = reader or JsonReader()
+        self.has_twice_at_first: bool | None = None
+        self.n_lines = 0
+
+    def __iter__(self) -> Iterator[Records]:
+        stream, reader = self._stream, self.reader
+        decode = reader.decode
+        records: Records = []
+        for chunk in whole_lines(stream):
+            if chunk is None:
+                self.n_lines += 1
+                records.append(Broken(f"line {self.n_lines}: longer than {MAX_RECORD_BYTES >> 20} MiB"))
                 continue
-            try:
-                value, end = decode(line)
-            except (json.JSONDecodeError, RecursionError):
-                end = -1
-            if end == len(line) and type(value) is dict:
-                records.append(value)
-            else:
-                found = _records_of_line(line, number, reader)
-                records += [record for record in found if type(record) is not Broken] if cut_off else found
-            if len(records) >= BATCH_RECORDS:
+            # Bytes that are no UTF-8 become unpaired surrogates, for which a row is marked where it needs the text.
+            lines = chunk.decode("utf-8", "surrogateescape").split("\n")
+            if not lines[-1]:
+                lines.pop()
+            # A line that was cut by the break is part of what `Unreadable` stands for, unless it happens to be whole.
+            cut_off = bool(stream.broken) and not chunk.endswith(b"\n")
+            for number, line in enumerate(lines, self.n_lines + 1):
+                line = line.strip(_BLANK)
+                if not line:
+                    continue
+                try:
+                    value, end = decode(line)
+                except (json.JSONDecodeError, RecursionError):
+                    end = -1
+                if end == len(line) and type(value) is dict:
+                    records.append(value)
+                else:
+                    found = _records_of_line(line, number, reader)
+                    records += [record for record in found if type(record) is not Broken] if cut_off else found
+                if len(records) >= BATCH_RECORDS:
+                    yield records
+                    records = []
+            self.n_lines += len(lines)
+            if len(chunk) >= BATCH_CHARS and records:
                 yield records
                 records = []
-        if len(chunk) >= BATCH_CHARS and records:
+            if reader.thorough:
+                reader.thorough, self.has_twice_at_first = False, reader.has_twice
+        if stream.broken:
+            records.append(Unreadable(stream.broken))
+        if records:
             yield records
-            records = []
-        reader.thorough = False
-    if stream.broken:
-        records.append(Unreadable(stream.broken))
-    if records:
-        yield records
 
 
 def _records_of_line(line: str, number: int, reader: JsonReader) -> Records:
@@ -128,7 +140,7 @@ def _records_of_line(line: str, number: int, reader: JsonReader) -> Records:
     return records
 
 
-def _whole_lines(stream: ByteStream) -> Iterator[bytes | None]:
+def whole_lines(stream: ByteStream | ByteRange) -> Iterator[bytes | None]:
     """Pieces of the stream that end with a line's end (the last one need not); None for a line that is too long."""
     held: list[bytes] = []
     held_bytes = 0

@@ -21,17 +21,19 @@ _MOST_NOT_FINITE = 256
 class JsonReader:
     """Decodes the values of one file. While `thorough`, names that an object has twice are looked for, which takes a
     third longer: a program that writes such objects writes them from the start, so that a file's beginning tells.
+
+    has_twice: an object with such names was seen; they are looked for from then on.
     """
 
-    def __init__(self) -> None:
-        self.thorough = True
+    def __init__(self, *, thorough: bool = True, has_twice: bool = False) -> None:
+        self.thorough = thorough
         self._thorough = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
         self._lenient = json.JSONDecoder(object_pairs_hook=self._object, strict=False, parse_int=_number).raw_decode
-        self._has_twice = False
+        self.has_twice = has_twice
 
     def decode(self, text: str, position: int = 0) -> tuple[Any, int]:
         """The value that begins there, and where it ends. Raises JSONDecodeError, RecursionError."""
-        decode = self._thorough if self.thorough or self._has_twice else _plain
+        decode = self._thorough if self.thorough or self.has_twice else _plain
         replaced = 0
         while True:
             try:
@@ -56,7 +58,7 @@ class JsonReader:
         found = dict(pairs)
         if len(found) == len(pairs):
             return found
-        self._has_twice = True
+        self.has_twice = True
         found = {}
         for name, value in pairs:
             found[name] = AMBIGUOUS if name in found and found[name] != value else value

@@ -28,14 +28,18 @@ _DECODED_BYTES = 8 * BATCH_CHARS
 _HELD_DICTIONARIES = 4 * BATCH_CHARS
 
 
-def parquet_batches(source: Source) -> Iterator[Batch]:
-    """Batches of the file's records. Of a damaged row group the rest is lost; the groups after it are read."""
+def parquet_batches(source: Source, groups: tuple[int, int] | None = None) -> Iterator[Batch]:
+    """Batches of the file's records. Of a damaged row group the rest is lost; the groups after it are read.
+
+    groups: the first row group that is read, and the end of them; None: all.
+    """
     try:
         with open_file(source, mapped=False) as raw:
             file = _File(raw)
             total = max(1, file.metadata.num_rows)
-            before = 0
-            for group in range(file.metadata.num_row_groups):
+            first, end = groups or (0, file.metadata.num_row_groups)
+            before = sum(file.metadata.row_group(group).num_rows for group in range(first))
+            for group in range(first, end):
                 n_rows = file.metadata.row_group(group).num_rows
                 n_read = 0
                 try:
@@ -51,6 +55,16 @@ def parquet_batches(source: Source) -> Iterator[Batch]:
         encrypted = "ncrypt" in str(error)
         what = "encrypted; decrypt it first" if encrypted else f"truncated or damaged: {first_line(error)}"
         yield Batch([Unreadable(f"the Parquet file is {what}")], source.size)
+
+
+def group_bytes(source: Source) -> list[int]:
+    """Of each row group, the bytes that its columns take once they are decompressed; none where it cannot be told."""
+    try:
+        with open_file(source, mapped=False) as raw:
+            metadata = pq.ParquetFile(raw).metadata
+            return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    except DAMAGE:
+        return []
 
 
 class _File:

@@ -2,26 +2,28 @@
 
 Rows are staged in memory; a full stage is sorted by bucket and written as one *run*: an Arrow file whose batch b
 holds the rows of bucket b. A bucket is read back as the batches b of all runs, memory-mapped: only its keys are
-loaded to be sorted, and rows are gathered a unit at a time, so that one prompt with millions of rows works too.
+loaded to be sorted, and rows are gathered some units at a time, so that one prompt with millions of rows works too.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastcompat.corpus.records import with_lines_before
 from fastcompat.corpus.units import Indices, UnitSize, unit_bounds
 from fastcompat.errors import RunError
 from fastcompat.rows import MESSAGE_TYPE, REWARDS_TYPE, ROW_SCHEMA, Message
 
-# A row while it is being partitioned; `source` is the file's number, `chars` what the unit's size is counted in.
+# A row while it is being partitioned; `source` is the number of the file or of the stretch that it came from, `chars`
+# what the unit's size is counted in. at_line: its detail begins with the number of a line of the stretch.
 _STAGED_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -35,11 +37,27 @@ _STAGED_SCHEMA = pa.schema(
         ("rewards", REWARDS_TYPE),
         ("tools", pa.string()),
         ("chars", pa.int64()),
+        ("at_line", pa.bool_()),
     ]
 )
 # Python objects become Arrow batches this often: they take several times the memory of the text itself.
 _BATCH_ROWS = 8192
 _BATCH_CHARS = 4 << 20
+# So many characters of a bucket are gathered at a time: each time from all runs, a few rows from each.
+_GATHERED_CHARS = 24 << 20
+
+
+class Origins(NamedTuple):
+    """Of each source by its number: its label, and the records and lines of its file before it, if it is a stretch."""
+
+    labels: Sequence[str]
+    n_records: Indices | None = None
+    n_lines: Indices | None = None
+
+
+def run_name(number: int) -> str:
+    """A run's file name."""
+    return f"run-{number:05d}.arrow"
 
 
 @contextmanager
@@ -56,17 +74,21 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 class Partition:
-    """Writes runs of rows under `directory`, and reads buckets back once `finish()` was called."""
+    """Writes runs of rows under `directory`; `runs`, and the `rows` and `chars` of each bucket, are there when
+    `finish()` was called. home: the directory that is named where the disk refuses.
+    """
 
-    def __init__(self, directory: Path, *, n_buckets: int, stage_bytes: int) -> None:
+    def __init__(self, directory: Path, *, n_buckets: int, stage_bytes: int, home: Path) -> None:
         self.n_buckets = n_buckets
         self.n_rows = 0
-        self.n_chars = 0
-        self.directory = directory
+        self.rows: Indices = np.zeros(n_buckets, np.int64)
+        self.chars: Indices = np.zeros(n_buckets, np.int64)
+        self.runs: list[Path] = []
+        self._directory = directory
+        self._home = home
         self._stage_bytes = stage_bytes
         self._staged: list[pa.RecordBatch] = []
         self._staged_bytes = 0
-        self._runs: list[Path] = []
         self._new_columns()
 
     def _new_columns(self) -> None:
@@ -78,6 +100,7 @@ class Partition:
         self._statuses: list[str] = []
         self._details: list[str] = []
         self._chars: list[int] = []
+        self._at_lines: list[bool] = []
         self._ends = [0]
         self._roles: list[str] = []
         self._contents: list[str] = []
@@ -100,6 +123,7 @@ class Partition:
         detail: str,
         rewards: Sequence[tuple[str, float]] = (),
         tools: str = "",
+        at_line: bool = False,
     ) -> None:
         """Stage one row. Rows of one source must come in order: equal prompts keep the order of arrival."""
         chars = len(tools)
@@ -120,11 +144,11 @@ class Partition:
         self._details.append(detail)
         self._chars.append(chars)
         self._tools.append(tools)
+        self._at_lines.append(at_line)
         self.n_rows += 1
         self._ends.append(len(self._roles))
         self._reward_ends.append(len(self._reward_values))
         self._pending_chars += chars
-        self.n_chars += chars
         if len(self._chars) >= _BATCH_ROWS or self._pending_chars >= _BATCH_CHARS:
             self._to_batch()
 
@@ -158,6 +182,7 @@ class Partition:
                 rewards,
                 pa.array(self._tools, pa.string()),
                 pa.array(self._chars, pa.int64()),
+                pa.array(self._at_lines, pa.bool_()),
             ],
             schema=_STAGED_SCHEMA,
         )
@@ -170,30 +195,23 @@ class Partition:
     def _spill(self) -> None:
         if not self._staged:
             return
-        table = pa.Table.from_batches(self._staged)
+        # Out of many batches Arrow would gather each bucket by copying all of them.
+        staged = _one_batch(pa.Table.from_batches(self._staged))
         self._staged, self._staged_bytes = [], 0
-        buckets = bucket_of(table["prompt_id"], self.n_buckets)
+        buckets = bucket_of(staged["prompt_id"], self.n_buckets)
         order = np.argsort(buckets, kind="stable")
         ends = np.searchsorted(buckets[order], np.arange(self.n_buckets + 1))
-        path = self.directory / f"run-{len(self._runs):05d}.arrow"
+        np.add.at(self.chars, buckets, staged["chars"].to_numpy())
+        self.rows += np.diff(ends)
+        path = self._directory / run_name(len(self.runs))
         with (
-            writing(self.directory.parent),
+            writing(self._home),
             pa.OSFile(str(path), "wb") as file,
             pa.ipc.new_file(file, _STAGED_SCHEMA) as writer,
         ):
             for bucket in range(self.n_buckets):
-                rows = order[ends[bucket] : ends[bucket + 1]]
-                writer.write_batch(_one_batch(table.take(pa.array(rows))))
-        self._runs.append(path)
-
-    def bucket(self, number: int) -> Bucket:
-        """The rows of one bucket; valid until the partition's directory goes."""
-        batches = []
-        for path in self._runs:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number)
-            if batch.num_rows:
-                batches.append(batch)
-        return Bucket(batches)
+                writer.write_batch(staged.take(pa.array(order[ends[bucket] : ends[bucket + 1]])))
+        self.runs.append(path)
 
 
 class Bucket:
@@ -204,10 +222,35 @@ class Bucket:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.n_rows = int(self._starts[-1])
 
-    @property
-    def n_chars(self) -> int:
-        """Characters of all rows."""
-        return sum(int(batch["chars"].to_numpy().sum()) for batch in self._batches)
+    @classmethod
+    def read(cls, runs: Iterable[Path], number: int) -> Self:
+        """Bucket `number` of these runs; valid for as long as they are there."""
+        batches = (pa.ipc.open_file(pa.memory_map(str(path))).get_batch(number) for path in runs)
+        return cls([batch for batch in batches if batch.num_rows])
+
+    def tables(
+        self, largest: UnitSize, origins: Origins, *, n_chars_before: int = 0, n_rows_before: int = 0
+    ) -> Iterator[pa.Table]:
+        """The units, as `units` cuts them, with `ROW_SCHEMA`."""
+        chars = self._chars()
+        held: list[Indices] = []
+        n_chars = 0
+        for rows in self.units(largest, n_chars_before=n_chars_before, n_rows_before=n_rows_before):
+            held.append(rows)
+            n_chars += int(chars[rows].sum())
+            if n_chars >= _GATHERED_CHARS:
+                yield from self._gathered(held, origins)
+                held, n_chars = [], 0
+        yield from self._gathered(held, origins)
+
+    def _gathered(self, units: Sequence[Indices], origins: Origins) -> Iterator[pa.Table]:
+        if not units:
+            return
+        table = self.gather(np.concatenate(units), origins)
+        begin = 0
+        for rows in units:
+            yield table.slice(begin, len(rows))
+            begin += len(rows)
 
     def units(self, largest: UnitSize, *, n_chars_before: int = 0, n_rows_before: int = 0) -> Iterator[Indices]:
         """The bucket's rows by prompt, then as they arrived, cut into units as `unit_bounds` says.
@@ -217,51 +260,62 @@ class Bucket:
         if self.n_rows == 0:
             return
         ids = pa.chunked_array([batch["prompt_id"] for batch in self._batches]).combine_chunks()
-        chars = np.concatenate([batch["chars"].to_numpy() for batch in self._batches])
         # A stable sort: within a prompt the rows stay as they arrived, by source, record and response.
         order = pc.array_sort_indices(ids).to_numpy().astype(np.int64)
         ids = ids.take(pa.array(order))
         new_prompt = np.ones(self.n_rows, dtype=bool)
         new_prompt[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
         bounds = np.append(np.flatnonzero(new_prompt), self.n_rows)
-        running = n_chars_before + np.concatenate([[0], np.cumsum(chars[order])])
+        running = n_chars_before + np.concatenate([[0], np.cumsum(self._chars()[order])])
         for start, stop in unit_bounds(bounds, running, largest, n_rows_before=n_rows_before):
             yield order[start:stop]
 
-    def gather(self, rows: Indices, labels: Sequence[str]) -> pa.Table:
-        """Rows by index, in that order, with `ROW_SCHEMA`; `labels` name the sources."""
+    def _chars(self) -> Indices:
+        return np.concatenate([np.empty(0, np.int64), *(batch["chars"].to_numpy() for batch in self._batches)])
+
+    def gather(self, rows: Indices, origins: Origins) -> pa.Table:
+        """Rows by index, in that order, with `ROW_SCHEMA`."""
         where = np.searchsorted(self._starts, rows, side="right") - 1
-        parts = []
-        for number in np.unique(where):
-            local = rows[where == number] - self._starts[number]
-            parts.append(pa.Table.from_batches([self._batches[number].take(pa.array(local))]))
-        # Parts come batch by batch; put the rows back in the order asked for.
+        # Batch by batch, then back in the order asked for.
         arrived = np.argsort(where, kind="stable")
-        table = pa.concat_tables(parts).take(pa.array(np.argsort(arrived)))
-        return _normalised(table, labels)
+        numbers, begins = np.unique(where[arrived], return_index=True)
+        parts = []
+        for number, local in zip(numbers, np.split(rows[arrived], begins[1:]), strict=True):
+            parts.append(self._batches[number].take(pa.array(local - self._starts[number])))
+        batch = _one_batch(pa.Table.from_batches(parts)).take(pa.array(np.argsort(arrived)))
+        return _normalised(pa.Table.from_batches([batch]), origins)
 
 
-def bucket_of(prompt_ids: pa.ChunkedArray, n_buckets: int) -> npt.NDArray[np.int64]:
+def bucket_of(prompt_ids: pa.Array | pa.ChunkedArray, n_buckets: int) -> Indices:
     """Each prompt's bucket: a range of the first 32 bits of its id, so that ids ascend from bucket to bucket."""
-    text = np.asarray(pc.utf8_slice_codeunits(prompt_ids, 0, 8).to_numpy(), dtype="S8")
+    text = np.asarray(pc.utf8_slice_codeunits(prompt_ids, 0, 8).to_numpy(zero_copy_only=False), dtype="S8")
     digits = text.view(np.uint8).reshape(-1, 8).astype(np.int64)
     values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
-    number: npt.NDArray[np.int64] = (values << np.arange(28, -1, -4)).sum(axis=1)
+    number: Indices = (values << np.arange(28, -1, -4)).sum(axis=1)
     return (number * n_buckets) >> 32
 
 
-def _normalised(table: pa.Table, labels: Sequence[str]) -> pa.Table:
-    source = pa.array(labels, pa.string()).take(table["source"].combine_chunks())
-    row_key = pc.binary_join_element_wise(source, pc.cast(table["row_index"].combine_chunks(), pa.string()), "#")
+def _normalised(table: pa.Table, origins: Origins) -> pa.Table:
+    stretch = table["source"].combine_chunks()
+    source = pa.array(origins.labels, pa.string()).take(stretch)
+    row_index, detail = table["row_index"].combine_chunks(), table["detail"].combine_chunks()
+    if origins.n_records is not None:
+        row_index = pc.add(row_index, pa.array(origins.n_records).take(stretch))
+    if origins.n_lines is not None and (at_line := np.flatnonzero(table["at_line"].to_numpy())).size:
+        details = detail.to_pylist()
+        for index, n_lines in zip(at_line, origins.n_lines[stretch.to_numpy()[at_line]], strict=True):
+            details[index] = with_lines_before(details[index], int(n_lines))
+        detail = pa.array(details, pa.string())
+    row_key = pc.binary_join_element_wise(source, pc.cast(row_index, pa.string()), "#")
     response = table["response_index"].combine_chunks()
     suffixed = pc.binary_join_element_wise(row_key, pc.cast(response, pa.string()), "/")
-    columns = {name: table[name] for name in ("row_index", "response_index", "prompt_id", "generator", "messages")}
-    columns |= {name: table[name] for name in ("status", "detail", "rewards", "tools")}
+    columns = {name: table[name] for name in ("response_index", "prompt_id", "generator", "messages")}
+    columns |= {name: table[name] for name in ("status", "rewards", "tools")}
+    columns |= {"row_index": row_index, "detail": detail, "source": source}
     columns["row_key"] = pc.if_else(pc.equal(response, 0), row_key, suffixed)
-    columns["source"] = source
     return pa.table({name: columns[name] for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA).combine_chunks()
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_STAGED_SCHEMA)
+    (batch,) = table.combine_chunks().to_batches()
+    return batch

@@ -1,50 +1,117 @@
-"""The rows of one file, in its order, with what is to be said about the file afterwards."""
+"""The rows of one file, or of a stretch of it, in its order, with what is to be said about them afterwards."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from fastcompat.corpus.containers import SourceReader
+from fastcompat.corpus.accounts import Account, HowRead
+from fastcompat.corpus.bytestream import ByteStream
+from fastcompat.corpus.containers import SourceReader, Stretch
 from fastcompat.corpus.documents import Inside, records_inside
 from fastcompat.corpus.formats import SAMPLE_RECORDS, Overrides, RecordReader
-from fastcompat.corpus.records import AMBIGUOUS, Record, Records, Unreadable
+from fastcompat.corpus.jsonrecords import whole_lines
+from fastcompat.corpus.jsonvalues import JsonReader
+from fastcompat.corpus.records import AMBIGUOUS, Broken, Record, Records, Unreadable
 from fastcompat.corpus.sources import Source
 from fastcompat.corpus.summary import FileSummary
 from fastcompat.corpus.turns import Reading
 from fastcompat.corpus.values import storable
 from fastcompat.errors import SchemaError
-from fastcompat.rows import Status
 
 # Where records are large or broken, the mapping is chosen from what this many batches hold.
 _SAMPLE_BATCHES = 4
-_COUNTED_REASONS = 8
-_OTHER_REASONS = "other"
-_COUNTED_COLUMNS = 64
-_NUMBER = re.compile(r"\d+")
+
+
+class Opening(NamedTuple):
+    """What a file's beginning decides for all of it.
+
+    sample: the records that its mapping is chosen from; n_valid: how many could be read with them. thorough_until:
+    bytes in which names twice are looked for; has_twice: whether there were any.
+    """
+
+    sample: list[Record]
+    n_valid: int
+    thorough_until: int = 0
+    has_twice: bool = False
+
+
+def opening_of(source: Source, overrides: Overrides | None) -> Opening | None:
+    """None where more than the beginning of a file tells how it is read, so that it cannot be read in stretches."""
+    container = SourceReader(source)
+    try:
+        sample: list[Record] = []
+        n_batches = 0
+        lines = container.lines
+        for records, _ in container:
+            if not _is_enough(sample, n_batches):
+                n_batches += 1
+                sample.extend(record for record in records if type(record) is dict)
+            if _is_enough(sample, n_batches) and (lines is None or lines.has_twice_at_first is not None):
+                break
+        else:
+            # All of it. A file whose only record is none may be a document that holds the records.
+            in_json = lines is not None
+            if RecordReader(sample[:SAMPLE_RECORDS], overrides=overrides, more_columns=in_json).mapping is None:
+                return None
+    finally:
+        container.close()
+    if lines is None:
+        return Opening(sample[:SAMPLE_RECORDS], len(sample))
+    n_first = _first_lines_bytes(source)
+    if n_first is None or lines.has_twice_at_first is None:
+        return None
+    return Opening(sample[:SAMPLE_RECORDS], len(sample), n_first, lines.has_twice_at_first)
+
+
+def _first_lines_bytes(source: Source) -> int | None:
+    """How many bytes the lines take in which names twice are looked for; None where one is too long to be read."""
+    stream = ByteStream(source)
+    try:
+        chunk = next(whole_lines(stream), None)
+    finally:
+        stream.close()
+    return None if chunk is None else len(chunk)
+
+
+def _is_enough(sample: Sequence[Record], n_batches: int) -> bool:
+    return len(sample) >= SAMPLE_RECORDS or n_batches >= _SAMPLE_BATCHES
 
 
 class SourceRows:
-    """Iterates once over (record's index, its readings, bytes of the file that were read)."""
+    """Iterates once over (record's index, its readings, bytes of the file that were read).
 
-    def __init__(self, source: Source, overrides: Overrides | None) -> None:
+    stretch: what is read of the file, when its `opening` has told how; its indices and numbers of lines begin anew.
+    `at_line`: whether the readings given last are of a line of a stretch that is no record, and say its number.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        overrides: Overrides | None,
+        stretch: Stretch | None = None,
+        opening: Opening | None = None,
+    ) -> None:
         self._source = source
         self._overrides = overrides
-        self._container = SourceReader(source)
+        self._opening = opening
+        json_reader = (
+            JsonReader(thorough=stretch.begin < opening.thorough_until, has_twice=opening.has_twice)
+            if stretch and opening
+            else None
+        )
+        self._container = SourceReader(source, stretch, json_reader)
         self.reader: RecordReader | None = None
-        self.n_records = 0
         self.n_valid = 0
-        self._statuses: Counter[Status] = Counter()
+        self.at_line = False
+        self._account = Account(in_part=stretch is not None)
         self._index = 0
-        # Of the columns that records have had so far; those that nobody reads and that came after the first records.
+        # Of the columns that records have had so far.
         self._names: set[str] = set()
-        self._late: dict[str, None] = {}
-        self._unreadable: list[str] = []
-        # By the detail with its numbers left out; the first detail of each stands for all.
-        self._reasons: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
+        if opening is not None:
+            self.reader = self._reader_for(opening.sample)
+            self.n_valid = opening.n_valid
 
     def __iter__(self) -> Iterator[tuple[int, list[Reading], int]]:
         held: list[tuple[Records, int]] = []
@@ -53,7 +120,7 @@ class SourceRows:
             if self.reader is None:
                 held.append((records, position))
                 sample.extend(record for record in records if type(record) is dict)
-                if len(sample) < SAMPLE_RECORDS and len(held) < _SAMPLE_BATCHES:
+                if not _is_enough(sample, len(held)):
                     continue
                 self.reader = self._reader_for(sample, self._container.inside)
                 for each in held:
@@ -69,45 +136,28 @@ class SourceRows:
                 yield from self._readings(*each)
 
     def summary(self) -> FileSummary:
-        """What the file was; asked at the end."""
-        reader = self.reader
+        """What the file was; asked at the end, where all of it was read."""
+        return self.how_read().summary(self._source, self._container.sha256())
+
+    def how_read(self) -> HowRead:
+        """What is to be said of the rows; asked at the end."""
+        reader, lines = self.reader, self._container.lines
         assert reader is not None
-        reasons = {self._examples.get(reason, reason): count for reason, count in self._reasons.most_common()}
-        return FileSummary(
-            label=self._source.label,
-            size=self._source.size,
-            mtime_ns=self._source.mtime_ns,
-            sha256=self._container.sha256(),
-            oid=self._source.oid,
+        had_twice = self._opening is not None and self._opening.has_twice
+        self._account.n_lines = lines.n_lines if lines else 0
+        return HowRead(
+            account=self._account,
             container=self._container.container,
             mapping=reader.mapping.describe() if reader.mapping else "",
-            n_records=self.n_records,
-            n_rows=self._statuses.total(),
-            statuses={str(status): count for status, count in sorted(self._statuses.items())},
-            dropped_turns=reader.tally.dropped_turns,
-            unknown_roles=dict(sorted(reader.tally.unknown_roles.items())),
-            other_shapes={storable(names): count for names, count in sorted(reader.tally.other_shapes.items())},
-            late_columns=tuple(self._late),
-            problem=self._problem(reader, reasons),
-            reasons=reasons,
+            lacks=reader.problem,
+            n_valid=self.n_valid,
+            has_twice=lines is not None and lines.reader.has_twice and not had_twice,
+            alone=reader.read_alone() if self._account.in_part else None,
         )
 
     def close(self) -> None:
         """Close the file."""
         self._container.close()
-
-    def _problem(self, reader: RecordReader, reasons: Mapping[str, int]) -> str:
-        if self._unreadable:
-            more = len(self._unreadable) - 1
-            return self._unreadable[0] + (f" (and {more:,} more such places)" if more else "")
-        if not self.n_records:
-            return "the file holds no record"
-        if reader.mapping is None:
-            return reader.problem if self.n_valid else "not one of its records can be read"
-        if Status.OK not in self._statuses and reasons:
-            reason, count = next(iter(reasons.items()))
-            return f"not one of its rows can be scored: {reason} ({count:,} of {self._statuses.total():,})"
-        return ""
 
     def _new_reader(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
         return RecordReader(
@@ -120,6 +170,7 @@ class SourceRows:
     def _reader_for(self, sample: Sequence[Record], inside: str = "") -> RecordReader:
         self.n_valid = len(sample)
         reader = self._new_reader(sample, inside)
+        self._account.tally = reader.tally
         self._names = {name for record in sample[:SAMPLE_RECORDS] for name in record}
         if reader.mapping:
             reader.mapping = replace(reader.mapping, inside=inside)
@@ -147,21 +198,24 @@ class SourceRows:
 
     def _readings(self, records: Records, position: int) -> Iterator[tuple[int, list[Reading], int]]:
         assert self.reader is not None
-        read = self.reader.read
+        read, account = self.reader.read, self._account
+        statuses = account.statuses
+        numbered = account.in_part and self._container.container == "jsonl"
         for record in records:
             if type(record) is dict and not record.keys() <= self._names:
                 self._note_new(record)
+            self.at_line = numbered and type(record) is Broken
             readings = read(record)
             for reading in readings:
-                self._statuses[reading.status] += 1
+                statuses[reading.status] += 1
                 if reading.detail:
-                    self._count(reading.detail)
+                    account.count(reading.detail, of_line=self.at_line)
             yield self._index, readings, position
             self._index += 1
             if type(record) is Unreadable:
-                self._unreadable.append(record.reason)
+                account.unreadable.append(record.reason)
             else:
-                self.n_records += 1
+                account.n_records += 1
 
     def _note_new(self, record: Record) -> None:
         mapping = self.reader.mapping if self.reader else None
@@ -170,18 +224,8 @@ class SourceRows:
                 continue
             # A struct per generator may come late, and is read.
             is_struct = mapping is not None and bool(mapping.structs) and isinstance(value, dict) and "content" in value
-            if not is_struct and len(self._late) < _COUNTED_COLUMNS:
-                self._late[storable(str(name))] = None
+            self._account.note_column(name, is_read=is_struct)
             self._names.add(name)
-
-    def _count(self, detail: str) -> None:
-        reason = _NUMBER.sub("#", detail)
-        if reason not in self._examples:
-            if len(self._examples) >= _COUNTED_REASONS:
-                self._reasons[_OTHER_REASONS] += 1
-                return
-            self._examples[reason] = detail
-        self._reasons[reason] += 1
 
 
 def _which_is_meant(found: Sequence[Inside]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -20,6 +21,14 @@ class Broken(NamedTuple):
     """One record that cannot be read; those after it can."""
 
     reason: str
+
+
+_LINE = re.compile(r"line (\d+):")
+
+
+def with_lines_before(reason: str, n_lines: int) -> str:
+    """A `Broken`'s reason that begins with a line's number, where so many lines come before that were not counted."""
+    return _LINE.sub(lambda match: f"line {int(match[1]) + n_lines}:", reason, count=1)
 
 
 class Unreadable(NamedTuple):

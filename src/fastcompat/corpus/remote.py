@@ -54,22 +54,30 @@ def remote_files(address: str, filesystem: Any = None) -> Listed:
     """The files behind an address. filesystem: in the place of the hub's. Raises CorpusError where there is none."""
     if address.startswith(_WEB):
         return Listed([_of_the_web(address)], [])
+    filesystem = filesystem or filesystem_of(address)
     if address.startswith(SCHEMES):
         root, path = split_address(address)
-        entries, others = _entries(path.rstrip("/"), Bucket(root), address)
-        files = [_file(f"{root}/", entry, Bucket(root)) for entry in entries]
+        entries, others = _entries(path.rstrip("/"), filesystem, address)
+        files = [_file(f"{root}/", entry, filesystem) for entry in entries]
         return Listed(files, [f"{root}/{name}" for name in others])
     path = address.removeprefix(HUB).rstrip("/")
     if not path.startswith("datasets/"):
         raise CorpusError(
             f"cannot read {address}: data sets are addressed as hf://datasets/ORG/NAME[@REVISION][/PATH]."
         )
-    if filesystem is None:
-        from huggingface_hub import HfFileSystem
-
-        filesystem = HfFileSystem()
     entries, others = _entries(path, filesystem, address)
     return Listed([_file(HUB, entry, filesystem) for entry in entries], [HUB + name for name in others])
+
+
+def filesystem_of(address: str) -> Any:
+    """What opens, and but for the web lists, the files behind such an address."""
+    if address.startswith(_WEB):
+        return Web()
+    if address.startswith(SCHEMES):
+        return Bucket(split_address(address)[0])
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem()
 
 
 def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, Any]], list[str]]:

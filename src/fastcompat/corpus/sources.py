@@ -11,7 +11,7 @@ import difflib
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
@@ -27,7 +27,7 @@ from fastcompat.corpus.filenames import (
     is_log,
     may_be_data,
 )
-from fastcompat.corpus.remote import Stream, is_remote, remote_files
+from fastcompat.corpus.remote import Stream, filesystem_of, is_remote, remote_files
 from fastcompat.errors import CorpusError
 
 
@@ -53,6 +53,17 @@ class Source:
         if self.filesystem is None:
             return open(self.path, "rb", buffering=0)
         return cast("IO[bytes]", Stream(partial(self.filesystem.open, self.path, "rb"), self.label))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types. How a file that is not on this machine is reached follows from its address."""
+        names = ("label", "path", "generator", "size", "mtime_ns", "oid", "remote")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Source:
+        """The inverse of `to_json`."""
+        fields = {name: item for name, item in value.items() if name != "remote"}
+        return cls(**fields, filesystem=filesystem_of(value["label"]) if value["remote"] else None)
 
 
 class Found(NamedTuple):

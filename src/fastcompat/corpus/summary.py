@@ -46,6 +46,11 @@ class FileSummary:
     problem: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FileSummary:
+        """The inverse of `asdict`, once it has been through JSON."""
+        return cls(**{**value, "late_columns": tuple(value.get("late_columns", ()))})
+
     @property
     def is_empty(self) -> bool:
         """Whether the file holds no record at all."""
@@ -112,9 +117,7 @@ class CorpusSummary:
     def from_json(cls, value: Mapping[str, Any]) -> CorpusSummary:
         """The inverse of `to_json`."""
         return cls(
-            files=tuple(
-                FileSummary(**{**file, "late_columns": tuple(file.get("late_columns", ()))}) for file in value["files"]
-            ),
+            files=tuple(map(FileSummary.from_json, value["files"])),
             shards=tuple(ShardSummary(**{**shard, "units": tuple(shard["units"])}) for shard in value["shards"]),
             generators=value["generators"],
             rewards=value.get("rewards", {}),

@@ -45,7 +45,7 @@ CONTENT_KEYS = ("content", "value", "text", "message")
 
 _ASSISTANT = "assistant"
 _SYSTEMS = ("system", "developer")
-_COUNTED_ROLES = 256
+COUNTED_ROLES = 256
 _EMPTY_TURN = Message(_ASSISTANT, "")
 # Anthropic's HH data keeps a whole conversation in one string.
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -88,6 +88,12 @@ class Tally:
     dropped_turns: int = 0
     unknown_roles: Counter[str] = field(default_factory=Counter)
     other_shapes: Counter[str] = field(default_factory=Counter)
+
+    def count_role(self, name: str, n: int = 1) -> None:
+        """Count turns with a role that is not known; the first names are kept."""
+        # Data with a name for every character would fill the summary.
+        full = len(self.unknown_roles) >= COUNTED_ROLES and name not in self.unknown_roles
+        self.unknown_roles["(others)" if full else name] += n
 
 
 def looks_like_turns(value: object) -> bool:
@@ -297,10 +303,7 @@ def _role(role: object, place: str, tally: Tally) -> str:
         raise UnfitError(f"the role of {place} is {kind_of(role)}, not text")
     known = ROLES.get(role.strip().lower())
     if known is None:
-        # Data with a name for every character would fill the summary.
-        name = storable(role)
-        full = len(tally.unknown_roles) >= _COUNTED_ROLES and name not in tally.unknown_roles
-        tally.unknown_roles["(others)" if full else name] += 1
+        tally.count_role(storable(role))
         return role
     return known
 

@@ -35,6 +35,7 @@ from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_ou
 from fastcompat.store.places import Disk, Place, place_of
 
 FORMAT = 2
+MANIFEST = "manifest.json"
 
 # The column of the unit that a row lies in, where it is asked for.
 UNIT = "_unit"
@@ -372,9 +373,9 @@ def open_run(location: str | os.PathLike[str] | Place) -> Run:
     """Open a run for reading: a directory, or s3://bucket/run, gs://, az://. Raises RunError when there is none, or it
     is of another format."""
     place = place_of(location)
-    if not place.has("manifest.json"):
+    if not place.has(MANIFEST):
         raise RunError(f"{place} is not a run: it has no manifest.json (fastcompat score ... -o {place} makes one)")
-    manifest, path = place.read_json("manifest.json"), place.path("manifest.json")
+    manifest, path = place.read_json(MANIFEST), place.path(MANIFEST)
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
     try:
