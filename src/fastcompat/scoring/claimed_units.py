@@ -51,9 +51,6 @@ class ClaimedUnits:
                 attempt = self.claims.take(unit.name)
                 if not attempt:
                     continue
-                if not self.pending([unit]):  # committed between the look and the claim
-                    self.claims.release(unit.name)
-                    continue
                 taken += 1
                 done.add(unit)
                 if attempt > 1:

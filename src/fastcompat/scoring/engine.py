@@ -46,6 +46,7 @@ def score_run(
     units: Iterable[Unit | None],
     progress: Progress,
     leave_out: LeaveOut = leave_nothing_out,
+    shared: bool = True,
     stop: Callable[[], bool] = lambda: False,
     ahead: int = 1,
 ) -> None:
@@ -53,8 +54,9 @@ def score_run(
 
     begin: tokenises a unit's responses; its scores fill one part of each of `stores`.
     leave_out: whose responses in a unit get no figure; asked by the thread that prepares it, `ahead` units before its
-    turn. A part that lacks others is completed: it keeps every figure that it has. When `stop()` turns true the pack at
-    hand is finished and kept, and Interrupted is raised.
+    turn. A part that lacks others is completed: it keeps every figure that it has.
+    shared: other processes may be at work on these units, so it is asked once more, before one is computed, whether
+    they have finished it. When `stop()` turns true the pack at hand is finished and kept, and Interrupted is raised.
     ahead: units that are prepared before their turn. 0: nothing runs beside the forward pass. No byte of the run
     depends on it.
     """
@@ -73,7 +75,7 @@ def score_run(
                 continue
             unit, prepared = prepared_unit
             # Another process may have been here in the meantime.
-            if prepared is None or not _lack(stores, unit, prepared.leave_out):
+            if prepared is None or (shared and not _lack(stores, unit, prepared.leave_out)):
                 progress.n_rows_skipped += unit.n_rows
                 continue
             share, scores, packs, n_done = prepared.share, prepared.scores, prepared.packs, prepared.n_done
@@ -130,9 +132,12 @@ def prepare_unit(
 ) -> tuple[Unit, PreparedUnit | None]:
     """Read, tokenise and pack a unit; None where nothing is lacking. Raises RunError for a damaged shard or part."""
     names = leave_out(unit)
-    if not _lack(stores, unit, names):
+    there = [store.has_part(unit) for store in stores]
+    if not any(not has or store.left_out(unit) - set(names) for store, has in zip(stores, there, strict=True)):
         return unit, None
-    share = share_of(run.unit_rows(unit), stores, unit, names)
+    share = share_of(
+        run.unit_rows(unit), [s if has else None for s, has in zip(stores, there, strict=True)], unit, names
+    )
     scores = begin(from_table(share.computed))
     packs = pack_sequences(model, scores, token_budget=token_budget)
     n_done = 0 if share.completes else _restore(scores, packs, stores, unit, share, token_budget)
@@ -229,14 +234,11 @@ def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[
 
 def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, share: Share) -> None:
     for store, table in zip(stores, scores.tables(share.computed), strict=True):
-        part = None
-        if store.has_part(unit):
-            if not store.left_out(unit):
-                continue
+        won = not (share.completes and store.has_part(unit)) and store.commit(unit, share.whole(table, None))
+        if not won and store.left_out(unit):
             # As it is now: another process may have completed it. Where its rename falls between this and ours, its
             # rows are left out again, which the part says: they are pending, not lost.
-            part = store.read(unit)
-        won = store.commit(unit, share.whole(table, part), completes=part is not None)
+            won = store.commit(unit, share.whole(table, store.read(unit)), completes=True)
         # Lost: another process has computed the same, and was first.
         run.log("commit" if won else "lost", scorer=store.name, unit=unit.name, rows=len(share.at))
 

@@ -74,13 +74,14 @@ class Share:
         return pa.table({name: (nulls | where | own)[name] for name in schema.names}, schema=schema)
 
 
-def share_of(rows: pa.Table, stores: Sequence[ScorerStore], unit: Unit, leave_out: Mapping[str, str]) -> Share:
-    """What of a unit's rows some store lacks, without those of these generators. Raises RunError for a damaged part."""
+def share_of(rows: pa.Table, stores: Sequence[ScorerStore | None], unit: Unit, leave_out: Mapping[str, str]) -> Share:
+    """What of a unit's rows some store lacks, without those of these generators; None: a store without its part. Raises
+    RunError for a damaged part."""
     names, why = pa.array(leave_out.keys(), pa.string()), pa.array(leave_out.values(), pa.string())
     named = why.take(pc.index_in(rows["generator"], value_set=names).combine_chunks())
     scorable = pc.equal(rows["status"], str(Status.OK)).combine_chunks()
     reasons = pc.if_else(scorable, named, pa.scalar(None, pa.string()))
-    parts = [store.read(unit, ["status"]) if store.has_part(unit) else None for store in stores]
+    parts = [None if store is None else store.read(unit, ["status"]) for store in stores]
     lacking = np.zeros(rows.num_rows, np.bool_)
     for part in parts:
         lacking |= True if part is None else _is_left_out(part)

@@ -258,6 +258,7 @@ def score_corpus(
                     units=source,
                     progress=progress,
                     leave_out=leave_out,
+                    shared=not worker.claims,
                     stop=stop,
                 )
                 if worker.claims and stop():  # perhaps while there was nothing to do but to wait for others

@@ -6,11 +6,10 @@ beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
 run           the corpus and all scorers, and what they have told so far, as one table
 preparing     a corpus becomes a run
-logs          what was done, when, by each process
-claims        who is at work on which unit
 tasks         what a preparation consists of, on a disk that several workers share
 preparers     its workers: this process, or children of it
 claims        who is at work on which unit, or on which task
+logs          what was done, when, by each process
 races         races over a run, and what their looks found
 verification  how far a run is, and whether every file is what it should be
 """

@@ -39,6 +39,8 @@ class Objects(Place):
         self._prefix = prefix.strip("/")
         self._root = root
         self._appended: dict[str, _Appended] = {}
+        self._written: set[str] = set()  # by this process, and not deleted
+        self._listed: set[str] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -62,6 +64,7 @@ class Objects(Place):
 
     def put(self, name: str, data: bytes | pa.Buffer, *, lasting: bool = True) -> None:
         self._try(name, lambda: obstore().put(self._store, self._key(name), bytes(data)))
+        self._written.add(name)
 
     def put_new(self, name: str, data: bytes | pa.Buffer, *, lasting: bool = True) -> bool:
         known, data = exceptions(), bytes(data)
@@ -72,13 +75,16 @@ class Objects(Place):
             except (known.AlreadyExistsError, known.PreconditionError) as error:
                 why = error
                 with suppress(OSError):
-                    return self.read(name) == data
+                    own = self.read(name) == data
+                    self._written.add(name)
+                    return own
             except (FileNotFoundError, known.PermissionDeniedError, known.UnauthenticatedError) as error:
                 raise self._refused(name, error) from error
             except known.BaseError as error:
                 # Perhaps obeyed all the same: the next try tells.
                 why = error
             else:
+                self._written.add(name)
                 return True
             time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
         assert why is not None
@@ -109,7 +115,12 @@ class Objects(Place):
         except exceptions().BaseError as error:
             raise OSError(f"{self.path(name)}: {reason(error)}{advice(error)}") from error
 
+    def may_have(self, name: str) -> bool:
+        return self._listed is None or name in self._listed or name in self._written
+
     def has(self, name: str) -> bool:
+        if name in self._written:
+            return True
         try:
             obstore().head(self._store, self._key(name))
         except FileNotFoundError:
@@ -119,7 +130,8 @@ class Objects(Place):
         return True
 
     def names(self) -> set[str]:
-        return {entry["path"].rpartition("/")[2] for entry in self._list()["objects"]}
+        self._listed = {entry["path"].rpartition("/")[2] for entry in self._list()["objects"]}
+        return set(self._listed)
 
     def folders(self) -> list[str]:
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in self._list()["common_prefixes"])
@@ -131,6 +143,7 @@ class Objects(Place):
             raise RunError(f"{self} cannot be listed: {reason(error)}{advice(error)}") from error
 
     def delete(self, name: str) -> None:
+        self._written.discard(name)
         try:
             obstore().delete(self._store, self._key(name))
         except FileNotFoundError:

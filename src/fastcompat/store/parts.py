@@ -161,7 +161,8 @@ class ScorerStore:
         if completes:
             self.place.put_table(part_name(unit), part)
         won = completes or self.place.put_new_table(part_name(unit), part)
-        self.place.delete(beginning_name(unit))
+        if self.place.may_have(beginning_name(unit)):
+            self.place.delete(beginning_name(unit))
         return won
 
     def keep_beginning(self, unit: Unit, scores: pa.Table, packing: Packing) -> None:
@@ -170,6 +171,8 @@ class ScorerStore:
 
     def read_beginning(self, unit: Unit, columns: Sequence[str] | None = None) -> Beginning | None:
         """What is kept of a unit, None if nothing. Raises RunError where it cannot be used."""
+        if not self.place.may_have(beginning_name(unit)):
+            return None
         try:
             return read_beginning(
                 self.place,

@@ -75,6 +75,11 @@ class Place(ABC):
     def has(self, name: str) -> bool:
         """Whether there is such a file. Raises RunError where that cannot be told."""
 
+    def may_have(self, name: str) -> bool:
+        """False where nobody need ask: by the last listing, and by what this process has written since, it is not
+        there. Somebody else may have written it meanwhile."""
+        return True
+
     @abstractmethod
     def names(self) -> set[str]:
         """Of the files that lie in it, without those of folders inside."""

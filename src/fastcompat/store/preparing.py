@@ -140,7 +140,7 @@ def _add_to_objects(
     others wait for it. Its next attempt begins anew."""
     place.refuse_unwritable()
     before = _state(place)
-    with Claims(place / "preparing", is_done=lambda name: False) as claims:
+    with Claims(place / ".preparing", is_done=lambda name: False) as claims:
         while _state(place) == before:
             if not claims.take(_CORPUS):
                 if _CORPUS in claims.set_aside():
