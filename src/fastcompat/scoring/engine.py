@@ -101,7 +101,7 @@ def score_run(
                     kept = time.monotonic()
                 if stopping:
                     _interrupt(writer)
-            writer.submit(_commit, run, stores, unit, scores, share)
+            writer.submit(_commit, run, stores, unit, scores, share, progress)
             if stop():
                 _interrupt(writer)
 
@@ -201,6 +201,7 @@ class Progress:
     n_unshared_tokens: int = 0  # what plain packing would have computed
     n_rows_skipped: int = 0  # finished in an earlier session or by another process, or left out
     n_rows_left_out: int = 0  # of those skipped, in the units that this session worked at
+    committed: set[str] = field(default_factory=set)  # units that this process has computed
     set_aside: list[str] = field(default_factory=list)  # units that workers have died over
     began: float = 0.0  # time.monotonic() when the model was loaded and the first unit taken
     timings: Timings = field(default_factory=Timings)
@@ -232,7 +233,9 @@ def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[
         store.keep_beginning(unit, table, packing)
 
 
-def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, share: Share) -> None:
+def _commit(
+    run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores, share: Share, progress: Progress
+) -> None:
     for store, table in zip(stores, scores.tables(share.computed), strict=True):
         won = not (share.completes and store.has_part(unit)) and store.commit(unit, share.whole(table, None))
         if not won and store.left_out(unit):
@@ -241,6 +244,7 @@ def _commit(run: Run, stores: Sequence[ScorerStore], unit: Unit, scores: Scores,
             won = store.commit(unit, share.whole(table, store.read(unit)), completes=True)
         # Lost: another process has computed the same, and was first.
         run.log("commit" if won else "lost", scorer=store.name, unit=unit.name, rows=len(share.at))
+    progress.committed.add(unit.name)
 
 
 def _interrupt(writer: Writer) -> NoReturn:

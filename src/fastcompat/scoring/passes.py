@@ -288,6 +288,10 @@ def _claimed(
     def seen(others: Sequence[Unit]) -> None:
         progress.n_rows_skipped += sum(unit.n_rows for unit in others)
 
-    with Claims(stores[0].claims, is_done=lambda name: not pending([by_name[name]])) as claims:
+    def is_done(name: str) -> bool:
+        return name in progress.committed or not pending([by_name[name]])
+
+    progress.committed.clear()  # of another pass, perhaps
+    with Claims(stores[0].claims, is_done=is_done) as claims:
         yield ClaimedUnits(units=units, claims=claims, pending=pending, seen=seen, stop=stop)
         progress.set_aside += [name for name in claims.set_aside() if name in by_name and pending([by_name[name]])]
