@@ -1,4 +1,4 @@
-"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nobody waited for in vain."""
+"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nothing waits for who is not there."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from corpora import prepare_small_units, rows_of, write_jsonl
+from corpora import prepare_small_units, rows_of, save_small_model, write_jsonl
 from fake_workers import FakeScorer, refuse, score_fake
 
-from fastcompat.errors import FastcompatError, Interrupted, ModelError, SetAside
+import fastcompat as fc
+from fastcompat.errors import FastcompatError, Interrupted, ModelError, SetAside, UsageError
 from fastcompat.scoring import on_ray
-from fastcompat.scoring.on_ray import Launch, work_on_ray
+from fastcompat.scoring.on_ray import Launch, resources, work_on_ray
 from fastcompat.scoring.passes import all_is_scored
 from fastcompat.store.parts import leave_nothing_out
-from fastcompat.store.run import Run
+from fastcompat.store.run import Run, open_run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fastcompat[ray]'")
 
 SECONDS = 120.0  # for what takes a few
 POISON = "zweifellos"
+NODE = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}
 
 
 @pytest.fixture(scope="module")
@@ -101,20 +105,19 @@ def work(run: Run, workers: int = 2, **options: Any) -> Launch:
     return work_on_ray(run, doing, finished=finished, device=device, workers=workers, **launching | {"stop": stop})
 
 
-def test_workers_are_killed_and_replaced_and_the_bytes_are_those_of_one(tmp_path, cluster, corpus, whole):
+def test_a_worker_is_killed_and_replaced_and_the_bytes_are_those_of_one(tmp_path, cluster, corpus, whole):
     run, draw = new_run(tmp_path / "run", corpus), random.Random(7)
-    deaths: list[int] = []
+    dead: list[int] = []
 
-    def disturb(launch: Launch) -> None:
-        alive = [pid for pid in at_work(run) if pid not in deaths]
-        if len(deaths) < 2 and len(alive) == 2 and len(parts(run)) > 3 * len(deaths):
-            time.sleep(draw.uniform(0, 0.2))
-            deaths.append(draw.choice(alive))
-            os.kill(deaths[-1], signal.SIGKILL)
+    def kill_one(launch: Launch) -> None:
+        if not dead and len(at_work(run)) == 2 and len(parts(run)) > 2:
+            time.sleep(draw.uniform(0, 0.3))
+            dead.append(draw.choice(at_work(run)))
+            os.kill(dead[0], signal.SIGKILL)
 
-    launch = work(run, seconds=0.1, notify=disturb)
-    assert launch.n_deaths == len(deaths) == 2
-    assert len(at_work(run)) in (3, 4)  # the last one may have come when all was done
+    launch = work(run, seconds=0.1, notify=kill_one)
+    assert launch.n_deaths == len(dead) == 1
+    assert len(at_work(run)) in (2, 3)  # who replaced it may have come when all was done
     assert parts(run) == whole
     assert commits(run) == dict.fromkeys((unit.name for unit in run.units), 1)
 
@@ -138,7 +141,7 @@ def test_a_lost_machine_is_made_up_for_and_nobody_waits_for_who_has_none(
     assert len(at_work(run)) == 2
     assert parts(run) == whole
     assert commits(run) == dict.fromkeys((unit.name for unit in run.units), 1)
-    assert "1 of 2 workers wait for a machine: each asks for 1 GPU and 1 CPU" in caplog.text
+    assert "of 2 workers wait for a machine: each asks for 1 GPU and 1 CPU" in caplog.text
     # Of a finished run nothing is left to wait for, though there is no GPU now.
     assert work(run, workers=1, device="cuda").n_deaths == 0
 
@@ -146,7 +149,7 @@ def test_a_lost_machine_is_made_up_for_and_nobody_waits_for_who_has_none(
 def test_a_unit_that_kills_is_set_aside(tmp_path, cluster, corpus, whole):
     run = new_run(tmp_path / "run", corpus)
     with pytest.raises(SetAside, match="3 workers have died over each of the units"):
-        work(run, workers=2, poison=POISON)
+        work(run, workers=1, poison=POISON)
     assert len(set(whole) - set(parts(run))) == 1
     assert not set(parts(run)) - set(whole)
 
@@ -155,24 +158,129 @@ def test_an_error_of_ours_is_raised_as_it_is_and_nobody_is_started_again(tmp_pat
     run = new_run(tmp_path / "run", corpus)
     began = time.monotonic()
     with pytest.raises(ModelError, match=r"^this model has no head$"):
-        work(run, doing=refuse)
+        work(run, workers=1, doing=refuse)
     assert time.monotonic() - began < 30
 
 
-def test_workers_that_die_at_once_end_it(tmp_path, cluster, corpus, monkeypatch):
-    monkeypatch.setattr(on_ray, "MOST_DEATHS", 0)
-    run = new_run(tmp_path / "run", corpus)
-    with pytest.raises(FastcompatError, match="2 workers have died one after the other") as raised:
-        work(run, workers=1, poison=" ")
-    assert "worker process has died" in str(raised.value)
+class DyingRay:
+    """A Ray whose workers all end with one error."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self.started, self.killed = 0, []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [NODE]
+
+    def remote(self, kind: type) -> SimpleNamespace:
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=self._start))
+
+    def _start(self) -> SimpleNamespace:
+        self.started += 1
+        methods = ("begin", "work", "stop")
+        return SimpleNamespace(**{name: SimpleNamespace(remote=lambda *_: object()) for name in methods})
+
+    def wait(self, refs: list[object], **_: object) -> tuple[list[object], list[object]]:
+        return refs[:1], refs[1:]
+
+    def get(self, ref: object) -> None:
+        raise self._error
+
+    def kill(self, actor: object) -> None:
+        self.killed.append(actor)
 
 
-def test_who_is_told_to_stop_keeps_what_it_has(tmp_path, cluster, corpus, whole):
-    run = new_run(tmp_path / "run", corpus)
-    with pytest.raises(Interrupted):
-        work(run, seconds=0.2, stop=lambda: len(parts(run)) > 2)
-    assert len(parts(run)) < len(whole)
+@pytest.mark.parametrize(
+    ("error", "message", "n_started"),
+    [
+        (ray.exceptions.ActorDiedError(), "5 workers have died .* died unexpectedly", 6),
+        (ray.exceptions.ActorUnavailableError("no answer", None), "5 workers have died .* no answer", 6),
+        (ray.exceptions.RuntimeEnvSetupError("no room"), "Ray cannot start workers: .*no room", 2),
+    ],
+)
+def test_what_ends_a_launch(tmp_path, corpus, monkeypatch, error, message, n_started):
+    there = DyingRay(error)
+    monkeypatch.setattr(on_ray, "import_ray", lambda: there)
+    monkeypatch.setattr(on_ray, "MOST_DEATHS", 2)
+    with pytest.raises(FastcompatError, match=f"(?s){message}"):
+        work(new_run(tmp_path / "run", corpus), workers=2, doing=refuse)
+    assert there.started == n_started
+    assert len(there.killed) >= n_started - 1
+
+
+def test_a_command_on_ray_is_interrupted_and_the_library_goes_on(tmp_path, cluster, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # workers are elsewhere
+    corpus = write_jsonl(
+        Path("corpus.jsonl"), [row for name in "abcd" for row in rows_of(name, n_prompts=200, words=40)]
+    )
+    save_small_model(tmp_path / "model")
+    (tmp_path / "own.jinja").write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    whole = fc.score(corpus, "whole", base_model="model", token_budget=64, base_settings={"template": "own.jinja"})
+    command = [sys.executable, "-m", "fastcompat", "score", str(corpus), "--base-model", "model", "-o", "run"]
+    command += ["--template", "own.jinja", "--token-budget", "64", "--ray", "local", "--workers", "1"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        end = time.monotonic() + SECONDS
+        while process.poll() is None and not any(tmp_path.glob("run/scores/*/part-*")) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == Interrupted.exit_code, output
+    assert "every response scored so far is kept" in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    run = fc.open_run("run")
     assert {line["event"] for line in run.log.lines()} >= {"commit", "stop"}
-    assert not list(run.directory.glob("scores/*/claims/*"))
-    score_fake(run.location, claims=False)
-    assert parts(run) == whole
+    assert 0 < len(parts(run)) < len(parts(whole))
+    run = fc.score(
+        [], "run", base_model="model", base_settings={"template": "own.jinja"}, engine="ray", workers=1, device="cpu"
+    )
+    assert parts(run) == parts(whole)
+    assert commits(run) == dict.fromkeys((unit.name for unit in run.units), 1)
+    assert {line["token_budget"] for line in run.log.lines() if line["event"] == "score"} == {64}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "workers", "expected"),
+    [
+        ([NODE, NODE], "auto", None, (4, 1, 1)),
+        ([NODE, NODE | {"Alive": False}], "auto", None, (2, 1, 1)),
+        ([NODE], "cuda", 5, (5, 1, 1)),
+        ([], "cuda", 3, (3, 1, 1)),
+        ([NODE, NODE], "cpu", None, (2, 0, 8)),
+        ([NODE, NODE], "cpu", 3, (3, 0, 4)),
+        ([NODE], "cpu", 20, (20, 0, 1)),
+        (
+            [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}],
+            "auto",
+            2,
+            (2, 0, 2),
+        ),
+    ],
+)
+def test_what_a_worker_asks_for(nodes, device, workers, expected):
+    n_workers, options = resources(nodes, device, workers)
+    assert (n_workers, options.get("num_gpus", 0), options["num_cpus"]) == expected
+    threads = {} if options.get("num_gpus") else {"OMP_NUM_THREADS": str(options["num_cpus"])}
+    assert options.get("runtime_env", {}).get("env_vars", {}) == threads
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "message"),
+    [([], "cuda", "no GPU now: say how many"), ([], "auto", "no CPU now"), ([NODE], "cuda:1", "name the kind only")],
+)
+def test_what_cannot_be_asked_for(nodes, device, message):
+    with pytest.raises(UsageError, match=message):
+        resources(nodes, device, None)
