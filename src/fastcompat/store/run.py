@@ -174,10 +174,6 @@ class Run:
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
 
-    def n_prompts(self) -> int:
-        """Different prompts in the corpus. Reads one column of every shard."""
-        return int(pc.count_distinct(self.corpus(["prompt_id"])["prompt_id"]).as_py())
-
     @property
     def reward_columns(self) -> dict[str, int]:
         """Rewards that came with the corpus: name -> rows that have it."""
