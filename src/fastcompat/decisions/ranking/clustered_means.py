@@ -11,7 +11,7 @@ Dimension key: N responses, P prompts, G generators, F figures, B bootstrap draw
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -167,16 +167,18 @@ class ClusteredMeans:
         replicates = _Replicates(self.estimates, draws, seed)
         for chunk in self._chunks:
             for block in chunk.blocks(self.n_groups):
-                weights = {id(own): block.sums(own, self.n_groups) for _, own in block.figures}
+                # Prompts at the end that nobody answered only use up random bytes.
+                answered = replace(block, n_prompts=int(block.prompt[-1]) + 1 if len(block.prompt) else 0)
+                weights = {id(own): answered.sums(own, self.n_groups) for _, own in block.figures}
                 residuals = [
-                    block.sums(values - mean[block.group] * own, self.n_groups)
+                    answered.sums(values - mean[block.group] * own, self.n_groups)
                     for (values, own), mean in zip(block.figures, self.estimates, strict=True)
                 ]
                 by_figure = [weights[id(own)] for _, own in block.figures]
-                if len(block.prompt):
+                if answered.n_prompts:
                     moments.add(np.stack(self._influences(residuals, by_figure), axis=1))
                 if draws:
-                    replicates.add(residuals, by_figure)
+                    replicates.add(residuals, by_figure, block.n_prompts)
         return moments, replicates.means() if draws else []
 
     def _influences(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray]) -> list[FloatArray]:
@@ -197,15 +199,18 @@ class _Replicates:
         self._estimates, self._draws = estimates, draws
         self._generator = np.random.default_rng(seed)
         self._ahead = np.empty((0, draws), np.uint8)  # what was drawn for the prompts to come
-        self._sums: FloatArray | float = 0.0
+        self._sums: FloatArray | None = None
         self._denominators: list[int] = []  # the place of each figure's weights among those that differ
 
-    def add(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray]) -> None:
-        """[P, G] of each figure; weights in common are one array."""
+    def add(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray], n_prompts: int) -> None:
+        """[P, G] of each figure, of the first P of n_prompts; weights in common are one array."""
         different = {id(own): own for own in weights}
         self._denominators = [list(different).index(id(own)) for own in weights]
         by_prompt = np.concatenate([*residuals, *different.values()], axis=1).astype(np.float32)
-        self._sums = self._sums + (by_prompt.T @ self._drawn(len(by_prompt)).astype(np.float32)).astype(np.float64)
+        sums = by_prompt.T @ self._drawn(n_prompts)[: len(by_prompt)].astype(np.float32)
+        if self._sums is None:
+            self._sums = np.zeros(sums.shape)
+        self._sums += sums
 
     def _drawn(self, n_prompts: int) -> NDArray[np.uint8]:
         """[n_prompts, B] weights of the next prompts: 64 at a time, so that their bytes do not depend on the cuts."""
@@ -219,9 +224,9 @@ class _Replicates:
     def means(self) -> list[FloatArray]:
         """[B, G] of each figure."""
         n_figures, n_groups = len(self._estimates), len(self._estimates[0])
-        if not self._denominators:
+        if self._sums is None:
             return [np.full((self._draws, n_groups), np.nan) for _ in range(n_figures)]
-        parts = np.asarray(self._sums).reshape(-1, n_groups, self._draws)
+        parts = self._sums.reshape(-1, n_groups, self._draws)
         with np.errstate(invalid="ignore", divide="ignore"):
             return [
                 mean + (parts[k] / parts[n_figures + denominator]).T
