@@ -82,9 +82,10 @@ class Run:
     def units(self) -> list[Unit]:
         """Every unit of work, in the order in which they are computed."""
         return [
-            Unit(shard=shard_number(shard.name), group=group, n_rows=n_rows)
+            Unit(shard=number, group=group, n_rows=n_rows)
             for generation in self.generations
             for shard in generation.shards
+            for number in [shard_number(shard.name)]  # once a shard: it may have thousands of units
             for group, n_rows in enumerate(shard.units)
         ]
 
