@@ -28,6 +28,7 @@ import pyarrow as pa
 from preparation_memory import write_corpus
 
 from fastcompat.benchmark.machine import machine
+from fastcompat.cli.status import PARTS
 from fastcompat.corpus.summary import CorpusSummary, ShardSummary
 from fastcompat.decisions import rank
 from fastcompat.rows import SCORED_STATUSES, Extras, Response, Status, part_schema
@@ -140,7 +141,7 @@ def ranking(directory: Path) -> int:
 def status(directory: Path) -> int:
     """What `status` reads of every scorer."""
     run = open_run(directory / "run")
-    return sum(scorer_progress(run, store).n_rows for store in run.scorers())
+    return sum(scorer_progress(run, store, most_parts=PARTS).n_rows for store in run.scorers())
 
 
 STAGES: dict[str, Callable[[Path], int]] = {
