@@ -35,10 +35,11 @@ from fastcompat.decisions.racing import rule
 from fastcompat.decisions.racing.known_rewards import KnownRewards, contest_with
 from fastcompat.decisions.racing.rule import Contest, History, Look, RaceSettings, judge, take_look
 from fastcompat.decisions.ranking import intervals
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Moments, Responses
+from fastcompat.decisions.ranking.counted import coded
 from fastcompat.decisions.ranking.estimates import estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, ClusteredMeans, Moments
+from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES
 from fastcompat.decisions.ranking.looks import FALSE_ON_THE_WAY, planned_looks, repeated_tail
-from fastcompat.decisions.ranking.ranking import coded
 
 RESULTS = Path(__file__).parent / "results" / "racing.json"
 BETA = 3.0
@@ -211,9 +212,7 @@ def contest(sums: Sums, names: list[str], there: list[int], settings: RaceSettin
     """Of generators that are there, as `take_look` would make it."""
     means, moments = sums.moments(there)
     freedom = np.full(len(there), max(sums.n - 1.0, 1.0))
-    stand_in: Any = SimpleNamespace(
-        estimates=list(means), freedom=[freedom, freedom], n_groups=len(there), replicates=list
-    )
+    stand_in: Any = SimpleNamespace(estimates=list(means), freedom=[freedom, freedom], n_groups=len(there))
     estimates = estimates_of(stand_in, moments, {"reward": 1.0, "loss": 1.0}, settings.ranking)
     return Contest.of([names[g] for g in there], estimates, np.full(len(there), sums.n), settings)
 
@@ -272,7 +271,8 @@ def compare_with_rows() -> float:
 
             chosen = rows.filter(pa.array(np.isin(rows["generator"].to_numpy(zero_copy_only=False), history.still_in)))
             values, units = values_of(chosen, ["reward", "loss"], "response")
-            means = ClusteredMeans(coded(chosen["prompt_id"])[1], coded(chosen["generator"])[1], len(there), values)
+            prompt, group = (coded(chosen[name])[1] for name in ("prompt_id", "generator"))
+            means = ClusteredMeans([Responses.of(prompt, group, values)], len(there))
             wanted = estimates_of(means, means.moments(), units, settings.ranking)[BETA]
             a, b = found.estimate, wanted
             for x_, y_, unit in (

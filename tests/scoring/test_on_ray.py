@@ -1,4 +1,4 @@
-"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nothing waits for who is not there."""
+"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nobody waited for in vain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from fastcompat.scoring import on_ray
 from fastcompat.scoring.on_ray import Launch, resources, work_on_ray
 from fastcompat.scoring.passes import all_is_scored
 from fastcompat.store.parts import leave_nothing_out
-from fastcompat.store.run import Run, open_run
+from fastcompat.store.run import Run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fastcompat[ray]'")
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.markup import escape
 
 from fastcompat.cli.display import errors, say
 from fastcompat.cli.options import RunDirectory
 
+# Parts of a scorer in which statuses are counted unless all of them are asked for: some two million rows, in a second.
+PARTS = 500
 
-def status(directory: RunDirectory) -> None:
+
+def status(
+    directory: RunDirectory,
+    all_parts: Annotated[
+        bool, typer.Option("--all", help=f"Count what became of the rows in all parts, not in some {PARTS} a scorer.")
+    ] = False,
+) -> None:
     """What a run holds, how far each scorer is, and what could not be scored."""
     from fastcompat.cli.display import show_reward_columns, show_statuses
     from fastcompat.cli.racing import tell_races
@@ -22,7 +33,7 @@ def status(directory: RunDirectory) -> None:
     show_reward_columns(run.reward_columns)
     tell_races(run)
     for scorer in run.scorers():
-        entry = scorer_progress(run, scorer)
+        entry = scorer_progress(run, scorer, most_parts=None if all_parts else PARTS)
         done = entry.n_rows == run.n_rows and not entry.n_begun_units
         state = "finished" if done else f"{entry.n_rows / max(run.n_rows, 1):.1%}"
         kind = scorer.kind.replace("_", " ")
@@ -36,6 +47,8 @@ def status(directory: RunDirectory) -> None:
             for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
         }
         say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
+        if entry.n_parts_read < entry.n_parts:
+            say(f"  in {entry.n_parts_read:,} of {counted_noun(entry.n_parts, 'part')} (--all counts in all):")
         show_statuses(entry)
     if not run.scorers():
         say("no scorer yet")

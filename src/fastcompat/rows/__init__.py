@@ -36,7 +36,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
-from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, paired
+from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, pair, paired, refuse_absent
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
     REWARDS_TYPE,
@@ -81,11 +81,13 @@ __all__ = [
     "is_table",
     "masking_key",
     "only",
+    "pair",
     "paired",
     "part_schema",
     "prompt_id",
     "reasoning_of",
     "records",
+    "refuse_absent",
     "says_something",
     "spoken",
     "to_table",

@@ -59,6 +59,29 @@ def paired(frame: Any) -> pa.Table:
     return pa.concat_tables(parts)
 
 
+def pair(base: pa.Table | None, reward: pa.Table | None, base_model: str | None, reward_model: str | None) -> pa.Table:
+    """`paired` of the rows of one base model and one reward model, each without the other's columns.
+
+    base, reward: None where there is no such model. Without `row_key` both have the same responses in the same order.
+    """
+    tables = [
+        _completed(rows if "row_key" in rows.column_names else rows.append_column("row_key", _no_keys(rows)))
+        for rows in (base, reward)
+        if rows is not None
+    ]
+    if base is not None and reward is not None:
+        return _settled(_joined(tables[0], tables[1], str(base_model), str(reward_model)))
+    (alone,) = tables
+    for kind, model in (("base_model", base_model), ("reward_model", reward_model)):
+        names = pa.repeat(pa.scalar(model, pa.string()), alone.num_rows)
+        alone = alone.set_column(alone.column_names.index(kind), kind, names)
+    return _settled(alone)
+
+
+def _no_keys(rows: pa.Table) -> pa.Array:
+    return pa.nulls(rows.num_rows, pa.string())
+
+
 def _valid(table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
     if name not in table.column_names:
         return pa.repeat(pa.scalar(False), table.num_rows)
@@ -90,13 +113,18 @@ def only(
         if model is None:
             continue
         there = pc.unique(scores[kind].drop_null()).to_pylist() if kind in scores.column_names else []
-        if model not in there:
-            option = f"--{kind.replace('_', '-')}"
-            raise UsageError(f"{option} {model}: not in the scores; there are {', '.join(map(str, there)) or 'none'}")
+        refuse_absent(kind, model, there)
         scores = scores.filter(
             pc.fill_null(pc.equal(scores[kind], model), is_long(scores, kind) if of_neither is None else of_neither)
         )
     return scores
+
+
+def refuse_absent(kind: str, model: str | None, there: Sequence[str | None]) -> None:
+    """UsageError for a model that is not among those of its kind that there are."""
+    if model is not None and model not in there:
+        option = f"--{kind.replace('_', '-')}"
+        raise UsageError(f"{option} {model}: not in the scores; there are {', '.join(map(str, there)) or 'none'}")
 
 
 def is_long(table: pa.Table, column: str) -> bool:

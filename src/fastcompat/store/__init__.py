@@ -5,6 +5,7 @@ places        a folder of files, on a disk (objects: in an object store)
 beginnings    what is kept of a unit that is not finished
 parts         one scorer's finished units
 run           the corpus and all scorers, and what they have told so far, as one table
+snapshot      what a run holds at one moment, in chunks of whole prompts
 preparing     a corpus becomes a run
 tasks         what a preparation consists of, on a disk that several workers share
 preparers     its workers: this process, or children of it
@@ -21,6 +22,7 @@ from fastcompat.store.places import Place, is_remote, new_file, place_of
 from fastcompat.store.preparing import CorpusSettings, prepare_run
 from fastcompat.store.races import RaceStore, races_of, start_race
 from fastcompat.store.run import UNIT, Run, open_run
+from fastcompat.store.snapshot import Snapshot, n_prompts
 from fastcompat.store.verification import pending_rows, unscored_generators
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "RaceStore",
     "Run",
     "ScorerStore",
+    "Snapshot",
     "Unit",
     "is_remote",
     "leave_nothing_out",
+    "n_prompts",
     "new_file",
     "open_run",
     "pending_rows",

@@ -84,9 +84,10 @@ class Run:
     def units(self) -> list[Unit]:
         """Every unit of work, in the order in which they are computed."""
         return [
-            Unit(shard=shard_number(shard.name), group=group, n_rows=n_rows)
+            Unit(shard=number, group=group, n_rows=n_rows)
             for generation in self.generations
             for shard in generation.shards
+            for number in [shard_number(shard.name)]  # once a shard: it may have thousands of units
             for group, n_rows in enumerate(shard.units)
         ]
 
@@ -189,10 +190,6 @@ class Run:
         with self._opened(shard) as file:
             there = [name for name in columns if name in file.schema_arrow.names]
             return with_later_columns(file.read(columns=there), columns)
-
-    def n_prompts(self) -> int:
-        """Different prompts in the corpus. Reads one column of every shard."""
-        return int(pc.count_distinct(self.corpus(["prompt_id"])["prompt_id"]).as_py())
 
     @property
     def reward_columns(self) -> dict[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,43 +30,81 @@ class ScorerProgress:
 
     Rows that were left out are among the statuses only.
     n_begun_rows: those of n_rows that belong to the n_begun_units units which are not finished.
+    n_parts: finished units; statuses are counted in n_parts_read of them, and in all begun ones.
     """
 
     name: str
     n_rows: int
     n_begun_rows: int
     n_begun_units: int
+    n_parts: int
+    n_parts_read: int
     statuses: dict[str, int]
     examples: dict[str, str]
 
 
-def scorer_progress(run: Run, scorer: ScorerStore) -> ScorerProgress:
-    """How far `scorer` is. Raises RunError where a part is damaged."""
-    finished = scorer.finished()
+def scorer_progress(run: Run, scorer: ScorerStore, *, most_parts: int | None = None) -> ScorerProgress:
+    """How far `scorer` is. Raises RunError where a part is damaged.
+
+    most_parts: in how many parts statuses are counted at most, spread evenly (None: in all). Rows are counted in all:
+    where some may be left out by the parts' footers, else without opening any.
+    """
+    begun, finished = scorer.begun(), scorer.finished()  # in this order: what is finished in between has its part
+    parts = [unit for unit in run.units if unit.name in finished]
+    others = [unit for unit in run.units if unit.name in begun - finished] if begun else []
+    step = 1 if most_parts is None else max(1, -(-len(parts) // most_parts))
+    looked_at = parts[::step]
     statuses: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    n_rows = n_begun_rows = n_begun_units = 0
-    for unit in scorer.with_rows(run.units):
-        rows = scorer.rows(unit, ["row_key", "status", "detail"])
-        n_scored = rows.num_rows - _n_left_out(rows)
-        n_rows += n_scored
-        if unit.name not in finished:
-            n_begun_rows += n_scored
-            n_begun_units += 1
-        for count in pc.value_counts(rows["status"]).to_pylist():
-            status = count["values"]
-            statuses[status] += count["counts"]
-            if status != Status.OK and status not in examples:
-                row = rows.slice(pc.index(rows["status"], status).as_py(), 1).to_pylist()[0]
-                examples[status] = f"{row['row_key']}: {row['detail']}"
+    n_rows = n_begun_rows = 0
+    with ThreadPoolExecutor(scorer.place.n_readers) as pool:
+        for unit, rows in zip(looked_at, pool.map(lambda unit: scorer.read(unit, ["status"]), looked_at), strict=True):
+            n_rows += rows.num_rows - _n_left_out(rows)
+            if not _count(rows, statuses) <= examples.keys():
+                _exemplify(scorer.read(unit, _WITH_REASONS), examples)
+        if step > 1:
+            passed_over = [unit for k, unit in enumerate(parts) if k % step]
+            n_rows += sum(unit.n_rows for unit in passed_over)
+            if scorer.leaves_out:
+                n_rows -= sum(pool.map(partial(_left_out_of, scorer), passed_over))
+    for unit in others:
+        rows = scorer.rows(unit, _WITH_REASONS)
+        n_begun_rows += rows.num_rows - _n_left_out(rows)
+        _count(rows, statuses)
+        _exemplify(rows, examples)
     return ScorerProgress(
         name=scorer.name,
-        n_rows=n_rows,
+        n_rows=n_rows + n_begun_rows,
         n_begun_rows=n_begun_rows,
-        n_begun_units=n_begun_units,
+        n_begun_units=len(others),
+        n_parts=len(parts),
+        n_parts_read=len(looked_at),
         statuses=dict(statuses),
         examples=examples,
     )
+
+
+_WITH_REASONS = ["row_key", "status", "detail"]
+
+
+def _count(rows: pa.Table, statuses: Counter[str]) -> set[str]:
+    """Count rows by status; returns the statuses of which somebody may want an example."""
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(rows["status"]).to_pylist()}
+    statuses.update(counts)
+    return set(counts) - {Status.OK}
+
+
+def _exemplify(rows: pa.Table, examples: dict[str, str]) -> None:
+    """Add an example of every status but `ok` that has none yet."""
+    for status in rows["status"].unique().to_pylist():
+        if status != Status.OK and status not in examples:
+            row = rows.slice(pc.index(rows["status"], status).as_py(), 1).to_pylist()[0]
+            examples[status] = f"{row['row_key']}: {row['detail']}"
+
+
+def _left_out_of(scorer: ScorerStore, unit: Unit) -> int:
+    """Rows that a part leaves out."""
+    return _n_left_out(scorer.read(unit, ["status"])) if scorer.left_out(unit) else 0
 
 
 def _n_left_out(rows: pa.Table) -> int:

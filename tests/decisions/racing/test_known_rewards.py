@@ -10,10 +10,10 @@ import pytest
 
 from fastcompat.decisions.racing.known_rewards import KnownRewards, contest_with
 from fastcompat.decisions.racing.rule import History, RaceSettings, take_look
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Responses
+from fastcompat.decisions.ranking.counted import coded
 from fastcompat.decisions.ranking.estimates import estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import ClusteredMeans
 from fastcompat.decisions.ranking.looks import planned_looks
-from fastcompat.decisions.ranking.ranking import coded
 
 BETA = 3.0
 SETTINGS = RaceSettings(figure="car", beta=BETA, margin=0.0)
@@ -49,7 +49,8 @@ def with_rewards(rows: pa.Table, n_scored: int, names: tuple[str, ...] = NAMES) 
 def plain(rows: pa.Table, n_scored: int) -> dict[Any, Any]:
     scored = rows.slice(0, n_scored * len(NAMES))
     values, units = values_of(scored, ["reward", "loss"], "response")
-    means = ClusteredMeans(coded(scored["prompt_id"])[1], coded(scored["generator"])[1], len(NAMES), values)
+    prompt, group = (coded(scored[name])[1] for name in ("prompt_id", "generator"))
+    means = ClusteredMeans([Responses.of(prompt, group, values)], len(NAMES))
     return dict(estimates_of(means, means.moments(), units, SETTINGS.ranking))
 
 

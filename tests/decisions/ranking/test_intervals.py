@@ -8,16 +8,14 @@ import math
 import numpy as np
 import pytest
 
-from fastcompat.decisions.ranking import intervals as bootstrap
+from fastcompat.decisions.ranking import clustered_means
+from fastcompat.decisions.ranking.clustered_means import BYTES_OF_WEIGHT, ClusteredMeans, Responses, poisson_weights
 from fastcompat.decisions.ranking.intervals import (
-    BYTES_OF_WEIGHT,
     FALSE_DIFFERENCES,
     LONGEST_SIDE,
-    ClusteredMeans,
     Differences,
     Estimate,
     interval,
-    poisson_weights,
     skewness_corrected,
     student_t_quantile,
 )
@@ -38,16 +36,22 @@ def problem(n_prompts: int = 60, n_groups: int = 3, seed: int = 0) -> tuple[np.n
     return prompt, group, reward, draw.lognormal(0, 0.6, size=len(prompt)), draw.integers(1, 99, len(prompt)) * 1.0
 
 
+def means_of(
+    prompt: np.ndarray, group: np.ndarray, n_groups: int, figures: list[tuple[np.ndarray, np.ndarray]]
+) -> ClusteredMeans:
+    return ClusteredMeans([Responses.of(prompt, group, figures)], n_groups)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """So that even a small problem is cut into several blocks."""
-    monkeypatch.setattr(bootstrap, "BLOCK_PROMPTS", 64)
+    monkeypatch.setattr(clustered_means, "BLOCK_PROMPTS", 64)
 
 
 def test_estimates_and_moments_against_loops(small_blocks):
     prompt, group, reward, loss, tokens = problem(n_prompts=150)
     ones = np.ones(len(prompt))
-    means = ClusteredMeans(prompt, group, 3, [(reward, ones), (loss * tokens, tokens)])
+    means = means_of(prompt, group, 3, [(reward, ones), (loss * tokens, tokens)])
     moments = means.moments()
 
     influence = np.zeros((2, 150, 3))
@@ -87,7 +91,7 @@ def test_one_response_a_prompt_gives_the_textbook_interval():
     """Without skewness it is the mean +- t s / sqrt(n - 1): with the jackknife's n - 1 for n."""
     half = np.random.default_rng(0).normal(size=15)
     values = np.concatenate([5 + half, 5 - half])
-    means = ClusteredMeans(np.arange(30), np.zeros(30, np.int64), 1, [(values, np.ones(30))])
+    means = means_of(np.arange(30), np.zeros(30, np.int64), 1, [(values, np.ones(30))])
     low, high = interval(means.estimates[0], *means.moments().of(np.ones((1, 1))), means.freedom[0])
     margin = T_TABLE[29] * values.std(ddof=1) / math.sqrt(29)
     assert (low[0], high[0]) == (pytest.approx(5 - margin, rel=1e-5), pytest.approx(5 + margin, rel=1e-5))
@@ -107,7 +111,7 @@ def test_bounds_do_not_leap_when_a_value_moves_a_little():
     highs = []
     for outlier in np.arange(1.0, 10.0, 0.02):
         values[-1] = outlier
-        means = ClusteredMeans(np.arange(30), np.zeros(30, np.int64), 1, [(values, np.ones(30))])
+        means = means_of(np.arange(30), np.zeros(30, np.int64), 1, [(values, np.ones(30))])
         deviation, acceleration = means.moments().of(np.ones((1, 1)))
         low, high = interval(means.estimates[0], deviation, acceleration, means.freedom[0])
         margin = T_TABLE[29] * deviation[0]
@@ -142,7 +146,7 @@ def test_few_different_values_and_none_at_all():
     values = np.ones(30)
     values[7] = 0.0
     for figure, finite in ((values, True), (np.ones(30), False)):
-        means = ClusteredMeans(np.arange(30), np.zeros(30, np.int64), 1, [(figure, np.ones(30))])
+        means = means_of(np.arange(30), np.zeros(30, np.int64), 1, [(figure, np.ones(30))])
         low, high = interval(means.estimates[0], *means.moments().of(np.ones((1, 1))), means.freedom[0])
         assert np.isfinite([low, high]).all()
         assert (low[0] < figure.mean() < high[0]) if finite else (low[0] == 1 == high[0])
@@ -166,8 +170,8 @@ def test_replicates_are_those_of_the_weights_in_float64(small_blocks):
     prompt, group, reward, loss, tokens = problem(n_prompts=150)
     reward = reward + 1e6  # float32 sums of values would be off by whole units
     ones = np.ones(len(prompt))
-    means = ClusteredMeans(prompt, group, 3, [(reward, ones), (loss * tokens, tokens)])
-    found = means.replicates(draws=50, seed=3)
+    means = means_of(prompt, group, 3, [(reward, ones), (loss * tokens, tokens)])
+    found = means.moments_and_replicates(draws=50, seed=3)[1]
     weights = poisson_weights(np.random.default_rng(3), 192, 50)[:150].astype(np.float64)
     for k, (values, by) in enumerate([(reward, ones), (loss * tokens, tokens)]):
         for g in range(3):
@@ -178,27 +182,26 @@ def test_replicates_are_those_of_the_weights_in_float64(small_blocks):
 
 def test_replicates_do_not_depend_on_the_blocks(monkeypatch):
     prompt, group, reward, _, _ = problem(n_prompts=500)
-    means = ClusteredMeans(prompt, group, 3, [(reward, np.ones(len(prompt)))])
-    (whole,) = means.replicates(draws=101, seed=1)
-    monkeypatch.setattr(bootstrap, "BLOCK_PROMPTS", 64)
-    (cut,) = means.replicates(draws=101, seed=1)
+    means = means_of(prompt, group, 3, [(reward, np.ones(len(prompt)))])
+    _, (whole,) = means.moments_and_replicates(draws=101, seed=1)
+    monkeypatch.setattr(clustered_means, "BLOCK_PROMPTS", 64)
+    _, (cut,) = means.moments_and_replicates(draws=101, seed=1)
     np.testing.assert_allclose(whole, cut, rtol=1e-6)
     assert (whole[0] != whole[1]).all()
 
 
 def test_replicates_vary_as_much_as_the_variance_says():
     prompt, group, reward, _, _ = problem(n_prompts=800)
-    means = ClusteredMeans(prompt, group, 3, [(reward, np.ones(len(prompt)))])
-    moments = means.moments()
-    (found,) = means.replicates(draws=4000, seed=0)
+    means = means_of(prompt, group, 3, [(reward, np.ones(len(prompt)))])
+    moments, (found,) = means.moments_and_replicates(draws=4000, seed=0)
     np.testing.assert_allclose(found.std(axis=0), moments.of(np.ones((1, 3)))[0], rtol=0.06)
     difference = (found[:, 0] - found[:, 1]).std()
     assert difference == pytest.approx(moments.of_differences(np.ones((1, 1, 1)))[0][0, 1], rel=0.06)
 
 
 def test_a_draw_that_leaves_nothing_is_nan():
-    means = ClusteredMeans(np.zeros(1, np.int64), np.zeros(1, np.int64), 2, [(np.ones(1), np.ones(1))])
-    (found,) = means.replicates(draws=200, seed=0)
+    means = means_of(np.zeros(1, np.int64), np.zeros(1, np.int64), 2, [(np.ones(1), np.ones(1))])
+    _, (found,) = means.moments_and_replicates(draws=200, seed=0)
     assert np.isnan(found[:, 1]).all(), "no responses at all"
     assert 0.2 < np.isnan(found[:, 0]).mean() < 0.55
     assert np.nanmax(found[:, 0]) == np.nanmin(found[:, 0]) == 1.0

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Responses
+from fastcompat.decisions.ranking.counted import coded
 from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Estimate
-from fastcompat.decisions.ranking.ranking import coded
+from fastcompat.decisions.ranking.intervals import Estimate
 from fastcompat.rows import FloatArray, IntArray
 
 
@@ -43,7 +44,7 @@ class KnownRewards:
         group = _groups(rows, names)
         _, prompt = coded(rows["prompt_id"])
         values, units = values_of(rows, ["reward"], "response")
-        means = ClusteredMeans(prompt, group, len(names), values)
+        means = ClusteredMeans([Responses.of(prompt, group, values)], len(names))
         moments = means.moments()
         return cls(
             names=tuple(names),
@@ -71,7 +72,8 @@ def contest_with(
     units = {"reward": rewards.unit} | units
     reward = rows["reward"].to_numpy() / rewards.unit
     carried = _slope(reward, loss, prompt, group, len(names))
-    means = ClusteredMeans(prompt, group, len(names), [(reward, weights), (loss - carried * reward, weights)])
+    figures = [(reward, weights), (loss - carried * reward, weights)]
+    means = ClusteredMeans([Responses.of(prompt, group, figures)], len(names))
     there = np.array([rewards.names.index(name) for name in names], np.int64)
     means.replace_mean(0, rewards.means[there], rewards.counts[there])
     moments = means.moments()

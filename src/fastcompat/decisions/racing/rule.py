@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.decisions.racing.known_rewards import KnownRewards, contest_with
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Responses
+from fastcompat.decisions.ranking.counted import coded
 from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, PLAIN_TAIL, ClusteredMeans, Estimate, interval
+from fastcompat.decisions.ranking.intervals import FALSE_DIFFERENCES, PLAIN_TAIL, Estimate, interval
 from fastcompat.decisions.ranking.looks import FALSE_ON_THE_WAY, repeated_tail
-from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, Figure, coded
+from fastcompat.decisions.ranking.ranking import MIN_PROMPTS, Figure
 from fastcompat.errors import UsageError
 from fastcompat.metrics import BETA, checked_betas, finite, negative_reward
 from fastcompat.rows import BoolArray, IntArray
@@ -239,7 +241,7 @@ def take_look(
     else:
         figures = ["reward", "loss"] if settings.figure == "car" else [str(settings.figure)]
         values, units = values_of(rows, figures, settings.average)
-        means = ClusteredMeans(prompt, group, len(names), values)
+        means = ClusteredMeans([Responses.of(prompt, group, values)], len(names))
         estimates = estimates_of(means, means.moments(), units, settings.ranking)
     contest = Contest.of(names, estimates, means.n_prompts, settings, shares)
     return judge(contest, settings, history, shares, n_prompts=n_prompts, n_responses=rows.num_rows)

@@ -6,14 +6,15 @@ Dimension key: N responses, F figures, G generators.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from fastcompat.decisions.ranking.intervals import ClusteredMeans, Differences, Estimate, Moments
+from fastcompat.decisions.ranking.clustered_means import ClusteredMeans, Moments
+from fastcompat.decisions.ranking.intervals import Differences, Estimate
 from fastcompat.errors import UsageError
 from fastcompat.metrics import car, check_losses, finite
 from fastcompat.rows import FloatArray
@@ -44,35 +45,79 @@ class RankingSettings:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
+class FigureReader:
+    """Figures of responses that come in chunks, and the unit of each that all of them together are given in.
+
+    The unit is a power of two, which changes no digit: figures are then of size 1 at most, so that squares and cubes
+    neither overflow nor vanish.
+    """
+
+    def __init__(self, figures: Sequence[str], average: str) -> None:
+        self._figures = figures
+        self._average = average
+        self._largest = dict.fromkeys(figures, 0.0)
+        self._lowest_losses = [0.0, 0.0]  # of responses, and per token of what is averaged over tokens
+        self._lacks_tokens = False
+
+    def read(self, used: pa.Table) -> list[tuple[FloatArray, FloatArray]]:
+        """(values, weights) [N] of each figure, whose means are wanted. used: responses that carry all of them."""
+        pairs = []
+        ones = np.broadcast_to(np.ones(1), used.num_rows)
+        for figure in self._figures:
+            values, weights = used[figure].to_numpy(), ones
+            if figure == "loss":
+                self._lowest_losses[0] = min(self._lowest_losses[0], values.min(initial=0.0))
+                if self._average == "token":
+                    values, weights = self._token_sums(used)
+                    self._lowest_losses[1] = min(
+                        self._lowest_losses[1], (values / np.maximum(weights, 1)).min(initial=0.0)
+                    )
+            self._largest[figure] = max(self._largest[figure], float(np.abs(values).max(initial=0.0)))
+            pairs.append((values, weights))
+        return pairs
+
+    def _token_sums(self, used: pa.Table) -> tuple[FloatArray, FloatArray]:
+        """(NLL sums, tokens) [N]: their summed ratio is the loss averaged over tokens."""
+        if used["n_tokens"].null_count or used["nll_sum"].null_count:
+            self._lacks_tokens = True
+            return np.zeros(used.num_rows), np.zeros(used.num_rows)
+        return used["nll_sum"].to_numpy(), used["n_tokens"].to_numpy().astype(np.float64)
+
+    def check(self) -> None:
+        """UsageError for a negative loss, and for an average over tokens whose numbers are not known."""
+        check_losses(np.array(self._lowest_losses[:1]))
+        if self._lacks_tokens:
+            raise UsageError("average='token' needs the columns n_tokens and nll_sum in every scored row")
+        check_losses(np.array(self._lowest_losses))
+
+    @property
+    def exponents(self) -> list[int]:
+        """Of two, for the unit of each figure: so far."""
+        return [int(np.frexp(self._largest[figure])[1]) - 1 for figure in self._figures]
+
+    @property
+    def units(self) -> dict[str, float]:
+        return {name: math.ldexp(1.0, exponent) for name, exponent in zip(self._figures, self.exponents, strict=True)}
+
+
+def in_units(
+    pairs: Sequence[tuple[FloatArray, FloatArray]], exponents: Sequence[int]
+) -> list[tuple[FloatArray, FloatArray]]:
+    """What a `FigureReader` has read, in its units."""
+    return [(np.ldexp(values, -own), weights) for (values, weights), own in zip(pairs, exponents, strict=True)]
+
+
 def values_of(
     used: pa.Table, figures: Sequence[str], average: str
 ) -> tuple[list[tuple[FloatArray, FloatArray]], dict[str, float]]:
-    """(values, weights) [N] of each figure, whose means are wanted; and the unit that they are given in.
+    """(values, weights) [N] of each figure of responses that carry all of them, in units; and the units.
 
-    used: responses that carry all of the figures. The unit is a power of two, which changes no digit: figures are then
-    of size 1 at most, so that squares and cubes neither overflow nor vanish. UsageError for a negative loss, and for an
-    average over tokens whose numbers are not known.
+    UsageError as of `FigureReader.check`.
     """
-    ones = np.ones(used.num_rows)
-    pairs, units = [], {}
-    for figure in figures:
-        values, weights = used[figure].to_numpy(), ones
-        if figure == "loss":
-            check_losses(values)
-            if average == "token":
-                values, weights = _token_sums(used)
-                check_losses(values / np.maximum(weights, 1))
-        exponent = int(np.frexp(np.abs(values).max(initial=0.0))[1]) - 1
-        units[figure] = math.ldexp(1.0, exponent)
-        pairs.append((np.ldexp(values, -exponent), weights))
-    return pairs, units
-
-
-def _token_sums(used: pa.Table) -> tuple[FloatArray, FloatArray]:
-    """(NLL sums, tokens) [N]: their summed ratio is the loss averaged over tokens."""
-    if used["n_tokens"].null_count or used["nll_sum"].null_count:
-        raise UsageError("average='token' needs the columns n_tokens and nll_sum in every scored row")
-    return used["nll_sum"].to_numpy(), used["n_tokens"].to_numpy().astype(np.float64)
+    reader = FigureReader(figures, average)
+    pairs = reader.read(used)
+    reader.check()
+    return in_units(pairs, reader.exponents), reader.units
 
 
 def estimates_of(
@@ -81,15 +126,16 @@ def estimates_of(
     units: Mapping[str, float],
     settings: RankingSettings,
     *,
+    replicates: Sequence[FloatArray] = (),
     carried: float = 0.0,
 ) -> dict[str | float, Estimate]:
     """The estimates of each figure under its name, and of CAR under its beta where there are both figures.
 
-    means, units: of what `values_of` gave; moments: theirs. A generator whose shifted mean reward is negative has no
-    CAR: NaN. carried: the loss is what `means` has in its place, plus so many times the reward (`known_rewards`).
+    means, units: of what `values_of` gave; moments: theirs, and replicates, where it is asked how often a generator is
+    the best. A generator whose shifted mean reward is negative has no CAR: NaN. carried: the loss is what `means` has
+    in its place, plus so many times the reward (`known_rewards`).
     """
     figures = list(units)
-    draw = cache(partial(means.replicates, settings.draws, settings.seed))
     estimates: dict[str | float, Estimate] = {}
     for k, name in enumerate(figures):
         sign = -1 if name == "loss" else 1
@@ -105,7 +151,7 @@ def estimates_of(
             freedom=means.freedom[k],
             sign=sign,
             unit=units[name],
-            draw=partial(_drawn, draw, k),
+            draw=partial(_drawn, replicates, k),
             compare=partial(_differences, sign * value, moments, sign * unit),
         )
     if len(figures) < 2:
@@ -124,18 +170,18 @@ def estimates_of(
             freedom=np.minimum(*means.freedom),
             sign=1,
             unit=units["reward"],
-            draw=partial(_drawn_cars, draw, shift, weight),
+            draw=partial(_drawn_cars, replicates, shift, weight),
             compare=partial(_car_differences, reward + shift, loss, weight, moments, carried),
         )
     return estimates
 
 
-def _drawn(draw: Callable[[], list[FloatArray]], figure: int) -> FloatArray:
-    return draw()[figure]
+def _drawn(replicates: Sequence[FloatArray], figure: int) -> FloatArray:
+    return replicates[figure]
 
 
-def _drawn_cars(draw: Callable[[], list[FloatArray]], shift: float, weight: float) -> FloatArray:
-    reward, loss = draw()
+def _drawn_cars(replicates: Sequence[FloatArray], shift: float, weight: float) -> FloatArray:
+    reward, loss = replicates
     return (reward + shift) / (1 + weight * loss)
 
 

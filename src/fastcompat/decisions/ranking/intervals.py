@@ -1,30 +1,20 @@
-"""How sure the means of clustered responses are: each prompt's influence, intervals, bootstrap weights. NumPy only.
+"""How sure figures are: their intervals, who is best, and who is clearly better than whom. NumPy only.
 
-Responses to one prompt resemble each other, so prompts are what is independent. A mean is a ratio of sums over prompts,
-`sum_p values / sum_p weights`, and to first order its error is a sum of one influence per prompt. Prompts are taken in
-blocks: an array [P, G] never exists whole.
-
-Dimension key: N responses, P prompts, G generators, F figures, B bootstrap draws.
+Dimension key: G generators, B bootstrap draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import product
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastcompat.rows import BoolArray, FloatArray, IntArray
 
-# Prompts in a block: their weights are [prompts, B] float32, 64 MiB for 1,000 draws.
-BLOCK_PROMPTS = 1 << 14
-# Cells [prompt, generator] in a block: 8 MiB an array.
-BLOCK_CELLS = 1 << 20
 # How often any of equal generators may be told from another: aimed below 5%, which is then kept under heavy tails too.
 FALSE_DIFFERENCES = 0.04
 # On either side of a 95% interval.
@@ -33,183 +23,6 @@ PLAIN_TAIL = 0.025
 LONGEST_SIDE = 2.0
 # Of figures of size 1: squares of what is smaller vanish, so that nothing seems to vary.
 VANISHING = 1e-150
-
-
-class ClusteredMeans:
-    """Means of several figures of the same responses, per generator, with what each prompt has to do with them.
-
-    prompt, group: [N] codes from 0, of G groups. figures: (values [N], weights [N]) of each, float64 without NaN;
-    weights that several figures have in common are one array.
-
-    estimates: [G] of each figure, `sum(values) / sum(weights)`; NaN for a generator without responses.
-    freedom: [G] of each figure, the degrees of freedom of its variance: Kish's effective number of prompts,
-        `(sum_p w)^2 / sum_p w^2` of prompts' summed weights w, less one; at least 1.
-    n_prompts: [G], the prompts that a generator answered.
-    """
-
-    def __init__(
-        self, prompt: IntArray, group: IntArray, n_groups: int, figures: Sequence[tuple[FloatArray, FloatArray]]
-    ) -> None:
-        order = np.argsort(prompt, kind="stable")
-        self.n_groups = n_groups
-        self._prompt, self._group = prompt[order], group[order]
-        ordered = {id(weights): weights[order] for _, weights in figures}
-        self._figures = [(values[order], ordered[id(weights)]) for values, weights in figures]
-        self._totals: list[FloatArray] = [
-            np.bincount(self._group, weights, n_groups).astype(np.float64, copy=False) for _, weights in self._figures
-        ]
-        with np.errstate(invalid="ignore"):
-            self.estimates: list[FloatArray] = [
-                np.bincount(self._group, values, n_groups) / total
-                for (values, _), total in zip(self._figures, self._totals, strict=True)
-            ]
-        self.n_prompts = np.zeros(n_groups, np.int64)
-        squares = [np.zeros(n_groups) for _ in figures]
-        for block in self._blocks():
-            self.n_prompts += (block.sums(np.ones(len(block.cell))) > 0).sum(0)
-            for square, (_, weights) in zip(squares, self._figures, strict=True):
-                square += (block.sums(weights[block.rows]) ** 2).sum(0)
-        with np.errstate(invalid="ignore"):
-            self.freedom = [
-                np.fmax(total**2 / square - 1, 1.0) for total, square in zip(self._totals, squares, strict=True)
-            ]
-
-    def replace_mean(self, figure: int, mean: FloatArray, total: FloatArray) -> None:
-        """Take a mean [G] that more rows than these gave, with weights that sum to `total` [G]: the influences of these
-        rows are then theirs on that mean."""
-        self.estimates[figure], self._totals[figure] = mean, total
-
-    def moments(self) -> Moments:
-        """Moments of the influences of prompts on the figures' means.
-
-        The influence of prompt p on a mean m is `(values_p - m * weights_p) / sum(weights)`, over
-        `1 - weights_p / sum(weights)`: its residual from the mean of all others. The sum of squares is then the
-        variance that a jackknife gives, which errs on the wide side where prompts are few or unequal (CR3: Bell and
-        McCaffrey 2002, "Bias reduction in standard errors for linear regression with multi-stage samples"; here m is a
-        regression on `weights` alone).
-        """
-        moments = Moments.none(len(self._figures), self.n_groups)
-        for block in self._blocks():
-            influences = []
-            for (_, weights), residuals, total in zip(self._figures, self._residuals(block), self._totals, strict=True):
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    share = block.sums(weights[block.rows]) / total
-                    influence = block.sums(residuals) / (total * (1 - share))
-                # No responses, or all of them in one prompt, which says nothing of the next one.
-                influences.append(np.nan_to_num(influence, nan=0.0, posinf=0.0, neginf=0.0))
-            moments.add(np.stack(influences, axis=1))
-        return moments
-
-    def replicates(self, draws: int, seed: int) -> list[FloatArray]:
-        """[B, G] of each figure: its means with the prompts weighted at random, alike for every generator and figure.
-
-        Residuals are multiplied, not values, in float32: what is rounded is a replicate's distance from the estimate,
-        by less than a thousandth of it, and it is added to the estimate in float64, as blocks are to each other. NaN
-        where a draw leaves a generator nothing.
-        """
-        all_weights = {id(weights): weights for _, weights in self._figures}
-        sums = np.zeros(((len(self._figures) + len(all_weights)) * self.n_groups, draws))
-        generator = np.random.default_rng(seed)
-        for block in self._blocks():
-            columns = [*self._residuals(block), *(weights[block.rows] for weights in all_weights.values())]
-            by_prompt = np.concatenate([block.sums(column).astype(np.float32) for column in columns], axis=1)
-            sums += by_prompt.T @ poisson_weights(generator, block.n_prompts, draws).astype(np.float32)
-        parts = sums.reshape(-1, self.n_groups, draws)
-        denominators = dict(zip(all_weights, parts[len(self._figures) :], strict=True))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return [
-                mean + (numerator / denominators[id(weights)]).T
-                for mean, numerator, (_, weights) in zip(self.estimates, parts, self._figures, strict=False)
-            ]
-
-    def _blocks(self) -> Iterator[_Block]:
-        n_prompts = int(self._prompt[-1]) + 1 if len(self._prompt) else 0
-        # A multiple of 64, so that the random bytes do not depend on how prompts are cut into blocks.
-        step = max(64, min(BLOCK_PROMPTS, BLOCK_CELLS // self.n_groups) // 64 * 64)
-        for first in range(0, n_prompts, step):
-            begin, end = np.searchsorted(self._prompt, [first, first + step])
-            cell = (self._prompt[begin:end] - first) * self.n_groups + self._group[begin:end]
-            yield _Block(
-                rows=slice(begin, end), cell=cell, n_prompts=min(step, n_prompts - first), n_groups=self.n_groups
-            )
-
-    def _residuals(self, block: _Block) -> list[FloatArray]:
-        group = self._group[block.rows]
-        return [
-            values[block.rows] - mean[group] * weights[block.rows]
-            for (values, weights), mean in zip(self._figures, self.estimates, strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """Rows of consecutive prompts; `cell` is a row's place in the flattened [n_prompts, G]."""
-
-    rows: slice
-    cell: IntArray
-    n_prompts: int
-    n_groups: int
-
-    def sums(self, values: FloatArray) -> FloatArray:
-        """[n_prompts, G] sums of the block's rows."""
-        flat = np.bincount(self.cell, values, self.n_prompts * self.n_groups).astype(np.float64, copy=False)
-        return flat.reshape(self.n_prompts, self.n_groups)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over prompts of products of influences, from which those of any linear combination of figures follow.
-
-    second: [F, G, F, G], of figure k on generator g times figure l on generator h. third: [F, F, G, F, G], of figures k
-    and l on generator g times figure m on generator h.
-    """
-
-    second: FloatArray
-    third: FloatArray
-
-    @classmethod
-    def none(cls, n_figures: int, n_groups: int) -> Moments:
-        shape = (n_figures, n_groups)
-        return cls(np.zeros(shape * 2), np.zeros((n_figures, *shape, *shape)))
-
-    def add(self, influence: FloatArray) -> None:
-        """Add a block of prompts, [prompts, F, G]."""
-        flat = influence.reshape(len(influence), -1)
-        squares = (influence[:, :, None] * influence[:, None]).reshape(len(influence), -1)
-        np.add(self.second, (flat.T @ flat).reshape(self.second.shape), out=self.second)
-        np.add(self.third, (squares.T @ flat).reshape(self.third.shape), out=self.third)
-
-    def of(self, derivatives: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Standard errors and accelerations [G] of a function of the figures with the derivatives [F, G]."""
-        d = derivatives
-        squares = np.einsum("kg,lg,kglg->g", d, d, self.second)
-        cubes = np.einsum("kg,lg,mg,klgmg->g", d, d, d, self.third)
-        return np.sqrt(np.maximum(squares, 0)), _acceleration(squares, cubes)
-
-    def of_differences(self, derivatives: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Standard errors and accelerations [G, G] of generators' figures less others', paired by prompt.
-
-        derivatives: [F, G, G], alike for both generators of a pair; or [F, 1, 1], alike for all pairs.
-        """
-        n_figures, n_groups = self.second.shape[:2]
-        squares, cubes = np.zeros((n_groups, n_groups)), np.zeros((n_groups, n_groups))
-        for j, k in product(range(n_figures), repeat=2):
-            both = derivatives[j] * derivatives[k]
-            crossed = self.second[j, :, k]
-            own = np.diagonal(crossed)
-            squares += both * (own[:, None] + own - crossed - crossed.T)
-            for third in range(n_figures):
-                crossed = self.third[j, k, :, third]
-                own = np.diagonal(crossed)
-                cubes += both * derivatives[third] * (own[:, None] - own - 3 * (crossed - crossed.T))
-        squares = np.maximum(squares, 0)
-        return np.sqrt(squares), _acceleration(squares, cubes)
-
-
-def _acceleration(squares: FloatArray, cubes: FloatArray) -> FloatArray:
-    """A sixth of the skewness of a sum of influences; 0 where nothing varies."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(cubes / (6 * squares**1.5), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,20 +180,3 @@ def student_t_quantile(probability: float, freedom: FloatArray) -> FloatArray:
 def _gauss_legendre() -> tuple[FloatArray, FloatArray]:
     """64 nodes on [-1, 1] and their weights."""
     return np.polynomial.legendre.leggauss(64)
-
-
-# How often each of 256 equally likely bytes means the weight 0, 1, 2 ...: Poisson(1) to within half a percent in total.
-BYTES_OF_WEIGHT = (94, 95, 46, 16, 4, 1)
-_WEIGHT_OF_BYTE = bytes(np.repeat(np.arange(len(BYTES_OF_WEIGHT), dtype=np.uint8), BYTES_OF_WEIGHT))
-
-
-def poisson_weights(generator: np.random.Generator, n_prompts: int, draws: int) -> NDArray[np.uint8]:
-    """[P, B] independent weights, nearly Poisson(1), one random byte each.
-
-    Poisson weights are the bootstrap's multinomial in the limit of many prompts (Chamandy et al. 2012, "Estimating
-    Uncertainty for Massive Data Streams"). Any weights with mean 1 and variance 1 give a consistent bootstrap
-    (Praestgaard and Wellner 1993, "Exchangeably weighted bootstraps"); these have both exactly, and a third factorial
-    moment of 252/256 for Poisson's 1.
-    """
-    drawn = generator.bytes(n_prompts * draws).translate(_WEIGHT_OF_BYTE)
-    return np.frombuffer(drawn, np.uint8).reshape(n_prompts, draws)

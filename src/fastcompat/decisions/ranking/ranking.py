@@ -6,7 +6,7 @@ Dimension key: N responses, G generators, B bootstrap draws.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,19 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of, values_of
-from fastcompat.decisions.ranking.intervals import PLAIN_TAIL, ClusteredMeans, Estimate
+from fastcompat.decisions.ranking.counted import MAX_GROUPS, CountedResponses
+from fastcompat.decisions.ranking.estimates import RankingSettings, estimates_of
+from fastcompat.decisions.ranking.intervals import PLAIN_TAIL, Estimate
 from fastcompat.decisions.ranking.looks import repeated_tail
 from fastcompat.decisions.ranking.unfinished import Models, Unfinished, unfinished_pairs
 from fastcompat.errors import UsageError
 from fastcompat.metrics import BETA, checked_betas, negative_reward
-from fastcompat.rows import BoolArray, FloatArray, IntArray, Status, as_table, by_pair, carrying, only, paired
-from fastcompat.store import Run
+from fastcompat.rows import SCORES_SCHEMA, BoolArray, FloatArray, IntArray, as_table, by_pair, only, paired
+from fastcompat.store import Run, Snapshot
 
 # A handful of prompts says nothing about the next prompt.
 MIN_PROMPTS = 10
-# Every pair of generators is compared.
-MAX_GROUPS = 1000
 _READ = ("row_key", "prompt_id", "base_model", "reward_model", "n_tokens", "nll_sum", "loss", "reward", "status")
 
 Figure = Literal["car", "loss", "reward"]
@@ -111,9 +110,9 @@ def rank(
         draws=draws,
         seed=seed,
     )
-    # What nobody reads here, per-token lists above all, is neither read nor joined.
-    needed = list(dict.fromkeys((*_READ, by)))
-    scores = table.scores(needed) if isinstance(table, Run) else as_table(table)
+    if isinstance(table, Run):
+        return _rank_run(table, by, options, base_model=base_model, reward_model=reward_model)
+    scores = as_table(table)
     check_groups(scores, by)
     if "prompt_id" not in scores.column_names and scores.num_rows > 1:
         logging.getLogger("fastcompat").warning(
@@ -121,13 +120,42 @@ def rank(
             "repeat, and generators are not compared prompt by prompt; add prompt_id"
         )
     scores = only(scores, base_model=base_model, reward_model=reward_model)
-    rows = paired(scores.select([name for name in scores.column_names if name in needed]))
-    return rank_paired(rows, by, options, unfinished_pairs(table, options) if isinstance(table, Run) else {})
+    # What nobody reads here, per-token lists above all, is not joined.
+    rows = paired(scores.select([name for name in scores.column_names if name in {*_READ, by}]))
+    return rank_paired(rows, by, options, {})
+
+
+def _rank_run(
+    run: Run,
+    by: str,
+    options: RankingSettings,
+    *,
+    base_model: str | None,
+    reward_model: str | None,
+) -> pa.Table:
+    """Of a run, which is read in chunks of whole prompts: it may be larger than memory."""
+    _check_column(SCORES_SCHEMA, by)
+    stores = run.current_scorers()
+    # Asked before the rows are listed: what is finished in between is ranked as if it was not yet.
+    unfinished = unfinished_pairs(run, options, stores)
+    sums = ["nll_sum"] if options.average == "token" else []
+    snapshot = Snapshot(run, stores, [by, "generator", "n_tokens", "loss", "reward", *sums])
+    return _ranked(snapshot.pairs(base_model=base_model, reward_model=reward_model), by, options, unfinished)
 
 
 def rank_paired(rows: pa.Table, by: str, options: RankingSettings, unfinished: Mapping[Models, Unfinished]) -> pa.Table:
     """`rank` of rows that are paired already; unfinished: what `unfinished_pairs` says of their run."""
-    parts = [_rank_pair(group, models, by, options, unfinished.get(models)) for models, group in by_pair(rows)]
+    return _ranked(((models, [group]) for models, group in by_pair(rows)), by, options, unfinished)
+
+
+def _ranked(
+    pairs: Iterable[tuple[Models, Iterable[pa.Table]]],
+    by: str,
+    options: RankingSettings,
+    unfinished: Mapping[Models, Unfinished],
+) -> pa.Table:
+    """pairs: of models, with their rows in chunks of whole prompts that can be gone through again."""
+    parts = [_rank_pair(tables, models, by, options, unfinished.get(models)) for models, tables in pairs]
     names = [by if name == "generator" else name for name in _SCHEMA.names]
     return pa.concat_tables([_SCHEMA.empty_table(), *parts]).rename_columns(names)
 
@@ -192,14 +220,7 @@ def _winners(figures: dict[str | None, tuple[float, float]]) -> list[BetaRange]:
 
 def check_groups(scores: pa.Table, by: str) -> None:
     """UsageError for a column that makes no groups to rank."""
-    groups = [
-        field.name
-        for field in scores.schema
-        if field.name not in _NO_GROUPS
-        and (field.name == "generator" or pa.types.is_string(field.type) or pa.types.is_integer(field.type))
-    ]
-    if by not in groups:
-        raise UsageError(f"--by {by}: not a column of groups; there are {', '.join(groups) or 'none'}")
+    _check_column(scores.schema, by)
     if scores.num_rows and scores[by].null_count == scores.num_rows:
         raise UsageError(f"--by {by}: every row's is null; name a column that says whose a response is")
     count = pc.count_distinct(scores[by], mode="all").as_py()
@@ -207,41 +228,45 @@ def check_groups(scores: pa.Table, by: str) -> None:
         raise UsageError(f"--by {by}: {count:,} different values are no groups to rank")
 
 
+def _check_column(schema: pa.Schema, by: str) -> None:
+    groups = [
+        field.name
+        for field in schema
+        if field.name not in _NO_GROUPS
+        and (field.name == "generator" or pa.types.is_string(field.type) or pa.types.is_integer(field.type))
+    ]
+    if by not in groups:
+        raise UsageError(f"--by {by}: not a column of groups; there are {', '.join(groups) or 'none'}")
+
+
 def _rank_pair(
-    rows: pa.Table, models: Models, by: str, options: RankingSettings, unfinished: Unfinished | None
+    tables: Iterable[pa.Table], models: Models, by: str, options: RankingSettings, unfinished: Unfinished | None
 ) -> pa.Table:
     """The ranking of one base model and one reward model, under every beta."""
-    counts = np.ones(rows.num_rows, bool)
-    if unfinished is not None:
-        # Who has no row that counts is in the table all the same.
-        counts = unfinished.used(rows, by) & pc.not_equal(rows["status"], Status.LEFT_OUT).to_numpy()
-    names, group = coded(rows[by].cast(pa.string()))
-    figures = [name for name in ("reward", "loss") if rows[name].null_count < rows.num_rows] or ["loss"]
+    counted = CountedResponses(tables, by, options, unfinished)
+    names, figures, means = counted.names, counted.figures, counted.means
     sort_by = options.sort_by or ("car" if len(figures) == 2 else figures[0])
     if sort_by not in [*figures, *(["car"] if len(figures) == 2 else [])]:
         raise UsageError(
             f"cannot rank by {sort_by}: base model {models[0]} and reward model {models[1]} give only the {figures[0]}"
         )
-    prompt = _prompts(rows)
-    carries = carrying(rows, figures).to_numpy(zero_copy_only=False) & counts
-    if options.leave_out == "prompt":
-        carries = _whole_prompts(prompt, group, carries, counts, names)
-    used = rows.select(["n_tokens", "nll_sum", "loss", "reward"]).filter(pa.array(carries))
-    n = np.bincount(group[carries], minlength=len(names))
-    values, units = values_of(used, figures, options.average)
-    means = ClusteredMeans(prompt[carries], group[carries], len(names), values)
+    counted.check()
     known = means.n_prompts >= MIN_PROMPTS
-    estimates = estimates_of(means, means.moments(), units, options)
+    if unfinished is None or unfinished.is_plain(names).all():
+        moments, replicates = means.moments_and_replicates(options.draws, options.seed)
+    else:
+        moments, replicates = means.moments(), []
+    estimates = estimates_of(means, moments, counted.units, options, replicates=replicates)
     if sort_by == "car":
         _check_rewards(estimates["reward"], names, options.reward_shift)
     of_responses = {
         "generator": np.array(names, dtype=object),
-        "n": n,
+        "n": counted.n,
         "n_prompts": means.n_prompts,
-        "n_left_out": np.bincount(group[counts], minlength=len(names)) - n,
-        "mean_tokens": _mean_tokens(used["n_tokens"], group[carries], len(names)),
+        "n_left_out": counted.n_asked - counted.n,
+        "mean_tokens": counted.mean_tokens,
     }
-    n_prompts_total = len(np.unique(prompt[carries]))
+    n_prompts_total = counted.n_prompts
     parts = []
     for beta in options.betas if len(figures) == 2 else [None]:
         by_name: dict[str, str | float] = {name: name for name in figures} | ({} if beta is None else {"car": beta})
@@ -324,57 +349,8 @@ def _bounds(estimate: Estimate, known: BoolArray, sight: _Sight) -> tuple[FloatA
     return value, np.where(sight.plain, low, lowest), np.where(sight.plain, high, highest)
 
 
-def coded(column: pa.ChunkedArray) -> tuple[list[str | None], IntArray]:
-    """The different values, sorted, null last; and [N] which of them each is: whatever the order of the rows."""
-    encoded = column.combine_chunks().dictionary_encode("encode")
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
-    codes = np.argsort(order)[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
-    return encoded.dictionary.take(pa.array(order)).to_pylist(), codes
-
-
-def _prompts(rows: pa.Table) -> IntArray:
-    """[N] codes of prompts; a row without prompt_id is one of its own."""
-    prompts, codes = coded(rows["prompt_id"])
-    if not rows["prompt_id"].null_count:
-        return codes
-    _, own = coded(rows["row_key"])
-    return np.where(rows["prompt_id"].is_null().to_numpy(), own + len(prompts), codes)
-
-
-def _whole_prompts(
-    prompt: IntArray, group: IntArray, carries: BoolArray, counts: BoolArray, names: list[str | None]
-) -> BoolArray:
-    """[N] which responses are to prompts that every generator answered, each time with all figures.
-
-    counts: [N] which of them are asked for figures at all.
-    A generator without any figure is not asked for.
-    """
-    n_groups, n_codes = len(names), int(prompt.max(initial=-1)) + 1
-    answers = np.bincount(group[carries], minlength=n_groups) > 0
-    cells = np.unique(prompt[carries] * n_groups + group[carries])
-    whole = np.bincount(cells // n_groups, minlength=n_codes) == answers.sum()
-    whole &= np.bincount(prompt[answers[group] & ~carries & counts], minlength=n_codes) == 0
-    kept: BoolArray = carries & whole[prompt]
-    if carries.any() and not kept.any():
-        counts = np.where(answers, np.bincount(cells % n_groups, minlength=n_groups), n_codes + 1)
-        raise UsageError(
-            "leave_out='prompt' leaves nothing: no prompt has all figures of every generator. "
-            f"{names[int(counts.argmin())]} answered the fewest, {counts.min():,}: leave it out of the table, or "
-            "choose leave_out='response' (--leave-out response)"
-        )
-    return kept
-
-
 def _check_rewards(reward: Estimate, names: list[str | None], shift: float) -> None:
     means = reward.value * reward.unit
     if (means + shift < 0).any():
         lowest = int(np.nanargmin(means))
         raise UsageError(negative_reward(f"the mean reward of {names[lowest]},", float(means[lowest]), shift))
-
-
-def _mean_tokens(n_tokens: pa.ChunkedArray, group: IntArray, n_groups: int) -> FloatArray:
-    """[G] mean number of tokens of the responses whose number is known."""
-    there = n_tokens.is_valid().to_numpy()
-    counts = np.bincount(group[there], minlength=n_groups)
-    with np.errstate(invalid="ignore"):
-        return np.bincount(group[there], n_tokens.drop_null().to_numpy(), n_groups) / counts

@@ -28,7 +28,7 @@ from fastcompat.decisions.ranking.looks import (
     repeated_tail,
 )
 from fastcompat.rows import BoolArray, IntArray
-from fastcompat.store import RaceStore, Run, ScorerStore, pending_rows, races_of
+from fastcompat.store import RaceStore, Run, ScorerStore, n_prompts, pending_rows, races_of
 
 Models = tuple[str | None, str | None]
 
@@ -171,28 +171,36 @@ def _repeated_tail_of(shares: list[float], n_pairs: int) -> float:
     return repeated_tail(FALSE_ON_THE_WAY / 2 / n_pairs, shares)
 
 
-def unfinished_pairs(run: Run, settings: RankingSettings) -> dict[Models, Unfinished]:
-    """(base model, reward model) of a run, by their labels -> how far they are; without pairs that are finished."""
-    stores = run.current_scorers()
+def unfinished_pairs(
+    run: Run, settings: RankingSettings, current: Sequence[ScorerStore] | None = None
+) -> dict[Models, Unfinished]:
+    """(base model, reward model) of a run, by their labels -> how far they are; without pairs that are finished.
+
+    current: as of `Run.labels`.
+    """
+    stores = run.current_scorers() if current is None else current
     pending = {store.name for store in stores if pending_rows(run, store).n_rows}
     if not pending:
         return {}
-    n_prompts = run.n_prompts()
-    races = races_of_pairs(run, settings)
+    n_prompts_of_corpus = n_prompts(run)
+    races = races_of_pairs(run, settings, stores)
     found: dict[Models, Unfinished] = {}
     for names, models in _pairs(run, stores):
         if set(names) & pending:
-            found[models] = Unfinished(race=races.get(models), n_prompts=n_prompts)
+            found[models] = Unfinished(race=races.get(models), n_prompts=n_prompts_of_corpus)
     return found
 
 
-def races_of_pairs(run: Run, settings: RankingSettings) -> dict[Models, Race]:
+def races_of_pairs(
+    run: Run, settings: RankingSettings, current: Sequence[ScorerStore] | None = None
+) -> dict[Models, Race]:
     """(base model, reward model) of a run, by their labels -> the race of theirs that counts, where there was a look:
-    that of the same question, else the one that went farthest."""
+    that of the same question, else the one that went farthest. current: as of `Run.labels`."""
     # A race over less of the corpus, before `--extend`, says nothing of this one.
     if not (races := [race for race in races_of(run) if race.record["corpus"] == run.fingerprints]):
         return {}
-    found = {models: _race_of(races, *names, settings) for names, models in _pairs(run, run.current_scorers())}
+    stores = run.current_scorers() if current is None else current
+    found = {models: _race_of(races, *names, settings) for names, models in _pairs(run, stores)}
     return {models: race for models, race in found.items() if race is not None}
 
 
