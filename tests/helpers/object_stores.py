@@ -23,7 +23,7 @@ def s3_server() -> Iterator[str]:
     pytest.importorskip("obstore")
     moto = pytest.importorskip("moto.server")
     serving = pytest.importorskip("werkzeug.serving")
-    # One request after the other: whether an object is there and its writing are two steps in moto, as in no real store.
+    # One request after the other: moto looks first and writes then, as no real store does.
     app = moto.DomainDispatcherApplication(moto.create_backend_app)
     server = serving.make_server("127.0.0.1", 0, app, threaded=False)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -15,7 +15,7 @@ from corpora import prepare_small_units, save_small_model, save_small_reward_mod
 
 from fastcompat.store.run import Run, open_run
 
-N_KILLS = 10
+N_KILLS = 4
 BUDGET = "256"
 
 
@@ -86,7 +86,7 @@ def test_the_run_has_four_scorers_figures_for_every_response(undisturbed):
     assert all(one != other for one, other in zip(*rewards.values(), strict=True))
 
 
-def test_killed_ten_times_gives_the_same_bytes_and_no_unit_twice(tmp_path, corpus, models, undisturbed):
+def test_killed_again_and_again_gives_the_same_bytes_and_no_unit_twice(tmp_path, corpus, models, undisturbed):
     directory = tmp_path / "run"
     run = prepare_small_units(directory, corpus, target_unit_chars=1200)
     n_parts = 4 * len(run.units)
