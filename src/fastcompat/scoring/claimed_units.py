@@ -35,6 +35,7 @@ class ClaimedUnits:
         begin = random.randrange(len(self.units)) if self.units else 0
         order = [*self.units[begin:], *self.units[:begin]]
         done: set[Unit] = set()  # by others, or handed out here
+        pause = shortest = self.claims.patience / 16
         while not self.stop():
             left = self.pending(order)
             by_others = [unit for unit in order if unit not in left and unit not in done]
@@ -52,6 +53,7 @@ class ClaimedUnits:
                 if not attempt:
                     continue
                 taken += 1
+                pause = shortest
                 done.add(unit)
                 if attempt > 1:
                     # A worker died over it, or over its neighbour: alone, so that it is known which.
@@ -64,4 +66,5 @@ class ClaimedUnits:
                 yield None
                 self.claims.settle()
                 if self.claims.mine or wanted:
-                    time.sleep(self.claims.patience / 10 if self.claims.mine else self.claims.patience)
+                    time.sleep(pause)
+                    pause = min(2 * pause, self.claims.patience)
