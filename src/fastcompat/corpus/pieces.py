@@ -38,7 +38,7 @@ _MOST_PIECE_BYTES = 128 << 20
 # A bucket's share of a run is read by itself: were it small, reading it would be mostly seeking. Memory bounds it.
 _BUCKET_SHARE_BYTES = 128 << 10
 _LEAST_STAGE_BYTES = 48 << 20
-_MOST_STAGE_BYTES = 128 << 20
+_MOST_STAGE_BYTES = 96 << 20
 
 
 class Part(NamedTuple):

@@ -28,8 +28,6 @@ from fastcompat.store.tasks import At, Tasks, in_order
 
 # After so many tasks a worker looks again at what the others have done.
 _TASKS_A_LOOK = 8
-# A worker that finds everything claimed by others looks again after this long, a parent at its children.
-WAIT_SECONDS = 0.2
 # How often a child says how far it is.
 _SAYING_SECONDS = 0.5
 # A child that is told to end finishes at most what Arrow is doing.
@@ -75,7 +73,7 @@ def work_off(tasks: Tasks, claims: Claims, *, note: Callable[[str, At], None], i
             finally:
                 claims.release(task.name)
         if not taken:
-            time.sleep(WAIT_SECONDS)
+            tasks.wait()
     return False
 
 
@@ -99,7 +97,7 @@ def work_in_children(tasks: Tasks, n: int, *, report: Report, is_over: Callable[
     try:
         while tasks.left() and not is_over():
             report(tasks.progress(dict(child.at for child in children.values())))
-            time.sleep(WAIT_SECONDS)
+            tasks.wait()
             for k, child in list(children.items()):
                 code = child.poll()
                 if code is None:
@@ -129,7 +127,10 @@ class _Child:
         self._stderr = directory / f"said-{os.getpid()}-{number}.txt"
         command = [sys.executable, "-m", "fastcompat.store.preparers", str(directory)]
         with self._stderr.open("wb") as output:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
+            # Not of the terminal's group, so that Ctrl-C is the parent's to handle.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, start_new_session=True
+            )
         self._said: dict[str, Any] = {}
         self._listener = threading.Thread(target=self._listen, name="fastcompat-preparing", daemon=True)
         self._listener.start()
@@ -185,7 +186,6 @@ def main() -> None:
 
     # Each of the children has its share of the cores.
     pa.set_cpu_count(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle, which tells its children
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     said = 0.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,6 +39,10 @@ from fastcompat.store.durable import creating, own_name, read_json, remove_tree,
 
 _PLAN = "plan.json"
 _RESULT = "result.json"
+# Who has nothing to do looks again after this long, and after so many times as long as looking takes: a large
+# preparation has many results.
+WAIT_SECONDS = 0.2
+_WAITS_A_LOOK = 20
 # Bytes are hashed so many times faster than they are read.
 _HASHING_SPEED = 16
 
@@ -71,6 +76,9 @@ class Tasks:
         self._hashes: dict[int, str] = {}
         self._shards: dict[int, ShardSummary] = {}
         self._rows: RowsOnDisk | None = None
+        # Of the plan's pieces that have results.
+        self._bytes_read = self._rows_read = 0
+        self._looking_seconds = 0.0
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None) -> Tasks:
@@ -99,6 +107,17 @@ class Tasks:
 
     def left(self) -> list[Task]:
         """The tasks that can be done now, and have not been: none when all shards are there."""
+        began = time.monotonic()
+        try:
+            return self._left()
+        finally:
+            self._looking_seconds = time.monotonic() - began
+
+    def wait(self) -> None:
+        """Until it is worth to look again."""
+        time.sleep(max(WAIT_SECONDS, _WAITS_A_LOOK * self._looking_seconds))
+
+    def _left(self) -> list[Task]:
         done = set(os.listdir(self.directory))
         if self._rows is None:
             if reading := self._left_to_read(done):
@@ -117,6 +136,9 @@ class Tasks:
     def _left_to_read(self, done: set[str]) -> list[Task]:
         for name in self._pieces.keys() & done - self._results.keys():
             self._results[name] = PieceResult.from_json(read_json(self.directory / name / _RESULT))
+            if name in self._of_plan:
+                self._bytes_read += self._pieces[name].n_bytes
+                self._rows_read += self._results[name].n_rows
         in_use = pieces_in_use(self.plan, self._results)
         left = [
             Task(piece.name, piece.n_bytes, ", ".join(self.plan.labels(piece)[:4]))
@@ -189,10 +211,7 @@ class Tasks:
             n_rows = self._rows.n_rows
             done = sum(shard.n_rows for shard in self._shards.values())
             return PreparationProgress("writing", done, n_rows, n_rows)
-        done = n_rows = 0
-        for name in self._results.keys() & self._of_plan:
-            done += self._pieces[name].n_bytes
-            n_rows += int(self._results[name].rows.sum())
+        done, n_rows = self._bytes_read, self._rows_read
         last = At()
         for name, at in under_way.items():
             if name not in self._results and name in self._of_plan:
