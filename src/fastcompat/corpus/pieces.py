@@ -212,7 +212,7 @@ def in_pieces(plan: Plan, piece_bytes: int = 0) -> Plan:
 
 def cut(source: Source, overrides: Overrides | None, piece_bytes: int) -> list[tuple[Stretch, int]]:
     """The stretches in which a large file may be read, and how many of its bytes each is; none: it must be whole."""
-    if source.remote or source.size < 2 * piece_bytes:
+    if source.remote or _text_bytes(source) < 2 * piece_bytes:
         return []
     reader = SourceReader(source)
     reader.close()
