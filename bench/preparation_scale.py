@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from fastcompat.benchmark.machine import machine
 
 RESULT = Path(__file__).parent / "results" / "preparation_scale.json"
-WORDS = [
+WORDS = (
     "the",
     "list",
     "of",
@@ -46,13 +46,7 @@ WORDS = [
     "string",
     "path",
     "given",
-    "an",
-    "error",
-    "is",
-    "raised",
-    "if",
-    "not",
-]
+)
 SAMPLE_SECONDS = 0.2
 N_FILES = 16
 # A prompt is answered once by each file, so that equal prompts come from all of them.

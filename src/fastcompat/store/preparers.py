@@ -24,7 +24,7 @@ from fastcompat import errors
 from fastcompat.corpus import PreparationProgress, writing
 from fastcompat.errors import FastcompatError, RunError
 from fastcompat.store.claims import Claims
-from fastcompat.store.tasks import At, Tasks, in_order
+from fastcompat.store.tasks import At, Tasks
 
 # After so many tasks a worker looks again at what the others have done.
 _TASKS_A_LOOK = 8
@@ -61,13 +61,14 @@ def work_off(tasks: Tasks, claims: Claims, *, note: Callable[[str, At], None], i
                 f"out that file; to try it again as it is, remove {tasks.directory} first."
             )
         taken = 0
-        for task in in_order(left):
+        for task in tasks.in_order(left):
             if taken == _TASKS_A_LOOK:
                 break
             if not claims.take(task.name):
                 continue
             taken += 1
             try:
+                note(task.name, At())
                 if not tasks.is_done(task.name):
                     tasks.do(task, lambda at, name=task.name: note(name, at))  # type: ignore[misc]
             finally:
@@ -186,17 +187,28 @@ def main() -> None:
 
     # Each of the children has its share of the cores.
     pa.set_cpu_count(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
+    directory = Path(sys.argv[1])
+    tasks: Tasks | None = None
+    is_ending = False
     said = 0.0
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        is_ending = True
+        # Between two tasks claims are taken and given back, which is soon done.
+        if tasks is not None and tasks.busy:
+            sys.exit(128 + signal.SIGTERM)
 
     def note(name: str, at: At) -> None:
         nonlocal said
+        if is_ending:
+            sys.exit(128 + signal.SIGTERM)
         if name and time.monotonic() - said > _SAYING_SECONDS:
             said = time.monotonic()
             _say({"task": name, "at": at})
 
-    directory = Path(sys.argv[1])
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
         with writing(directory.parent):
             tasks = Tasks.open(directory)

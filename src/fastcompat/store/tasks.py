@@ -17,9 +17,10 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,10 @@ class At(NamedTuple):
 
 
 class Tasks:
-    """The tasks of a preparation, as one worker sees them. Raises what reading a corpus raises."""
+    """The tasks of a preparation, as one worker sees them; it is `busy` while it does one, and may be interrupted.
+
+    Raises what reading a corpus raises.
+    """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory = directory
@@ -79,6 +83,8 @@ class Tasks:
         # Of the plan's pieces that have results.
         self._bytes_read = self._rows_read = 0
         self._looking_seconds = 0.0
+        self._place = random.random()
+        self.busy = False
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None) -> Tasks:
@@ -112,6 +118,17 @@ class Tasks:
             return self._left()
         finally:
             self._looking_seconds = time.monotonic() - began
+
+    def in_order(self, tasks: Sequence[Task]) -> list[Task]:
+        """The large ones first, so that none of them comes last. Among equals each worker begins at a place of its own
+        and goes round: few want the same, and neighbours, which may be of one file, stay together.
+        """
+        found: list[Task] = []
+        for _, group in groupby(sorted(tasks, key=_size_class), key=_size_class):
+            equals = list(group)
+            begin = int(self._place * len(equals))
+            found += equals[begin:] + equals[:begin]
+        return found
 
     def wait(self) -> None:
         """Until it is worth to look again."""
@@ -160,12 +177,17 @@ class Tasks:
     def do(self, task: Task, note: Callable[[At], None]) -> None:
         """Do a task and commit what it gives; note: is told from time to time how far it is."""
         kind, _, number = task.name.partition("-")
-        if kind == "hash":
-            _create_json(self.directory / f"{task.name}.json", {"sha256": file_sha256(self.plan.sources[int(number)])})
-        elif kind == "bucket":
-            self._write_shard(int(number))
-        else:
-            self._read_piece(task.name, note)
+        self.busy = True
+        try:
+            if kind == "hash":
+                sha256 = file_sha256(self.plan.sources[int(number)])
+                _create_json(self.directory / f"{task.name}.json", {"sha256": sha256})
+            elif kind == "bucket":
+                self._write_shard(int(number))
+            else:
+                self._read_piece(task.name, note)
+        finally:
+            self.busy = False
 
     def _read_piece(self, name: str, note: Callable[[At], None]) -> None:
         own = self.directory / own_name(name)
@@ -221,9 +243,8 @@ class Tasks:
         return PreparationProgress("reading", min(done, total), total, n_rows, last.source, last.mapping)
 
 
-def in_order(tasks: list[Task]) -> list[Task]:
-    """The large ones first, so that none of them comes last; by chance among equals, so that workers do not meet."""
-    return sorted(tasks, key=lambda task: (-task.size.bit_length(), random.random()))
+def _size_class(task: Task) -> int:
+    return -task.size.bit_length()
 
 
 def _bucket(number: int) -> str:
