@@ -16,6 +16,7 @@ import fastcompat as fc
 from fastcompat.cli import processes
 from fastcompat.cli.application import app
 from fastcompat.errors import FastcompatError, UsageError
+from fastcompat.store import preparing
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,43 @@ def test_a_process_for_each_gpu(monkeypatch):
     monkeypatch.setattr(processes, "visible_gpus", list)
     with pytest.raises(UsageError, match="no GPU"):
         processes.environments(None, "all", "auto", "1/1")
+
+
+def test_several_processes_prepare_a_large_corpus(tmp_path, monkeypatch, model, corpus):
+    asked: list[int] = []
+    work_in_children = preparing.work_in_children
+
+    def watched(tasks: object, n: int, **options: object) -> bool:
+        asked.append(n)
+        return work_in_children(tasks, n, **options)
+
+    options = ("--base-model", model, "--token-budget", 256)
+    succeed("score", corpus, *options, "-o", tmp_path / "whole")
+    monkeypatch.setattr(preparing, "work_in_children", watched)
+    monkeypatch.setattr(preparing, "_SMALL_BYTES", 0)
+    monkeypatch.setattr("fastcompat.corpus.pieces._LEAST_PIECE_BYTES", 50_000)
+    succeed("score", corpus, *options, "--processes", 2, "-o", tmp_path / "shared")
+    assert asked == [2]
+    assert parts(tmp_path / "shared") == parts(tmp_path / "whole")
+
+
+def test_as_many_prepare_as_there_are_cores_and_memory(tmp_path, monkeypatch):
+    cores = processes.usable_cores()
+    assert 1 <= cores <= (processes.os.cpu_count() or 1)
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {100 << 20} kB\n")
+    assert processes.preparers(None, "1/1", tmp_path) == 64
+    quota = tmp_path / "sys" / "fs" / "cgroup" / "cpu.max"
+    quota.parent.mkdir(parents=True)
+    for text, expected in {"max 100000": 64, "350000 100000": 3, "50000 100000": 1, "nothing": 64}.items():
+        quota.write_text(text)
+        assert processes.preparers(None, "1/1", tmp_path) == expected
+    (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {5 << 20} kB\n")
+    assert processes.preparers(None, "1/1", tmp_path) == 10
+    # One of several workers has its share of the cores already.
+    assert processes.preparers(None, "auto", tmp_path) == processes.preparers(None, "2/3", tmp_path) == 1
+    assert processes.preparers(7, "1/1", tmp_path) == 7
 
 
 def test_processes_share_the_cores(monkeypatch):

@@ -47,6 +47,11 @@ class PieceResult:
     generators: Mapping[str, int]
     rewards: Mapping[str, int]
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of all buckets."""
+        return int(self.rows.sum())
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
@@ -66,12 +71,17 @@ class PieceResult:
         """The inverse of `to_json`."""
         return cls(
             files=tuple(map(_file_from_json, value["files"])),
-            rows=np.array(value["rows"], np.int64),
-            chars=np.array(value["chars"], np.int64),
+            rows=_compact(value["rows"]),
+            chars=_compact(value["chars"]),
             n_runs=value["n_runs"],
             generators=value["generators"],
             rewards=value["rewards"],
         )
+
+
+def _compact(counts: Sequence[int]) -> Indices:
+    # A large corpus has as many of these as pieces.
+    return np.array(counts, np.min_scalar_type(max(counts)))
 
 
 def _file_from_json(value: Mapping[str, Any] | None) -> FileSummary | HowRead | None:
@@ -223,8 +233,10 @@ class RowsOnDisk:
             for piece, result in zip(pieces, used, strict=True)
             for number in range(result.n_runs)
         ]
-        rows: Indices = np.sum([result.rows for result in used], axis=0)
-        chars: Indices = np.sum([result.chars for result in used], axis=0)
+        rows, chars = np.zeros((2, plan.n_buckets), np.int64)
+        for result in used:
+            rows += result.rows
+            chars += result.chars
         self.n_rows = int(rows.sum())
         self._largest = plan.unit_size.for_corpus(int(chars.sum()), self.n_rows)
         self._rows_before = np.concatenate([[0], np.cumsum(rows)])

@@ -38,7 +38,7 @@ _MOST_PIECE_BYTES = 128 << 20
 # A bucket's share of a run is read by itself: were it small, reading it would be mostly seeking. Memory bounds it.
 _BUCKET_SHARE_BYTES = 128 << 10
 _LEAST_STAGE_BYTES = 48 << 20
-_MOST_STAGE_BYTES = 128 << 20
+_MOST_STAGE_BYTES = 96 << 20
 
 
 class Part(NamedTuple):
@@ -212,7 +212,7 @@ def in_pieces(plan: Plan, piece_bytes: int = 0) -> Plan:
 
 def cut(source: Source, overrides: Overrides | None, piece_bytes: int) -> list[tuple[Stretch, int]]:
     """The stretches in which a large file may be read, and how many of its bytes each is; none: it must be whole."""
-    if source.remote or source.size < 2 * piece_bytes:
+    if source.remote or _text_bytes(source) < 2 * piece_bytes:
         return []
     reader = SourceReader(source)
     reader.close()

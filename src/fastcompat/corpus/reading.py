@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from fastcompat.corpus.accounts import Account, HowRead
@@ -39,6 +40,13 @@ class Opening(NamedTuple):
 
 def opening_of(source: Source, overrides: Overrides | None) -> Opening | None:
     """None where more than the beginning of a file tells how it is read, so that it cannot be read in stretches."""
+    return _opening_of(source, tuple((overrides or {}).items()))
+
+
+# A process mostly reads one stretch of a file after another.
+@lru_cache(maxsize=2)
+def _opening_of(source: Source, items: tuple[tuple[str, str], ...]) -> Opening | None:
+    overrides = dict(items)
     container = SourceReader(source)
     try:
         sample: list[Record] = []

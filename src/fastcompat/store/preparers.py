@@ -25,12 +25,10 @@ from fastcompat.corpus import PreparationProgress, writing
 from fastcompat.errors import FastcompatError, RunError
 from fastcompat.store.claims import Claims
 from fastcompat.store.places import Disk
-from fastcompat.store.tasks import At, Tasks, in_order
+from fastcompat.store.tasks import At, Tasks
 
 # After so many tasks a worker looks again at what the others have done.
 _TASKS_A_LOOK = 8
-# A worker that finds everything claimed by others looks again after this long, a parent at its children.
-WAIT_SECONDS = 0.2
 # How often a child says how far it is.
 _SAYING_SECONDS = 0.5
 # A child that is told to end finishes at most what Arrow is doing.
@@ -64,19 +62,20 @@ def work_off(tasks: Tasks, claims: Claims, *, note: Callable[[str, At], None], i
                 f"out that file; to try it again as it is, remove {tasks.directory} first."
             )
         taken = 0
-        for task in in_order(left):
+        for task in tasks.in_order(left):
             if taken == _TASKS_A_LOOK:
                 break
             if not claims.take(task.name):
                 continue
             taken += 1
             try:
+                note(task.name, At())
                 if not tasks.is_done(task.name):
                     tasks.do(task, lambda at, name=task.name: note(name, at))  # type: ignore[misc]
             finally:
                 claims.release(task.name)
         if not taken:
-            time.sleep(WAIT_SECONDS)
+            tasks.wait()
     return False
 
 
@@ -100,7 +99,7 @@ def work_in_children(tasks: Tasks, n: int, *, report: Report, is_over: Callable[
     try:
         while tasks.left() and not is_over():
             report(tasks.progress(dict(child.at for child in children.values())))
-            time.sleep(WAIT_SECONDS)
+            tasks.wait()
             for k, child in list(children.items()):
                 code = child.poll()
                 if code is None:
@@ -130,7 +129,10 @@ class _Child:
         self._stderr = directory / f"said-{os.getpid()}-{number}.txt"
         command = [sys.executable, "-m", "fastcompat.store.preparers", str(directory)]
         with self._stderr.open("wb") as output:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
+            # Not of the terminal's group, so that Ctrl-C is the parent's to handle.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, start_new_session=True
+            )
         self._said: dict[str, Any] = {}
         self._listener = threading.Thread(target=self._listen, name="fastcompat-preparing", daemon=True)
         self._listener.start()
@@ -186,18 +188,28 @@ def main() -> None:
 
     # Each of the children has its share of the cores.
     pa.set_cpu_count(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle, which tells its children
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
+    directory = Path(sys.argv[1])
+    tasks: Tasks | None = None
+    is_ending = False
     said = 0.0
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        is_ending = True
+        # Between two tasks claims are taken and given back, which is soon done.
+        if tasks is not None and tasks.busy:
+            sys.exit(128 + signal.SIGTERM)
 
     def note(name: str, at: At) -> None:
         nonlocal said
+        if is_ending:
+            sys.exit(128 + signal.SIGTERM)
         if name and time.monotonic() - said > _SAYING_SECONDS:
             said = time.monotonic()
             _say({"task": name, "at": at})
 
-    directory = Path(sys.argv[1])
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=_end_with_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
         with writing(directory.parent):
             tasks = Tasks.open(directory)

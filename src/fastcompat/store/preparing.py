@@ -29,9 +29,9 @@ from fastcompat.errors import CorpusError, RunError, UsageError
 from fastcompat.store.claims import Claims
 from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, sync_directory
 from fastcompat.store.places import Disk, Place, place_of
-from fastcompat.store.preparers import WAIT_SECONDS, Report, claims_of, work_here, work_in_children
+from fastcompat.store.preparers import Report, claims_of, work_here, work_in_children
 from fastcompat.store.run import FORMAT, MANIFEST, Run, open_run, shard_number
-from fastcompat.store.tasks import Tasks
+from fastcompat.store.tasks import WAIT_SECONDS, Tasks
 
 # Files of less than so many bytes together are prepared in one go: it takes seconds.
 _SMALL_BYTES = 64 << 20
@@ -243,6 +243,7 @@ def _add_in_tasks(
         return _state(Disk(directory)) != before
 
     _make(directory, work)
+    remove_abandoned(work)
     for other in directory.glob(f"{_WORK}*"):
         if other != work and _is_idle(other):
             _remove(other)

@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,10 @@ from fastcompat.store.places import Disk
 
 _PLAN = "plan.json"
 _RESULT = "result.json"
+# Who has nothing to do looks again after this long, and after so many times as long as looking takes: a large
+# preparation has many results.
+WAIT_SECONDS = 0.2
+_WAITS_A_LOOK = 20
 # Bytes are hashed so many times faster than they are read.
 _HASHING_SPEED = 16
 
@@ -61,7 +67,10 @@ class At(NamedTuple):
 
 
 class Tasks:
-    """The tasks of a preparation, as one worker sees them. Raises what reading a corpus raises."""
+    """The tasks of a preparation, as one worker sees them; it is `busy` while it does one, and may be interrupted.
+
+    Raises what reading a corpus raises.
+    """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory = directory
@@ -72,6 +81,11 @@ class Tasks:
         self._hashes: dict[int, str] = {}
         self._shards: dict[int, ShardSummary] = {}
         self._rows: RowsOnDisk | None = None
+        # Of the plan's pieces that have results.
+        self._bytes_read = self._rows_read = 0
+        self._looking_seconds = 0.0
+        self._place = random.random()
+        self.busy = False
 
     @classmethod
     def open(cls, directory: Path, plan: Plan | None = None) -> Tasks:
@@ -100,6 +114,28 @@ class Tasks:
 
     def left(self) -> list[Task]:
         """The tasks that can be done now, and have not been: none when all shards are there."""
+        began = time.monotonic()
+        try:
+            return self._left()
+        finally:
+            self._looking_seconds = time.monotonic() - began
+
+    def in_order(self, tasks: Sequence[Task]) -> list[Task]:
+        """The large ones first, so that none of them comes last. Among equals each worker begins at a place of its own
+        and goes round: few want the same, and neighbours, which may be of one file, stay together.
+        """
+        found: list[Task] = []
+        for _, group in groupby(sorted(tasks, key=_size_class), key=_size_class):
+            equals = list(group)
+            begin = int(self._place * len(equals))
+            found += equals[begin:] + equals[:begin]
+        return found
+
+    def wait(self) -> None:
+        """Until it is worth to look again."""
+        time.sleep(max(WAIT_SECONDS, _WAITS_A_LOOK * self._looking_seconds))
+
+    def _left(self) -> list[Task]:
         done = set(os.listdir(self.directory))
         if self._rows is None:
             if reading := self._left_to_read(done):
@@ -118,6 +154,9 @@ class Tasks:
     def _left_to_read(self, done: set[str]) -> list[Task]:
         for name in self._pieces.keys() & done - self._results.keys():
             self._results[name] = PieceResult.from_json(_read_json(self.directory / name / _RESULT))
+            if name in self._of_plan:
+                self._bytes_read += self._pieces[name].n_bytes
+                self._rows_read += self._results[name].n_rows
         in_use = pieces_in_use(self.plan, self._results)
         left = [
             Task(piece.name, piece.n_bytes, ", ".join(self.plan.labels(piece)[:4]))
@@ -139,12 +178,17 @@ class Tasks:
     def do(self, task: Task, note: Callable[[At], None]) -> None:
         """Do a task and commit what it gives; note: is told from time to time how far it is."""
         kind, _, number = task.name.partition("-")
-        if kind == "hash":
-            _create_json(self.directory / f"{task.name}.json", {"sha256": file_sha256(self.plan.sources[int(number)])})
-        elif kind == "bucket":
-            self._write_shard(int(number))
-        else:
-            self._read_piece(task.name, note)
+        self.busy = True
+        try:
+            if kind == "hash":
+                sha256 = file_sha256(self.plan.sources[int(number)])
+                _create_json(self.directory / f"{task.name}.json", {"sha256": sha256})
+            elif kind == "bucket":
+                self._write_shard(int(number))
+            else:
+                self._read_piece(task.name, note)
+        finally:
+            self.busy = False
 
     def _read_piece(self, name: str, note: Callable[[At], None]) -> None:
         own = self.directory / own_name(name)
@@ -190,10 +234,7 @@ class Tasks:
             n_rows = self._rows.n_rows
             done = sum(shard.n_rows for shard in self._shards.values())
             return PreparationProgress("writing", done, n_rows, n_rows)
-        done = n_rows = 0
-        for name in self._results.keys() & self._of_plan:
-            done += self._pieces[name].n_bytes
-            n_rows += int(self._results[name].rows.sum())
+        done, n_rows = self._bytes_read, self._rows_read
         last = At()
         for name, at in under_way.items():
             if name not in self._results and name in self._of_plan:
@@ -203,9 +244,8 @@ class Tasks:
         return PreparationProgress("reading", min(done, total), total, n_rows, last.source, last.mapping)
 
 
-def in_order(tasks: list[Task]) -> list[Task]:
-    """The large ones first, so that none of them comes last; by chance among equals, so that workers do not meet."""
-    return sorted(tasks, key=lambda task: (-task.size.bit_length(), random.random()))
+def _size_class(task: Task) -> int:
+    return -task.size.bit_length()
 
 
 def _bucket(number: int) -> str:
