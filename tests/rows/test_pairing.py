@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastcompat.errors import UsageError
 from fastcompat.rows.columns import SCORES_SCHEMA
 from fastcompat.rows.frames import as_table
-from fastcompat.rows.pairing import by_pair, carrying, only, paired
+from fastcompat.rows.pairing import by_pair, carrying, only, pair, paired
 
 
 def row(key: str, **values: object) -> dict[str, object]:
@@ -48,6 +48,22 @@ def test_rows_of_one_order_are_joined_by_position():
     ]
     first = result.to_pylist()[0]
     assert (first["base_model"], first["reward_model"], first["n_tokens"], first["nll_sum"]) == ("b", "r", 3, 3.0)
+
+
+def test_one_pair_is_what_it_is_among_all():
+    """By key, by position where there is none, and of one kind alone."""
+    losses = [row("1", loss=1.0, n_tokens=3), row("2", loss=math.nan), row("3"), row("4", loss=2.0)]
+    rewards = [row(key, reward_model="r", reward=float(key), n_tokens=9) for key in ("4", "2", "5", "1")]
+    base, reward = (table(*rows).drop_columns(["base_model", "reward_model"]) for rows in (losses, rewards))
+    base, reward = base.drop_columns(["reward"]), reward.drop_columns(["loss", "nll_sum"])
+    assert pair(base, reward, "b", "r").equals(paired(table(*losses, *rewards)))
+    assert pair(base, None, "b", None).drop_columns("nll_sum").equals(paired(table(*losses)).drop_columns("nll_sum"))
+    assert pair(None, reward, None, "r").equals(paired(table(*rewards)))
+    alike = pair(base.drop_columns("row_key"), reward.select(["reward", "status"]), "b", "r")
+    assert alike["reward"].to_pylist() == [4.0, 2.0, 5.0, 1.0]
+    assert alike["status"].to_pylist() == ["ok", "nonfinite", "empty", "ok"]
+    assert alike["prompt_id"].to_pylist() == ["p1", "p2", "p3", "p4"]
+    assert alike["n_tokens"].to_pylist() == [3, None, None, None]
 
 
 def test_which_status_a_pair_has():

@@ -24,6 +24,7 @@ from fastcompat.corpus import CorpusSummary, pieces, plan_whole, prepare
 from fastcompat.errors import CorpusError, Interrupted, RunError, SchemaError
 from fastcompat.store import claims, open_run, preparers, preparing
 from fastcompat.store.claims import TRIES, Claims
+from fastcompat.store.places import Disk
 from fastcompat.store.preparing import CorpusSettings, prepare_run
 from fastcompat.store.tasks import Tasks
 
@@ -340,7 +341,7 @@ def test_a_file_over_which_workers_died_is_named(tmp_path, corpus, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(claims, "is_gone", lambda worker: True)
         for _ in range(TRIES + 1):
-            Claims(work / "claims", is_done=lambda name: False).take("piece-00000")
+            Claims(Disk(work) / "claims", is_done=lambda name: False).take("piece-00000")
     with pytest.raises(RunError, match=rf"died again and again .*a\.jsonl.*remove {work}"):
         prepare_run(directory, [str(corpus)], PLAIN, processes=processes)
 

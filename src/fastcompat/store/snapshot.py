@@ -49,7 +49,8 @@ class Snapshot:
         columns = [name for name in store.schema.names if name in {*self.columns, "row_key"}]
         begun = store.begun()  # listed first: of what is finished in between there is the part
         finished = store.finished()
-        rows = {unit.name: store.rows(unit, columns) for unit in self._run.units if unit.name in begun - finished}
+        unfinished = begun - finished
+        rows = {unit.name: store.rows(unit, columns) for unit in self._run.units if unit.name in unfinished}
         return _Told(
             columns=columns,
             finished=finished,

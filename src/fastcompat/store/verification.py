@@ -51,7 +51,8 @@ def scorer_progress(run: Run, scorer: ScorerStore, *, most_parts: int | None = N
     """
     begun, finished = scorer.begun(), scorer.finished()  # in this order: what is finished in between has its part
     parts = [unit for unit in run.units if unit.name in finished]
-    others = [unit for unit in run.units if unit.name in begun - finished] if begun else []
+    begun -= finished
+    others = [unit for unit in run.units if unit.name in begun] if begun else []
     step = 1 if most_parts is None else max(1, -(-len(parts) // most_parts))
     looked_at = parts[::step]
     statuses: Counter[str] = Counter()

@@ -190,6 +190,30 @@ def test_replicates_do_not_depend_on_the_blocks(monkeypatch):
     assert (whole[0] != whole[1]).all()
 
 
+@pytest.mark.parametrize("n_chunks", [2, 7, 90, 500])
+def test_nothing_depends_on_how_prompts_are_cut_into_chunks(n_chunks):
+    """Nor on chunks to which nobody responded; the k-th prompt has the same random weights."""
+    prompt, group, reward, loss, tokens = problem(n_prompts=500)
+    there = (prompt < 130) | (prompt > 170)
+    prompt, group, reward, loss, tokens = (column[there] for column in (prompt, group, reward, loss, tokens))
+
+    def chunk(first: int, end: int) -> Responses:
+        rows = (prompt >= first) & (prompt < end)
+        own = [(reward[rows], np.ones(rows.sum())), (loss[rows] * tokens[rows], tokens[rows])]
+        return Responses.of(prompt[rows] - first, group[rows], own, end - first)
+
+    cuts = np.sort(np.random.default_rng(n_chunks).integers(0, 501, size=n_chunks - 1)).tolist()
+    whole = ClusteredMeans([chunk(0, 500)], 3)
+    chunks = ClusteredMeans([chunk(*ends) for ends in itertools.pairwise([0, *cuts, 500])], 3)
+    np.testing.assert_array_equal(chunks.n_prompts, whole.n_prompts)
+    np.testing.assert_allclose(chunks.estimates, whole.estimates, rtol=1e-13)
+    np.testing.assert_allclose(chunks.freedom, whole.freedom, rtol=1e-13)
+    (moments, draws), (all_moments, all_draws) = (own.moments_and_replicates(101, 5) for own in (chunks, whole))
+    np.testing.assert_allclose(moments.second, all_moments.second, rtol=1e-10, atol=1e-18)
+    np.testing.assert_allclose(moments.third, all_moments.third, rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose(draws, all_draws, rtol=1e-5)
+
+
 def test_replicates_vary_as_much_as_the_variance_says():
     prompt, group, reward, _, _ = problem(n_prompts=800)
     means = means_of(prompt, group, 3, [(reward, np.ones(len(prompt)))])

@@ -167,19 +167,25 @@ class ClusteredMeans:
         replicates = _Replicates(self.estimates, draws, seed)
         for chunk in self._chunks:
             for block in chunk.blocks(self.n_groups):
-                # Prompts at the end that nobody answered only use up random bytes.
-                answered = replace(block, n_prompts=int(block.prompt[-1]) + 1 if len(block.prompt) else 0)
-                weights = {id(own): answered.sums(own, self.n_groups) for _, own in block.figures}
-                residuals = [
-                    answered.sums(values - mean[block.group] * own, self.n_groups)
-                    for (values, own), mean in zip(block.figures, self.estimates, strict=True)
-                ]
-                by_figure = [weights[id(own)] for _, own in block.figures]
-                if answered.n_prompts:
-                    moments.add(np.stack(self._influences(residuals, by_figure), axis=1))
+                # Of prompts at the end that nobody answered only the random bytes are used up.
+                n_answered = int(block.prompt[-1]) + 1 if len(block.prompt) else 0
+                if n_answered:
+                    residuals, weights = self._residuals(replace(block, n_prompts=n_answered))
+                    moments.add(np.stack(self._influences(residuals, weights), axis=1))
+                    if draws:
+                        replicates.add(residuals, weights)
                 if draws:
-                    replicates.add(residuals, by_figure, block.n_prompts)
+                    replicates.pass_over(block.n_prompts - n_answered)
         return moments, replicates.means() if draws else []
+
+    def _residuals(self, block: Responses) -> tuple[list[FloatArray], list[FloatArray]]:
+        """Residuals from the means, and weights: [P, G] of each figure."""
+        weights = {id(own): block.sums(own, self.n_groups) for _, own in block.figures}
+        residuals = [
+            block.sums(values - mean[block.group] * own, self.n_groups)
+            for (values, own), mean in zip(block.figures, self.estimates, strict=True)
+        ]
+        return residuals, [weights[id(own)] for _, own in block.figures]
 
     def _influences(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray]) -> list[FloatArray]:
         """[P, G] of each figure."""
@@ -202,15 +208,19 @@ class _Replicates:
         self._sums: FloatArray | None = None
         self._denominators: list[int] = []  # the place of each figure's weights among those that differ
 
-    def add(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray], n_prompts: int) -> None:
-        """[P, G] of each figure, of the first P of n_prompts; weights in common are one array."""
+    def add(self, residuals: Sequence[FloatArray], weights: Sequence[FloatArray]) -> None:
+        """[P, G] of each figure; weights in common are one array."""
         different = {id(own): own for own in weights}
         self._denominators = [list(different).index(id(own)) for own in weights]
         by_prompt = np.concatenate([*residuals, *different.values()], axis=1).astype(np.float32)
-        sums = by_prompt.T @ self._drawn(n_prompts)[: len(by_prompt)].astype(np.float32)
+        sums = by_prompt.T @ self._drawn(len(by_prompt)).astype(np.float32)
         if self._sums is None:
             self._sums = np.zeros(sums.shape)
         self._sums += sums
+
+    def pass_over(self, n_prompts: int) -> None:
+        """The next prompts have no response."""
+        self._drawn(n_prompts)
 
     def _drawn(self, n_prompts: int) -> NDArray[np.uint8]:
         """[n_prompts, B] weights of the next prompts: 64 at a time, so that their bytes do not depend on the cuts."""

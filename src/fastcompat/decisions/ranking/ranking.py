@@ -72,10 +72,11 @@ def rank(
 ) -> pa.Table:
     """One row per base model, reward model, beta and generator, the best of each first.
 
-    table: a `Run`, or `Run.scores()`, or any frame that `pairing.paired` takes; rows without a `prompt_id` are prompts
-    of their own. base_model, reward_model: only these are ranked; all where none is named. Columns: base_model,
-    reward_model, beta and reward_shift (null without CAR), generator (or whatever `by` names), rank, n, n_prompts,
-    n_prompts_total, n_left_out, mean_tokens, and of reward, loss and car each with `_low` and `_high`, p_best.
+    table: a `Run`, which is read in chunks of whole prompts, in memory that does not grow with it; or `Run.scores()`,
+    or any frame that `pairing.paired` takes; rows without a `prompt_id` are prompts of their own. base_model,
+    reward_model: only these are ranked; all where none is named. Columns: base_model, reward_model, beta and
+    reward_shift (null without CAR), generator (or whatever `by` names), rank, n, n_prompts, n_prompts_total,
+    n_left_out, mean_tokens, and of reward, loss and car each with `_low` and `_high`, p_best.
 
     `reward` and `loss` (nats) are means over the same `n` responses to `n_prompts` prompts: those that carry every
     figure that the pair of models has. `n_prompts_total` are the prompts that any generator has such a response to:
