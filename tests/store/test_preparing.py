@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import rows_of, write_jsonl
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fastcompat.corpus import CorpusSummary, pieces, plan_whole, prepare
 from fastcompat.errors import CorpusError, Interrupted, RunError, SchemaError
@@ -414,6 +415,22 @@ def test_a_worker_that_dies_while_it_commits_is_followed_by_another(tmp_path, co
     (tmp_path / "other" / "corpus" / "shard-00000.parquet").write_bytes(b"of something else")
     with pytest.raises(RunError, match=r"bucket-00000.parquet is gone; remove"):
         prepare_run(tmp_path / "other", [str(corpus)], PLAIN)
+
+
+def test_files_behind_a_network_are_read_whole_and_from_the_hub(tmp_path, corpus, monkeypatch):
+    filesystem = MemoryFileSystem()
+    filesystem.store.clear()
+    for path in corpus.iterdir():
+        filesystem.pipe(f"/datasets/org/name/{path.name}", path.read_bytes())
+    monkeypatch.setattr("fastcompat.corpus.sources._hub", MemoryFileSystem)
+    done: list[str] = []
+    do = Tasks.do
+    monkeypatch.setattr(Tasks, "do", lambda tasks, task, note: done.append(task.name) or do(tasks, task, note))
+    _, summary = prepare_run(tmp_path / "run", ["hf://datasets/org/name"], PLAIN)
+    expected = prepare("hf://datasets/org/name", tmp_path / "out", filesystem=filesystem, **SIZES)
+    assert summary == expected
+    check(tmp_path / "run", (expected, shards(tmp_path / "out")))
+    assert len([name for name in done if name.startswith("piece")]) == len(list(corpus.iterdir()))
 
 
 def test_small_corpora_start_no_process_and_leave_no_tasks(tmp_path, corpus, alone, monkeypatch):

@@ -110,13 +110,14 @@ class SourceReader:
         return file_sha256(self.source)
 
 
-def file_sha256(source: Source) -> str:
-    """SHA-256 of a source's bytes, in hexadecimal; "" where it cannot be read."""
+def file_sha256(source: Source, note: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a source's bytes, in hexadecimal; "" where it cannot be read. note: is called from time to time."""
     try:
         with source.open() as file:
             digest = hashlib.sha256()
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
+                note()
             return digest.hexdigest()
     except OSError:
         return ""

@@ -274,8 +274,13 @@ class RowsOnDisk:
         """The file name of a bucket's shard; only `buckets` have one."""
         return f"shard-{self._plan.first_shard + self.buckets.index(bucket):05d}.parquet"
 
-    def write_shard(self, bucket: int, path: Path, *, home: Path) -> ShardSummary:
-        """Write a bucket to `path`; home: the directory that is named where the disk refuses."""
+    def write_shard(
+        self, bucket: int, path: Path, *, home: Path, note: Callable[[], None] = lambda: None
+    ) -> ShardSummary:
+        """Write a bucket to `path`; home: the directory that is named where the disk refuses.
+
+        note: is called after every unit.
+        """
         units = []
         tables = Bucket.read(self._runs, bucket).tables(
             self._largest,
@@ -288,6 +293,7 @@ class RowsOnDisk:
                 for table in tables:
                     writer.write_table(table, row_group_size=len(table))
                     units.append(len(table))
+                    note()
             sha256 = _sync_and_hash(path)
         return ShardSummary(name=self.shard_name(bucket), sha256=sha256, n_rows=sum(units), units=tuple(units))
 

@@ -181,10 +181,10 @@ class Tasks:
         self.busy = True
         try:
             if kind == "hash":
-                sha256 = file_sha256(self.plan.sources[int(number)])
+                sha256 = file_sha256(self.plan.sources[int(number)], lambda: note(At()))
                 _create_json(self.directory / f"{task.name}.json", {"sha256": sha256})
             elif kind == "bucket":
-                self._write_shard(int(number))
+                self._write_shard(int(number), lambda: note(At()))
             else:
                 self._read_piece(task.name, note)
         finally:
@@ -206,6 +206,7 @@ class Tasks:
             for path in own.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+            sync_directory(own)
             try:
                 own.rename(self.directory / name)
             except OSError:
@@ -216,12 +217,12 @@ class Tasks:
         finally:
             remove_tree(own)
 
-    def _write_shard(self, bucket: int) -> None:
+    def _write_shard(self, bucket: int, note: Callable[[], None]) -> None:
         assert self._rows is not None
         path = self.directory / f"{_bucket(bucket)}.parquet"
         own = self.directory / own_name(path.name)
         try:
-            summary = self._rows.write_shard(bucket, own, home=self.directory.parent)
+            summary = self._rows.write_shard(bucket, own, home=self.directory.parent, note=note)
             own.rename(path)
             _create_json(path.with_suffix(".json"), asdict(summary))
         finally:
