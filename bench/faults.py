@@ -1,10 +1,12 @@
 """Workers that are killed again and again, against one that nobody disturbs: the same bytes, every unit committed once.
 
-    python bench/faults.py [--workers 4] [--kills 20] [--until winner]
+    python bench/faults.py [--workers 4] [--kills 20] [--ray]
 
 Workers of `fastcompat score --worker auto` on the demo's corpus and base model; at seeded moments one of them gets
-SIGKILL, or SIGSTOP for longer than a lease and SIGCONT, and another is started in its place. Writes
-bench/results/faults.json: kills, how often units were computed twice, whether the bytes are equal.
+SIGKILL, or SIGSTOP for longer than a lease and SIGCONT, and another is started in its place. With --ray they are the
+workers of one `fastcompat score --ray` in a cluster of two machines (both are this one) that replaces them itself, and
+half way one of the machines is lost and another joins. Writes bench/results/faults.json or faults_ray.json: kills, how
+often units were computed twice, whether the bytes are equal.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from fastcompat.benchmark.machine import machine
@@ -28,7 +32,7 @@ from fastcompat.demo.corpus import write_corpus
 from fastcompat.store import Run, open_run
 from fastcompat.store.preparing import add_generation
 
-RESULT = Path(__file__).parent / "results" / "faults.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -39,21 +43,27 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=2, help="SIGSTOP beyond the lease, then SIGCONT")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--ray", action="store_true", help="workers on Ray, and a machine that is lost")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus"
         write_corpus(corpus, n_prompts=options.prompts)
         alone, shared = (small_units(Path(directory) / name, corpus) for name in ("alone", "shared"))
         assert start(alone).wait() == 0
-        result = disturb(shared, options.workers, options.kills, options.stops, random.Random(options.seed))
+        draw = random.Random(options.seed)
+        if options.ray:
+            result = disturb_on_ray(shared, options.workers, options.kills, draw)
+        else:
+            result = disturb(shared, options.workers, options.kills, options.stops, draw)
         result |= {
             "units": len(shared.units),
             "rows": shared.n_rows,
             "same_bytes": bytes_of(shared) == bytes_of(alone),
             **commits(shared),
         }
-    options.out.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
+    out = options.out or RESULTS / ("faults_ray.json" if options.ray else "faults.json")
+    out.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     if not (result["same_bytes"] and result["committed_twice"] == 0):
         sys.exit("the run differs from one that nobody disturbed")
@@ -66,10 +76,11 @@ def small_units(directory: Path, corpus: Path) -> Run:
     )
 
 
-def start(run: Run) -> subprocess.Popen[bytes]:
-    """A worker."""
+def start(run: Run, *options: str) -> subprocess.Popen[bytes]:
+    """A worker; with options of its own, who starts some."""
     command = [sys.executable, "-m", "fastcompat", "score", "--base-model", str(model_directory()), "--token-budget"]
-    return subprocess.Popen([*command, "512", "--worker", "auto", "-o", str(run.directory)], stdout=subprocess.DEVNULL)
+    command += ["512", *(options or ("--worker", "auto")), "-o", str(run.directory)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 def disturb(run: Run, n_workers: int, n_kills: int, n_stops: int, draw: random.Random) -> dict[str, object]:
@@ -106,6 +117,50 @@ def disturb(run: Run, n_workers: int, n_kills: int, n_stops: int, draw: random.R
         "ended_otherwise": {str(code): n for code, n in codes.items() if code not in (0, -signal.SIGKILL)},
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def disturb_on_ray(run: Run, n_workers: int, n_kills: int, draw: random.Random) -> dict[str, object]:
+    """The same with workers on Ray, one of whose two machines is lost half way."""
+    from ray.cluster_utils import Cluster
+
+    of_each = {"num_cpus": (n_workers + 1) // 2}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    machines = [cluster.add_node(**of_each), cluster.add_node(**of_each)]
+    began, killed, lost = time.monotonic(), set[int](), 0
+    launcher = start(run, "--ray", cluster.address, "--workers", str(n_workers))
+    while launcher.poll() is None:
+        time.sleep(draw.uniform(0.3, 1.5))
+        at_work = sorted(
+            {line["pid"] for line in run.log.lines() if line["event"] == "score" and is_alive(line["pid"])}
+        )
+        if not any(run.directory.glob("scores/*/part-*")):
+            continue
+        if len(killed) >= n_kills / 2 and not lost:
+            cluster.remove_node(machines.pop(draw.randrange(2)), allow_graceful=False)
+            machines.append(cluster.add_node(**of_each))
+            lost += 1
+        elif at_work and len(killed) < n_kills:
+            victim = draw.choice(at_work)
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                killed.add(victim)
+    seconds = round(time.monotonic() - began, 1)
+    cluster.shutdown()
+    return {
+        "workers": n_workers,
+        "kills": len(killed),
+        "machines_lost": lost,
+        "exit_code": launcher.returncode,
+        "seconds": seconds,
+    }
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    with suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return True
+    return False
 
 
 def bytes_of(run: Run) -> dict[str, str]:

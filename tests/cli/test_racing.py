@@ -17,7 +17,10 @@ from command_line import fail, invoke, succeed
 from corpora import rows_of, save_small_model, save_small_reward_model, write_jsonl
 
 import fastcompat as fc
+from fastcompat.cli.racing import race_asked, race_at
 from fastcompat.errors import Interrupted, RunError, UsageError
+from fastcompat.scoring.asked_models import AskedModels
+from fastcompat.store.preparing import CorpusSettings, prepare_run
 
 N_PROMPTS = 420
 # Averaged over tokens the rewards are not known beforehand, so that a race takes several looks.
@@ -200,6 +203,19 @@ def test_workers_change_nothing(tmp_path, models, corpus, whole_race, n_workers)
     # One after the other: the first helps with what the others have not begun, and they find everything done.
     for worker in (n_workers, 1):
         succeed("score", corpus, *model, *RANKING, "-o", run, "--worker", f"{worker}/{n_workers}")
+    assert of(run) == whole_race
+
+
+def test_a_worker_elsewhere_holds_the_same_race(tmp_path, models, corpus, whole_race):
+    """One that is handed all it needs as plain values, in the middle of a race."""
+    run, model = tmp_path / "run", str(models / "base")
+    prepare_run(run, [str(corpus)], CorpusSettings())
+    asked = race_asked("ranking", only=None, margin="0", average="token")
+    assert asked is not None
+    with pytest.raises(Interrupted):
+        race_at(str(run), AskedModels(base=[model]), asked, lambda: any(run.glob("scores/*/part-*")))
+    assert of(run) != whole_race
+    race_at(str(run), AskedModels(base=[model]), asked, lambda: False)
     assert of(run) == whole_race
 
 

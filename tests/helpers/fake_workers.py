@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def score_fake(location: str, stop: Callable[[], bool] = lambda: False, *, claim
     )
 
 
-def refuse(stop: Callable[[], bool]) -> None:
-    """What a worker does whose model is wrong."""
+def refuse(asked: Path, stop: Callable[[], bool]) -> None:
+    """What a worker does whose model is wrong; it notes that it was asked."""
+    with asked.open("a") as file:
+        file.write("once ")
     raise ModelError("this model has no head")

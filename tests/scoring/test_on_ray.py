@@ -1,4 +1,4 @@
-"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nobody waited for in vain."""
+"""Workers on a Ray that runs here: the same bytes whoever dies, errors told once, nobody waits for who is not there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fake_workers import FakeScorer, refuse, score_fake
 import fastcompat as fc
 from fastcompat.errors import FastcompatError, Interrupted, ModelError, SetAside, UsageError
 from fastcompat.scoring import on_ray
-from fastcompat.scoring.on_ray import Launch, resources, work_on_ray
+from fastcompat.scoring.on_ray import Launch, reach, resources, work_on_ray
 from fastcompat.scoring.passes import all_is_scored
 from fastcompat.store.parts import leave_nothing_out
 from fastcompat.store.run import Run
@@ -155,11 +155,10 @@ def test_a_unit_that_kills_is_set_aside(tmp_path, cluster, corpus, whole):
 
 
 def test_an_error_of_ours_is_raised_as_it_is_and_nobody_is_started_again(tmp_path, cluster, corpus):
-    run = new_run(tmp_path / "run", corpus)
-    began = time.monotonic()
+    run, asked = new_run(tmp_path / "run", corpus), tmp_path / "asked"
     with pytest.raises(ModelError, match=r"^this model has no head$"):
-        work(run, workers=1, doing=refuse)
-    assert time.monotonic() - began < 30
+        work(run, workers=1, doing=partial(refuse, asked))
+    assert asked.read_text() == "once "
 
 
 class DyingRay:
@@ -195,12 +194,16 @@ class DyingRay:
         self.killed.append(actor)
 
 
+NO_MODULE = ray.exceptions.RayTaskError("__init__", "Traceback\nNo module named 'fastcompat'", ImportError(), "", 1, "")
+
+
 @pytest.mark.parametrize(
     ("error", "message", "n_started"),
     [
         (ray.exceptions.ActorDiedError(), "5 workers have died .* died unexpectedly", 6),
         (ray.exceptions.ActorUnavailableError("no answer", None), "5 workers have died .* no answer", 6),
         (ray.exceptions.RuntimeEnvSetupError("no room"), "Ray cannot start workers: .*no room", 2),
+        (ray.exceptions.ActorDiedError(NO_MODULE), "cannot work .*No module named 'fastcompat'.: each needs", 2),
     ],
 )
 def test_what_ends_a_launch(tmp_path, corpus, monkeypatch, error, message, n_started):
@@ -208,9 +211,43 @@ def test_what_ends_a_launch(tmp_path, corpus, monkeypatch, error, message, n_sta
     monkeypatch.setattr(on_ray, "import_ray", lambda: there)
     monkeypatch.setattr(on_ray, "MOST_DEATHS", 2)
     with pytest.raises(FastcompatError, match=f"(?s){message}"):
-        work(new_run(tmp_path / "run", corpus), workers=2, doing=refuse)
+        work(new_run(tmp_path / "run", corpus), workers=2)
     assert there.started == n_started
     assert len(there.killed) >= n_started - 1
+
+
+class NoRay:
+    """A Ray that joins nothing, and whose SIGTERM ends the process."""
+
+    exceptions = ray.exceptions
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise ConnectionError("Could not find any running Ray instance. Please")
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "message"),
+    [
+        ("auto", None, "no Ray cluster is found here .Could not find any running Ray instance. Please."),
+        ("auto", "ray://head:10001", "ray://head:10001: .* by ray job submit"),
+        ("ray://head:10001", None, "has to run in the cluster"),
+        ("head", None, "Ray at head cannot be joined .it is not HOST:PORT"),
+        ("auto", "127.0.0.1:1", "Ray at 127.0.0.1:1 cannot be joined"),
+    ],
+)
+def test_where_there_is_no_cluster_it_is_said_at_once(monkeypatch, address, variable, message):
+    monkeypatch.setattr(on_ray, "import_ray", NoRay)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UsageError, match=message):
+        reach(address)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_command_on_ray_is_interrupted_and_the_library_goes_on(tmp_path, cluster, monkeypatch):

@@ -231,6 +231,7 @@ def score(
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.asked_models import AskedModels
+    from fastcompat.scoring.on_ray import reach
     from fastcompat.scoring.passes import Worker, find_scorer
     from fastcompat.store import place_of
     from fastcompat.store.preparing import CorpusSettings, prepare_run
@@ -294,8 +295,11 @@ def score(
     if ray is not None:
         models.elsewhere().scorers()
     with stopping() as stop:
-        if passes and (extend or not place_of(output).has("manifest.json")):
-            _ = passes[0].scorers[0].model  # a checkpoint that lacks weights shows before hours of reading
+        if extend or not place_of(output).has("manifest.json"):
+            if ray is not None:
+                reach(ray)
+            else:
+                _ = passes[0].scorers[0].model  # a checkpoint that lacks weights shows before hours of reading
         display = LiveDisplay("corpus")
 
         def preparing(progress: PreparationProgress) -> None:

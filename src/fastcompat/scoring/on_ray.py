@@ -31,6 +31,7 @@ WAITING_SECONDS = 30.0
 # Who is to stop finishes the pack at hand and keeps it; once all is done or lost, there is less to wait for.
 SECONDS_TO_STOP = 60.0
 SECONDS_TO_END = 10.0
+SECONDS_TO_ANSWER = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,9 +85,17 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
-    except ImportError:
-        raise UsageError("Ray is not installed here: pip install 'fastcompat[ray]'") from None
+    except ImportError as error:
+        raise UsageError(f"Ray is not installed here ({error}): pip install 'fastcompat[ray]'") from None
     return ray
+
+
+def reach(address: str) -> None:
+    """Nothing where workers can be started at `address`, else UsageError: to know before hours of reading."""
+    ray = import_ray()
+    if address != "local":
+        with _connected(ray, address):
+            pass
 
 
 @contextmanager
@@ -103,6 +112,8 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         )
     handlers = _signal_handlers()
     try:
+        if place not in ("auto", "local"):
+            _knock(place)  # Ray itself would try for minutes
         ray.init(
             address=address,
             ignore_reinit_error=True,
@@ -110,7 +121,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             logging_level=logging.ERROR,
             **({"include_dashboard": False} if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         found = "no Ray cluster is found here" if place == "auto" else f"Ray at {place} cannot be joined"
         raise UsageError(
             f"{found} ({_first_line(error)}): give its address, start one (ray start --head), or use the cores and "
@@ -126,10 +137,19 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def _knock(place: str) -> None:
+    """Raises OSError or ValueError where nobody answers at HOST:PORT."""
+    host, _, port = place.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError("it is not HOST:PORT, auto or local")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+
+
 def _signal_handlers() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: handler for number, handler in handlers.items() if handler is not None}
 
 
 def resources(nodes: list[dict[str, Any]], device: str, workers: int | None) -> tuple[int, dict[str, Any]]:
@@ -221,10 +241,14 @@ class _Actors:
                 return True
             except exceptions.RayTaskError as error:
                 self.end(SECONDS_TO_END)
+                if isinstance(error.cause, exceptions.RaySystemError):
+                    raise _cannot_work(error) from error
                 raise (error.cause if isinstance(error.cause, FastcompatError) else error) from None
             except (exceptions.RuntimeEnvSetupError, exceptions.ActorUnschedulableError) as error:
                 raise FastcompatError(f"Ray cannot start workers: {error}") from error
             except exceptions.RayError as error:
+                if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
+                    raise _cannot_work(error) from error
                 self._ray.kill(hired.actor)  # one that cannot be reached may still be at work
                 self._count_death(error)
                 self._hire()
@@ -267,6 +291,14 @@ class _Actors:
                 f"{self._deaths_in_a_row} workers have died one after the other and no unit was finished; of the last "
                 f"one Ray says: {error}"
             )
+
+
+def _cannot_work(error: Exception) -> FastcompatError:
+    """For a machine on which a worker, or its work, cannot even be loaded."""
+    said = str(error).strip().split("\n")[-1]
+    return FastcompatError(
+        f"a machine of the cluster cannot work ({said}): each needs the packages that are here, in the same versions"
+    )
 
 
 def _first_line(error: Exception) -> str:

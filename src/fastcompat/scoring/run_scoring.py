@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fastcompat.corpus import PreparationProgress
 from fastcompat.errors import Interrupted, UsageError
 from fastcompat.scoring.asked_models import AskedModels, absolute
-from fastcompat.scoring.on_ray import Launch, work_on_ray
+from fastcompat.scoring.on_ray import Launch, reach, work_on_ray
 from fastcompat.scoring.passes import Worker, all_is_scored, score_passes
 from fastcompat.store import CorpusSettings, LeaveOut, Run, leave_nothing_out, open_run, place_of, prepare_run
 
@@ -67,11 +67,14 @@ def score(
         reward_settings=reward_settings or {},
     )
     # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
+    reads = extend or not place_of(output).has("manifest.json")
     if engine == "ray":
         models.elsewhere().scorers()
+        if reads:
+            reach(ray_address)
     else:
         passes = models.passes()
-        if extend or not place_of(output).has("manifest.json"):
+        if reads:
             _ = passes[0].scorers[0].model  # so does a checkpoint that lacks weights
 
     def preparing(progress: PreparationProgress) -> None:
