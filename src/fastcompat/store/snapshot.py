@@ -118,14 +118,16 @@ class PairRows:
 
     def _read(self, pool: Executor, units: Sequence[Unit]) -> pa.Table:
         columns, base, reward = self._snapshot.columns, self._base, self._reward
-        # Every part has the rows of its unit in their order: of what both have finished no key is read.
-        alike = [unit for unit in units if all(unit.name in own.finished for own in self._both)]
-        others = [unit for unit in units if unit not in set(alike)] if len(alike) < len(units) else []
-        beside = columns if base is None else ["reward", "status"]
+        keyed = [*columns, "row_key"]
+        alike: list[Unit] = []
+        others: list[Unit] = []
+        for unit in units:
+            (alike if all(unit.name in own.finished for own in self._both) else others).append(unit)
         tables = []
         for chosen, names, names_beside in (
-            (alike, columns, beside),
-            (others, [*columns, "row_key"], [*columns, "row_key"]),
+            # Every part has the rows of its unit in their order: of what both have finished no key is read.
+            (alike, columns, columns if base is None else ["reward", "status"]),
+            (others, keyed, keyed),
         ):
             if chosen:
                 losses = None if base is None else base.table(chosen, names, pool)
