@@ -78,4 +78,7 @@ def score_in_cluster(
                 )
     except Interrupted:
         raise interrupted(run) from None
-    together.tell(f"{counted_noun(launch.n_deaths, 'worker')} died and were replaced" if launch.n_deaths else "")
+    if not launch.n_workers:
+        say(f"all {run.n_rows:,} responses were scored before")
+        return
+    together.tell(f"{counted_noun(launch.n_deaths, 'worker')} died and had to be replaced" if launch.n_deaths else "")

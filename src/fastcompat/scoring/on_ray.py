@@ -182,9 +182,8 @@ class _Actor:
     def __init__(self) -> None:
         self._stopping = threading.Event()
 
-    def begin(self) -> str:
-        """Who it is."""
-        return f"{socket.gethostname()}-{os.getpid()}"
+    def begin(self) -> None:
+        """Answers once it has a machine."""
 
     def work(self, work: Work) -> None:
         work(self._stopping.is_set)

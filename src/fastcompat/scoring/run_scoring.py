@@ -103,7 +103,8 @@ def score_on_ray(
 ) -> Launch:
     """Work off what a prepared run lacks of these models with workers on Ray, as `work_on_ray` tells.
 
-    The cluster's machines need the run's directory, and models that are directories, under the same paths.
+    The cluster's machines need the run's directory, and models that are directories, under the same paths. Where
+    nothing is lacking no worker is asked for.
     """
     scorers = models.elsewhere().scorers()
 
