@@ -383,7 +383,8 @@ def test_rank_by_columns_that_are_groups_only(tmp_path, model):
     assert len(by_source) == 2
     for column in ("base_model", "loss", "row_key"):
         assert "not a column of groups" in fail(UsageError, "rank", tmp_path / "run", "--by", column)
-    assert "no column nothing" in fail(UsageError, "rank", tmp_path / "run", "--by", "nothing")
+    said = fail(UsageError, "rank", tmp_path / "run", "--by", "nothing")
+    assert "--by nothing: not a column of groups; there are source, generator" in said
 
 
 def test_inspect_marks_the_scored_tokens(tmp_path, model):

@@ -23,12 +23,12 @@ def random_run(
     directory: Path,
     draw: np.random.Generator,
     *,
-    n_prompts: int = 26,
+    n_prompts: int = 24,
     n_generations: int = 2,
     rewards: bool = True,
-    max_unit_rows: int = 9,
+    max_unit_rows: int = 12,
 ) -> Run:
-    """Generations of some generators each; prompts are common to some of them. Units of some nine rows.
+    """Generations of some generators each; prompts are common to some of them. Units of some twelve rows.
 
     rewards: whether the corpus brings its own.
     """

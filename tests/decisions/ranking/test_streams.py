@@ -95,9 +95,9 @@ def test_any_run_in_chunks_of_any_size(seed, tmp_path, monkeypatch):
                 left_out=str(draw.choice(["none", "none", "b"])),
             )
     ranked = [
-        compare(run, monkeypatch, (1, 0), (int(draw.integers(2, 60)), 1 << 20)),
+        compare(run, monkeypatch, (1, 0)),
         compare(run, monkeypatch, (int(draw.integers(2, 60)), 0), average="token", sort_by="loss"),
-        compare(run, monkeypatch, (1, 1 << 20), (1 << 30, 0), leave_out="prompt"),
+        compare(run, monkeypatch, (int(draw.choice([1, 9, 1 << 30])), 1 << 20), leave_out="prompt"),
         compare(run, monkeypatch, (int(draw.integers(2, 60)), 0), by="source", reward_shift=1.0),
     ]
     assert any(isinstance(table, pa.Table) and table.num_rows for table in ranked)
@@ -121,7 +121,7 @@ def test_a_figure_that_only_the_last_prompts_have(tmp_path, monkeypatch):
     late = compare(run, monkeypatch, (1, 1 << 20), (50, 0), leave_out="prompt", average="token")
     assert isinstance(late, pa.Table)
     alone = rank(run)
-    assert sum(alone["n"].to_pylist()) < 0.6 * run.n_rows
+    assert sum(alone["n"].to_pylist()) < 0.7 * run.n_rows
     assert alone["p_best"].null_count == 0
 
 
@@ -325,13 +325,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     for n_prompts in (200, 800):
         (tmp_path / str(n_prompts)).mkdir()
         draw = np.random.default_rng(0)
-        run = random_run(tmp_path / str(n_prompts), draw, n_prompts=n_prompts, rewards=False, max_unit_rows=40)
+        run = random_run(tmp_path / str(n_prompts), draw, n_prompts=n_prompts, rewards=False, max_unit_rows=60)
         for kind, model in (("base_model", "m"), ("reward_model", "r")):
             add_random_scores(run, draw, kind, model)
-        for chunk_rows in (200, 1 << 30):
+        for chunk_rows in (400, 1 << 30):
             monkeypatch.setattr(snapshot, "CHUNK_ROWS", chunk_rows)
             if not peaks:
                 rank(run, draws=1)  # what is made once and kept
             peaks[n_prompts, chunk_rows] = peak_bytes(run)
-    assert peaks[800, 200] < 1.3 * peaks[200, 200], peaks
+    assert peaks[800, 400] < 1.2 * peaks[200, 400], peaks
     assert peaks[800, 1 << 30] > 2 * peaks[200, 1 << 30], peaks
