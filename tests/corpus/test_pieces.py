@@ -223,6 +223,29 @@ def test_lines_begin_behind_line_ends_only(place: int) -> None:
     assert every == [k for k in starts if k >= place]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_lines_longer_than_what_is_read_at_a_time_and_than_what_is_read_at_all(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line is too long by the blocks that it fills, which are those of the whole file."""
+    monkeypatch.setattr("fastcompat.corpus.bytestream.BLOCK_BYTES", 100)
+    monkeypatch.setattr("fastcompat.corpus.jsonrecords.MAX_RECORD_BYTES", 1000)
+    draw = random.Random(seed)
+    sizes = [draw.choice((10, 90, 300, 1000, 1080, 1100, 1150, 2500)) for _ in range(40)]
+    records = [{"prompt": f"p{i % 5}", "response": "x" * draw.randint(size - 9, size)} for i, size in enumerate(sizes)]
+    plan = check(
+        write("a.jsonl", lines([{"prompt": "p", "response": "r"}, *records])), piece_bytes=draw.randint(50, 900)
+    )
+    assert not read_whole(plan)
+    (file,) = prepare("a.jsonl", "out").files
+    assert any("longer than" in reason for reason in file.reasons)
+
+
+def test_a_long_line_over_several_stretches() -> None:
+    records = [{"prompt": "p", "response": "x" * size} for size in (9, 2_500_000, 9, 9, 1_200_000, 9)]
+    check(write("a.jsonl", lines(records)), piece_bytes=500_000, least_stretches=3)
+
+
 # --- what a stretch cannot know
 
 

@@ -160,8 +160,8 @@ def score(
         typer.Option(
             rich_help_panel=SHARED,
             min=1,
-            help="So many processes, on a CPU; also to prepare a large corpus.",
-            show_default="one, but a preparer per core",
+            help="So many processes, on a CPU, and to prepare a large corpus.",
+            show_default="1, to prepare one a core",
         ),
     ] = None,
     ray: Annotated[
