@@ -68,6 +68,7 @@ def test_it_goes_on_where_it_was_stopped_beside_others(tmp_path, models, corpus)
     [
         ({"engine": "dask"}, "engine 'dask'"),
         ({"engine": "ray", "worker": "auto"}, "each of the workers"),
+        ({"engine": "ray", "device": "cuda:1"}, "name the kind only, cuda"),
         ({"workers": 2}, "engine='ray'"),
         ({"worker": "3"}, "write I/N"),
         ({"base_settings": {"dtype": "float32"}}, "dtype: give it once"),

@@ -49,7 +49,13 @@ class AskedModels:
         return passes_of(self._bases(), self._rewards())
 
     def elsewhere(self) -> AskedModels:
-        """The same where others compute: this machine, which may have no GPU, is only to know whether they can."""
+        """The same where others compute: this machine, which may have no GPU, is only to know whether they can.
+
+        Raises UsageError for a device by number.
+        """
+        kind, _, number = self.device.partition(":")
+        if number:
+            raise UsageError(f"--device {self.device}: each worker has a GPU of its own; name the kind only, {kind}")
         return replace(self, device="cpu")
 
     def located(self) -> AskedModels:

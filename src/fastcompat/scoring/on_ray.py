@@ -22,7 +22,7 @@ from fastcompat.store import Run
 # What a worker does until nothing is left to do; it is called with what tells it to stop, and travels by pickle.
 Work: TypeAlias = Callable[[Callable[[], bool]], None]
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.25
 # Deaths with no unit finished in between before the launcher gives up, beside one of every worker, whose machines may
 # all go at once: one unit that kills takes three, then it is set aside.
 MOST_DEATHS = 30
@@ -154,13 +154,10 @@ def _signal_handlers() -> dict[int, Any]:
 
 def resources(nodes: list[dict[str, Any]], device: str, workers: int | None) -> tuple[int, dict[str, Any]]:
     """How many workers, and what each asks for, by `ray.nodes()`. Raises UsageError where that cannot be said."""
-    kind, _, number = device.partition(":")
-    if number:
-        raise UsageError(f"--device {device}: Ray gives each worker a GPU of its own; name the kind only, {kind}")
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     n_gpus = int(sum(own.get("GPU", 0) for own in alive))
     cpus = [int(own["CPU"]) for own in alive if own.get("CPU", 0) >= 1]
-    on_gpus = bool(n_gpus) if kind == "auto" else kind != "cpu"
+    on_gpus = bool(n_gpus) if device == "auto" else device != "cpu"
     n_workers = workers or (n_gpus if on_gpus else len(cpus))
     if not n_workers:
         raise UsageError(
