@@ -231,6 +231,8 @@ def test_addresses(monkeypatch):
     assert isinstance(place_of("here/run"), Disk)
     assert isinstance(place_of(Path("here/run")), Disk)
     assert cloud.split_address("gs://bucket/a/b/") == ("gs://bucket", "a/b/")
+    with pytest.raises(UsageError, match=r"ftp://host/run: runs lie in directories, or at s3://"):
+        place_of("ftp://host/run")
     with pytest.raises(UsageError, match="names no bucket"):
         place_of("s3:///run")
     monkeypatch.setattr(cloud, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcompat.cloud import SCHEMES
-from fastcompat.errors import RunError
+from fastcompat.errors import RunError, UsageError
 from fastcompat.store.durable import creating, own_name, remove_abandoned, replacing
 
 
@@ -259,6 +259,8 @@ def place_of(location: str | os.PathLike[str] | Place) -> Place:
     if isinstance(location, Place):
         return location
     if not is_remote(location):
+        if "://" in os.fspath(location):
+            raise UsageError(f"{location}: runs lie in directories, or at s3://, gs:// or az:// addresses")
         return Disk(location)
     from fastcompat.store.objects import Objects
 
