@@ -328,7 +328,7 @@ def _state(place: Place) -> bytes:
 def _is_idle(work: Path) -> bool:
     """Whether nobody is at work on a preparation."""
     with suppress(OSError):
-        stirred = max(path.stat().st_mtime for path in (work, work / "claims"))
+        stirred = max(path.stat().st_mtime for path in (work, work / "claims") if path.exists())
         return time.time() - stirred > _IDLE_SECONDS
     return False
 
