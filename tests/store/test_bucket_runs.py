@@ -20,7 +20,7 @@ from object_stores import BUCKET, FaultProxy, credentials, s3_server
 import fastcompat as fc
 from fastcompat.corpus import CorpusSummary, prepare
 from fastcompat.errors import RunError
-from fastcompat.store import CorpusSettings, Place, objects, place_of, prepare_run
+from fastcompat.store import CorpusSettings, Place, objects, place_of, prepare_run, preparing
 from fastcompat.store.objects import Objects
 from fastcompat.store.places import Disk
 from fastcompat.store.preparing import add_generation
@@ -181,6 +181,31 @@ def test_several_prepare_a_bucket_run_at_once(s3, corpus, tmp_path, monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
     prepare_run(here, [str(corpus)], CorpusSettings())
     assert data(place_of(run)) == data(place_of(here))
+
+
+@pytest.mark.parametrize("kind", ["bucket", "disk"])
+@pytest.mark.parametrize("extend", [False, True])
+def test_of_two_corpora_at_once_one_is_refused_and_none_is_lost(corpus, tmp_path, monkeypatch, kind, extend):
+    run = f"s3://{BUCKET}/{tmp_path.name}/run" if kind == "bucket" else str(tmp_path / "run")
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows_of(name, n_prompts=20)) for name in ("x", "y")]
+    if extend:
+        prepare_run(run, [str(corpus)], CorpusSettings())
+    whole, first = preparing.prepare_whole, []
+
+    def meanwhile(*arguments: object, **options: object) -> CorpusSummary:
+        if not first:
+            first.append(True)
+            if kind == "bucket":  # as if this worker had been stopped, and its claim taken over
+                (place_of(run) / ".preparing").delete("corpus.json")
+            prepare_run(run, [str(files[1])], CorpusSettings(), extend=extend)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(preparing, "prepare_whole", meanwhile)
+    with pytest.raises(RunError, match="another process changed"):
+        prepare_run(run, [str(files[0])], CorpusSettings(), extend=extend)
+    labels = [file.label for generation in fc.open_run(run).generations for file in generation.files]
+    assert labels[-1] == str(files[1])
+    assert find_damage(fc.open_run(run)) == []
 
 
 def test_a_unit_costs_five_requests(s3, models, on_disk, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastcompat.store import claims as module
+from fastcompat.store import durable
 from fastcompat.store.claims import TRIES, Claims
 from fastcompat.store.places import Disk
 
@@ -141,3 +144,57 @@ def test_a_disk_without_hard_links(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     first, second = (worker(tmp_path / "claims", clock) for _ in range(2))
     assert (first.take(UNIT), second.take(UNIT)) == (1, 0)
+
+
+def die_taking_over(heir: Claims, monkeypatch) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "put", die)
+        with pytest.raises(KeyboardInterrupt):
+            heir.take(UNIT)
+
+
+def test_a_worker_that_dies_as_it_takes_over_leaves_the_unit_to_others(tmp_path, clock, monkeypatch):
+    """Between the file that says so and the claim itself: the heir of the heir goes on."""
+    first, second, third, fourth = (worker(tmp_path / "claims", clock) for _ in range(4))
+    assert first.take(UNIT) == 1
+    for heir in (second, third):
+        assert heir.take(UNIT) == 0
+        clock.now += 61
+        die_taking_over(heir, monkeypatch)
+    assert fourth.take(UNIT) == 0
+    clock.now += 59
+    assert fourth.take(UNIT) == 0
+    clock.now += 2
+    # Three have died over it.
+    assert fourth.take(UNIT) == 0
+    assert fourth.set_aside() == [UNIT]
+
+
+def test_what_was_taken_over_on_the_way_is_settled_with_the_unit(tmp_path, clock, monkeypatch):
+    first, second, third = (worker(tmp_path / "claims", clock) for _ in range(3))
+    first.take(UNIT)
+    second.take(UNIT)
+    clock.now += 61
+    die_taking_over(second, monkeypatch)
+    third.take(UNIT)
+    clock.now += 61
+    assert third.take(UNIT) == 3
+    first.beat()
+    assert first.mine == set()
+    third.beat()
+    assert third.mine == {UNIT}
+    third.release(UNIT)
+    assert os.listdir(tmp_path / "claims") == []
+
+
+def test_of_hosts_that_share_a_name_one_does_not_judge_the_others_processes(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    here, process, nonce = durable.own_name("").strip(".").rsplit("-", 2)
+    assert durable.is_gone(f"{here}-{gone.pid}-{nonce}")
+    assert not durable.is_gone(f"{here}-{process}-{nonce}")
+    elsewhere = here.rpartition("~")[0] + "~01234567"
+    assert not durable.is_gone(f"{elsewhere}-{gone.pid}-{nonce}")

@@ -183,6 +183,13 @@ def test_who_comes_second_loses_also_where_the_answer_is_lost(s3, monkeypatch, t
     assert place_of(f"s3://{BUCKET}/{tmp_path.name}").read("x") == b"first"
 
 
+def test_of_two_with_the_same_bytes_one_has_written_them(place):
+    place.make()
+    with ThreadPoolExecutor(8) as pool:
+        for k in range(5):
+            assert list(pool.map(lambda _, k=k: place.put_new(f"{k}", b"the same"), range(8))).count(True) == 1
+
+
 def test_many_writers_through_faults(s3, monkeypatch, tmp_path):
     monkeypatch.setattr(objects, "FIRST_PAUSE", 0.01)
     draw = random.Random(1)

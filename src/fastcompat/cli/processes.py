@@ -58,8 +58,9 @@ def environments(processes: int | None, gpus: str | None, device: str, worker: s
     else:
         assert gpus is not None
         numbers = gpus.split(",")
-        if not all(number.strip().isdecimal() and int(number) < len(visible) for number in numbers):
-            raise UsageError(f"--gpus {gpus}: write all, or numbers below {len(visible)}, for example 0,1")
+        known = all(number.strip().isdecimal() and int(number) < len(visible) for number in numbers)
+        if not known or len(set(map(int, numbers))) < len(numbers):
+            raise UsageError(f"--gpus {gpus}: write all, or different numbers below {len(visible)}, for example 0,1")
         chosen = [visible[int(number)] for number in numbers]
     return [{"CUDA_VISIBLE_DEVICES": own} for own in chosen] if len(chosen) > 1 or gpus is not None else []
 

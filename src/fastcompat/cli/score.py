@@ -34,7 +34,7 @@ from fastcompat.cli.options import (
     Turns,
     parse_template_options,
 )
-from fastcompat.errors import Interrupted, UsageError
+from fastcompat.errors import Interrupted, SetAside, UsageError
 
 REWARDS = "Rewards"
 RACE = "Until it is sure"
@@ -233,7 +233,7 @@ def score(
     from fastcompat.scoring.asked_models import AskedModels
     from fastcompat.scoring.on_ray import reach
     from fastcompat.scoring.passes import Worker, find_scorer
-    from fastcompat.store import place_of
+    from fastcompat.store import is_remote, place_of
     from fastcompat.store.preparing import CorpusSettings, prepare_run
 
     of_rewards = {"--reward-output": reward_output, "--reward-max-length": reward_max_length, "--truncate": truncate}
@@ -290,6 +290,8 @@ def score(
             "token_ids": token_ids.value,
         },
     )
+    if is_remote(output):
+        place_of(output).refuse_unwritable()
     # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
     passes = models.passes() if ray is None else []
     if ray is not None:
@@ -329,9 +331,15 @@ def score(
             score_in_cluster(run, models, race, address=ray, workers=workers, leave_out=leave_out, stop=stop)
         elif race is not None:
             hold_races(run, passes, race, token_budget=token_budget, worker=share, stop=stop)
+        aside: SetAside | None = None
         for served in passes if race is None else ():
-            work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
+            try:
+                work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
+            except SetAside as error:  # what the next models can score is scored first
+                aside = error
             served.unload()  # the next model needs the room
+        if aside is not None:
+            raise aside
     say(f"\nNext: [bold]fastcompat rank {escape(output)}[/]")
     if race is not None:
         say("To score the rest, for the best response to every prompt: the same command without --until.")

@@ -180,13 +180,19 @@ def score_passes(
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Work off what is pending, pass by pass, and show nothing. Raises Interrupted as `score_corpus`, and SetAside."""
+    aside: SetAside | None = None
     for served in passes:
         progress = Progress()
         score_corpus(
             run, served, token_budget=token_budget, worker=worker, progress=progress, leave_out=leave_out, stop=stop
         )
-        refuse_set_aside(run, progress)
         served.unload()  # the next model needs the room
+        try:
+            refuse_set_aside(run, progress)
+        except SetAside as error:  # what the next models can score is scored first
+            aside = error
+    if aside is not None:
+        raise aside
 
 
 def refuse_set_aside(run: Run, progress: Progress) -> None:

@@ -12,7 +12,16 @@ from fastcompat.errors import Interrupted, UsageError
 from fastcompat.scoring.asked_models import AskedModels, absolute
 from fastcompat.scoring.on_ray import Launch, reach, work_on_ray
 from fastcompat.scoring.passes import Worker, all_is_scored, score_passes
-from fastcompat.store import CorpusSettings, LeaveOut, Run, leave_nothing_out, open_run, place_of, prepare_run
+from fastcompat.store import (
+    CorpusSettings,
+    LeaveOut,
+    Run,
+    is_remote,
+    leave_nothing_out,
+    open_run,
+    place_of,
+    prepare_run,
+)
 
 
 def score(
@@ -66,6 +75,8 @@ def score(
         base_settings=base_settings or {},
         reward_settings=reward_settings or {},
     )
+    if is_remote(output):
+        place_of(output).refuse_unwritable()
     # A missing model, an unsupported architecture or a wrong template shows here, not after hours of reading.
     reads = extend or not place_of(output).has("manifest.json")
     if engine == "ray":

@@ -27,7 +27,7 @@ from fastcompat.store.places import Place
 
 # A claim whose beat has not changed for so long is a dead worker's. A live one beats three times in it.
 LEASE_SECONDS = 60.0
-# Another worker's claim is read again after this share of the lease.
+# Another worker's claim is read again after this share of the lease at the latest.
 WATCH_SHARE = 1 / 12
 # Workers that may die over a unit before it is set aside.
 TRIES = 3
@@ -105,12 +105,12 @@ class Claims:
         now = self._clock()
         seen = self._seen.get(name)
         expired = seen is not None and (now - seen.since >= self._lease or is_gone(seen.worker))
-        if seen and not expired and now - seen.read < self._lease * WATCH_SHARE:
+        if seen and not expired and now - seen.read < min(self._lease * WATCH_SHARE, self.patience):
             return 0  # it was somebody's a moment ago
         claim = {"worker": self._worker, "nonce": token_hex(8), "beat": 0, "attempt": 1}
         if self._place.put_new(_claim(name), _text(claim), lasting=False):
             return self._keep(name, claim, now)
-        there = self._read(name)
+        there = self._heir(name)
         if there is None:
             return 0  # released, or being written: it is there again at the next round
         beat = there["nonce"], there["beat"]
@@ -123,10 +123,10 @@ class Claims:
             record = {"attempts": there["attempt"], "last": there["worker"]}
             self._place.put_new(_aside(name), _text(record), lasting=False)
             return 0
+        claim["attempt"] = there["attempt"] + 1
         # Of several that see it dead one makes this file, and it alone goes on.
         if not self._place.put_new(_taken(name, there["nonce"]), _text(claim), lasting=False):
             return 0
-        claim["attempt"] = there["attempt"] + 1
         self._place.put(_claim(name), _text(claim), lasting=False)
         return self._keep(name, claim, now)
 
@@ -137,7 +137,7 @@ class Claims:
         if own is None:
             return
         if self._may_be_lost(own):
-            there = self._read(name)
+            there = self._heir(name)
             if there is None or there["nonce"] != own.claim["nonce"]:
                 return
         self._place.delete(_claim(name))
@@ -193,9 +193,21 @@ class Claims:
         self._seen.pop(name, None)
         return int(claim["attempt"])
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _heir(self, name: str) -> dict[str, Any] | None:
+        """The claim on a unit; where somebody has taken it over and not written so yet, perhaps because that one died
+        too, the claim that would have been written."""
+        claim, seen = self._read(_claim(name)), set[str]()
+        while claim is not None and claim["nonce"] not in seen:
+            seen.add(claim["nonce"])
+            heir = self._read(_taken(name, claim["nonce"]))
+            if heir is None:
+                break
+            claim = heir
+        return claim
+
+    def _read(self, file: str) -> dict[str, Any] | None:
         try:
-            text = self._place.read(_claim(name))
+            text = self._place.read(file)
         except OSError:
             return None
         try:

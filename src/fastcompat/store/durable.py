@@ -3,6 +3,7 @@ several writers shall win, linked to a name that is free."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from fastcompat.errors import RunError
@@ -94,13 +96,23 @@ FORGOTTEN_SECONDS = 24 * 3600
 
 def own_name(name: str) -> str:
     """A temporary name of this process's own, which says whose it is."""
-    return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f".{name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@cache
+def _host() -> str:
+    """Where a process id means one process: hosts and containers may share a name, which a reboot outlives too."""
+    told = [socket.gethostname()]
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        told.append(os.readlink("/proc/self/ns/pid"))
+    return f"{told[0].replace('.', '_')}~{hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 
 
 def is_gone(owner: str) -> bool:
     """Whether a process of this host, by what `own_name` says of it, is no more. False where that cannot be seen."""
     host, _, process = owner.rpartition("-")[0].rpartition("-")
-    return host == socket.gethostname() and process.isdecimal() and not _alive(int(process))
+    return host == _host() and process.isdecimal() and not _alive(int(process))
 
 
 def remove_abandoned(directory: Path) -> None:
@@ -112,7 +124,7 @@ def remove_abandoned(directory: Path) -> None:
             if match is None:
                 continue
             age = time.time() - path.stat().st_mtime
-            ours = match["host"].endswith(socket.gethostname())
+            ours = match["host"].endswith(_host())
             if age > (ABANDONED_SECONDS if ours else FORGOTTEN_SECONDS) and not (ours and _alive(int(match["pid"]))):
                 remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

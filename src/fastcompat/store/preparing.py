@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +29,14 @@ from fastcompat.errors import CorpusError, RunError, UsageError
 from fastcompat.store.claims import Claims
 from fastcompat.store.durable import own_name, remove_abandoned, remove_tree, sync_directory
 from fastcompat.store.places import Disk, Place, place_of
-from fastcompat.store.preparers import Report, claims_of, work_here, work_in_children
+from fastcompat.store.preparers import Report, work_here, work_in_children
 from fastcompat.store.run import FORMAT, MANIFEST, Run, open_run, shard_number
 from fastcompat.store.tasks import WAIT_SECONDS, Tasks
 
 # Files of less than so many bytes together are prepared in one go: it takes seconds.
 _SMALL_BYTES = 64 << 20
 _WORK = ".preparing-"
+_COMMITTING = ".committing"
 # Whoever claims this prepares a corpus for a run in an object store.
 _CORPUS = "corpus"
 # A preparation in whose claims nothing has stirred for so long has no workers: they beat three times a minute.
@@ -83,7 +84,7 @@ def prepare_run(
         if isinstance(place, Disk):
             run = _add(place.directory, before, generations, plan, processes, report)
         else:
-            run = _add_to_objects(place, generations, plan, processes, report)
+            run = _add_to_objects(place, before, generations, plan, processes, report)
         return run, run.generations[-1]
 
     before = _state(place)
@@ -134,19 +135,18 @@ def _add(
 
 
 def _add_to_objects(
-    place: Place, generations: Sequence[CorpusSummary], plan: Plan, processes: int, report: Report
+    place: Place, before: bytes, generations: Sequence[CorpusSummary], plan: Plan, processes: int, report: Report
 ) -> Run:
-    """Add a corpus to a run in an object store: one worker prepares it on its own disk and sends the shards up, the
-    others wait for it. Its next attempt begins anew."""
+    """Add a corpus to a run in an object store that was `before`: one worker prepares it on its own disk and sends the
+    shards up, the others wait for it. Its next attempt begins anew."""
     place.refuse_unwritable()
-    before = _state(place)
     with Claims(place / ".preparing", is_done=lambda name: False) as claims:
         while _state(place) == before:
             if not claims.take(_CORPUS):
                 if _CORPUS in claims.set_aside():
                     raise RunError(
                         f"workers have died again and again while they prepared {place}; to try it again, remove "
-                        f"{place / 'preparing'}"
+                        f"{place / '.preparing'}"
                     )
                 report(PreparationProgress("reading", 0, plan.n_bytes, 0, "by another worker", ""))
                 time.sleep(claims.patience)
@@ -156,8 +156,15 @@ def _add_to_objects(
             with TemporaryDirectory(prefix="fastcompat-") as here:
                 summary = _add(Path(here), b"", [], plan, processes, report).generations[-1]
                 for shard in summary.shards:
+                    # Whoever was stopped for long may have been replaced meanwhile.
+                    claims.beat()
+                    if _CORPUS not in claims.mine or _state(place) != before:
+                        raise _changed(place)
                     (place / "corpus").put_file(shard.name, Path(here) / "corpus" / shard.name)
-            _put_manifest(place, [*generations, summary])
+            with _alone(place):
+                if _state(place) != before:
+                    raise _changed(place)
+                _put_manifest(place, [*generations, summary])
     run = open_run(place)
     if not _is_with(run, generations, plan):
         raise _changed(place)
@@ -178,17 +185,32 @@ def add_generation(
     try:
         summary = prepare(own, _next_shard(generations))
         done = [*generations, summary]
-        there = open_run(directory).generations if (directory / MANIFEST).exists() else ()
-        if [g.fingerprint for g in there] == [g.fingerprint for g in done]:
-            return open_run(directory)  # another worker has just prepared the same
-        if [g.fingerprint for g in there] != [g.fingerprint for g in generations]:
-            raise _changed(Disk(directory))
-        for shard in summary.shards:
-            (own / shard.name).rename(corpus / shard.name)
-        _commit(directory, done)
+        with _alone(Disk(directory)):
+            there = open_run(directory).generations if (directory / MANIFEST).exists() else ()
+            if [g.fingerprint for g in there] == [g.fingerprint for g in done]:
+                return open_run(directory)  # another worker has just prepared the same
+            if [g.fingerprint for g in there] != [g.fingerprint for g in generations]:
+                raise _changed(Disk(directory))
+            for shard in summary.shards:
+                (own / shard.name).rename(corpus / shard.name)
+            _commit(directory, done)
     finally:
         remove_tree(own)
     return Run(Disk(directory), done)
+
+
+@contextmanager
+def _alone(place: Place) -> Iterator[None]:
+    """While the block runs no other worker changes what the run's corpus is."""
+    with Claims(place / _COMMITTING, is_done=lambda name: False) as claims:
+        while not claims.take(MANIFEST):
+            if MANIFEST in claims.set_aside():
+                raise RunError(
+                    f"workers have died again and again while they wrote {place.path(MANIFEST)}; to try it again, "
+                    f"remove {place / _COMMITTING}"
+                )
+            time.sleep(claims.patience / 10)
+        yield
 
 
 def _next_shard(generations: Sequence[CorpusSummary]) -> int:
@@ -282,23 +304,17 @@ def _commit_tasks(
     """Move the shards in and commit them: one worker does, the others wait for it."""
     assert tasks.rows is not None
     summary = tasks.rows.summary([shard for _, shard in tasks.shards])
-    with claims_of(tasks) as claims:
-        while not is_over():
-            if not claims.take("commit"):
-                if "commit" in claims.set_aside():
-                    raise RunError(f"workers have died again and again while they wrote {directory}/manifest.json")
-                time.sleep(WAIT_SECONDS)
-                continue
-            if is_over():
-                return
-            for path, shard in tasks.shards:
-                goal = directory / "corpus" / shard.name
-                if path.exists():
-                    path.rename(goal)
-                # Else a worker that died had moved it in.
-                elif not (goal.exists() and _sha256(goal) == shard.sha256):
-                    raise RunError(f"{path} is gone; remove {tasks.directory} and give the same command again")
-            _commit(directory, [*generations, summary])
+    with _alone(Disk(directory)):
+        if is_over():
+            return
+        for path, shard in tasks.shards:
+            goal = directory / "corpus" / shard.name
+            if path.exists():
+                path.rename(goal)
+            # Else a worker that died had moved it in.
+            elif not (goal.exists() and _sha256(goal) == shard.sha256):
+                raise RunError(f"{path} is gone; remove {tasks.directory} and give the same command again")
+        _commit(directory, [*generations, summary])
 
 
 def _sha256(path: Path) -> str:

@@ -370,8 +370,13 @@ def open_run(location: str | os.PathLike[str] | Place) -> Run:
     """Open a run for reading: a directory, or s3://bucket/run, gs://, az://. Raises RunError when there is none, or it
     is of another format."""
     place = place_of(location)
-    if not place.has(MANIFEST):
-        raise RunError(f"{place} is not a run: it has no manifest.json (fastcompat score ... -o {place} makes one)")
+    try:
+        place.open(MANIFEST).close()
+    except FileNotFoundError as error:
+        how = f"fastcompat score ... -o {place} makes one"
+        raise RunError(f"{place} is not a run: it has no manifest.json ({how})") from error
+    except OSError:
+        pass  # what is wrong with it is said when it is read
     manifest, path = place.read_json(MANIFEST), place.path(MANIFEST)
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
