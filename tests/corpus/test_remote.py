@@ -6,11 +6,12 @@ import gzip
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,15 +139,24 @@ def test_reading_that_fails_is_an_error_and_no_end_of_the_file(s3, in_bucket, mo
 
 
 @contextmanager
-def web(files: Path, *, ranges: bool = True, breaks_after: int | None = None) -> Iterator[tuple[str, Counter]]:
-    """A server of these files; breaks_after: it hangs up after so many bytes of every answer."""
+def web(
+    files: Path,
+    *,
+    ranges: bool = True,
+    breaks_after: int | None = None,
+    headers: Callable[[int], dict[str, str]] = lambda n: {"ETag": '"tag"'},
+    heeds_conditions: bool = True,
+) -> Iterator[tuple[str, Counter]]:
+    """A server of these files; breaks_after: it hangs up after so many bytes of every answer; headers(n): of the n-th
+    answer, from 0; heeds_conditions: what comes with another If-Range is answered with the whole file.
+    """
     seen: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            path = files / urlsplit(self.path).path.lstrip("/")
+            path = files / unquote(urlsplit(self.path).path.lstrip("/"))
             if not path.is_file():
                 self.send_error(404)
                 return
@@ -155,12 +165,17 @@ def web(files: Path, *, ranges: bool = True, breaks_after: int | None = None) ->
                 return
             data = path.read_bytes()
             begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-            partial_answer = bool(begin) and ranges
+            own = headers(seen.total())
+            condition = self.headers.get("If-Range")
+            same = condition in (None, own.get("ETag"), own.get("Last-Modified")) or not heeds_conditions
+            partial_answer = bool(begin) and ranges and same
             seen["range" if partial_answer else "whole"] += 1
             body = data[begin:] if partial_answer else data
             self.send_response(206 if partial_answer else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"tag"')
+            for key, value in ({"Content-Length": str(len(body))} | own).items():
+                self.send_header(key, value)
+            if partial_answer and "Content-Range" not in own:
+                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
             self.end_headers()
             with suppress(OSError):
                 self.wfile.write(body if breaks_after is None else body[:breaks_after])
@@ -207,6 +222,45 @@ def test_a_transfer_that_breaks_off_is_taken_up(files, monkeypatch):
         assert seen["range"] > 2
 
 
+# The answers: one to list, one to look at the head or to read, then those that take it up.
+@pytest.mark.parametrize("heeds", [True, False])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        lambda n: {"ETag": '"old"' if n < 2 else '"new"'},
+        lambda n: {"ETag": 'W/"old"' if n < 2 else 'W/"new"'},
+        lambda n: {
+            "Last-Modified": f"Mon, 02 Jan 2023 00:00:0{min(n, 2)} GMT" if n else "Mon, 02 Jan 2023 00:00:01 GMT"
+        },
+        lambda n: {"Content-Range": "bytes 1-2/12345"} if n >= 2 else {},
+    ],
+)
+def test_two_versions_are_not_mixed(files, monkeypatch, headers, heeds):
+    with web(files, breaks_after=3000, headers=headers, heeds_conditions=heeds) as (address, seen):
+        monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+        (source,) = find_sources(f"{address}/a.jsonl")
+        with pytest.raises(CorpusError, match=r"reading http.*a\.jsonl failed: it changed while it was read"):
+            for _ in iter(partial(source.open().read, 1 << 20), b""):
+                pass
+        assert seen.total() == 3
+
+
+def test_another_version_than_the_listed_is_not_opened(files):
+    with web(files, headers=lambda n: {"ETag": f'"{n}"'}) as (address, _):
+        (source,) = find_sources(f"{address}/a.jsonl")
+        with pytest.raises(CorpusError, match=r"cannot open .*it changed"):
+            source.open()
+
+
+def test_weak_tags_and_no_tags_are_taken_up_too(files, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    date = "Mon, 02 Jan 2023 00:00:00 GMT"
+    for headers in ({"ETag": 'W/"tag"'}, {"ETag": 'W/"tag"', "Last-Modified": date}, {"Last-Modified": date}, {}):
+        with web(files, breaks_after=3000, headers=lambda n, own=headers: own) as (address, seen):
+            assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")
+            assert seen["range"] > 2
+
+
 def test_a_server_without_ranges(files, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     with web(files, ranges=False) as (address, _):
@@ -214,6 +268,40 @@ def test_a_server_without_ranges(files, monkeypatch):
         assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")
         with pytest.raises(CorpusError, match="does not give parts of a file"):
             texts(f"{address}/deep/deeper/c.parquet")
+
+
+def test_names_that_are_not_ascii(files, tmp_path):
+    (tmp_path / "ein Körper 100%.jsonl").write_bytes((files / "a.jsonl").read_bytes())
+    with web(tmp_path) as (address, _):
+        for name in ("ein Körper 100%25.jsonl", "ein%20K%C3%B6rper%20100%25.jsonl"):
+            (source,) = find_sources(f"{address}/{name}")
+            assert source.label == f"{address}/{name}"
+            assert [text for _, _, text in texts(source.path)] == [text for _, _, text in texts(files / "a.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://[::1/x.jsonl",
+        f"http://{'a' * 70}.example/x",
+        "http://ä..b/x",
+        "http://host:abc/x",
+        "https:///x",
+        "http://",
+    ],
+)
+def test_web_addresses_that_are_none(address):
+    with pytest.raises(CorpusError, match="cannot read http"):
+        find_sources(address)
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1_0"])
+def test_a_size_that_is_none(files, length):
+    with (
+        web(files, headers=lambda n: {"Content-Length": length}) as (address, _),
+        pytest.raises(CorpusError, match="its size is no number"),
+    ):
+        find_sources(f"{address}/a.jsonl")
 
 
 def test_what_the_web_has_not(files):

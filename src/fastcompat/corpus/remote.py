@@ -181,11 +181,45 @@ def _matches(pattern: list[str], name: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
 
 
+class _Changed(OSError):
+    """A file of the web is no longer the one that it was. Asking again does not help."""
+
+
+class Version(NamedTuple):
+    """What a web server says of a file, to tell it from another at the same address; None where it says nothing."""
+
+    etag: str | None = None
+    modified: str | None = None
+    size: int | None = None
+
+    def is_other(self, version: Version) -> bool:
+        """Whether the two differ in anything that both say. How strong a tag is does not matter here."""
+        first, second = (
+            v._replace(etag=None if v.etag is None else v.etag.removeprefix("W/")) for v in (self, version)
+        )
+        return any(None not in (a, b) and a != b for a, b in zip(first, second, strict=True))
+
+    @property
+    def condition(self) -> dict[str, str]:
+        """The header by which a part is given of this version only. A weak tag is not allowed there."""
+        strong = self.etag if self.etag and not self.etag.startswith("W/") else self.modified
+        return {"If-Range": strong} if strong else {}
+
+
+_UNKNOWN = Version()
+
+
+@dataclass(frozen=True, slots=True)
 class Web:
-    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark."""
+    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark.
+
+    listed: the version that is to be opened, where one was listed; another is OSError.
+    """
+
+    listed: Version = _UNKNOWN
 
     def open(self, path: str, mode: str = "rb") -> IO[bytes]:
-        return cast("IO[bytes]", io.BufferedReader(_WebFile(path), _BUFFER_BYTES))
+        return cast("IO[bytes]", io.BufferedReader(_WebFile(path, self.listed), _BUFFER_BYTES))
 
 
 def _of_the_web(address: str) -> RemoteFile:
@@ -193,41 +227,65 @@ def _of_the_web(address: str) -> RemoteFile:
     label = address.partition("?")[0].partition("#")[0]
     try:
         with _answer(address, 0) as answer:
-            size = answer.headers.get("Content-Length")
-            oid = str(answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
+            version = _version(answer)
     except OSError as error:
         raise CorpusError(f"cannot read {label}: {because(error)}.") from error
-    if size is None:
+    if version.size is None:
         raise CorpusError(f"cannot read {label}: the server does not say how large it is; download it first.")
-    return RemoteFile(label=label, path=address, size=int(size), oid=oid, filesystem=Web())
+    oid = (version.etag or "").removeprefix("W/").strip('"')
+    return RemoteFile(label=label, path=address, size=version.size, oid=oid, filesystem=Web(version))
 
 
-def _answer(address: str, begin: int) -> http.client.HTTPResponse:
-    """The server's answer, from a byte on. Raises OSError."""
+def _version(answer: http.client.HTTPResponse) -> Version:
+    """Raises OSError where the size that it says is none."""
+    size = answer.headers.get("Content-Length")
+    if answer.status == http.client.PARTIAL_CONTENT:
+        # The length is that of the part.
+        size = str(answer.headers.get("Content-Range") or "").rpartition("/")[2].strip()
+        size = None if size in ("", "*") else size
+    if size is not None and not (size.isascii() and size.strip().isdigit()):
+        raise OSError("what the server says of its size is no number; download it first")
+    return Version(answer.headers.get("ETag"), answer.headers.get("Last-Modified"), None if size is None else int(size))
+
+
+def _quoted(address: str) -> str:
+    """As it may be sent: what is not ASCII, and spaces, in % signs. The host stays as it is."""
+    scheme, host, rest = re.fullmatch(r"(https?://)([^/?#]*)(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
+    return scheme + host + urllib.parse.quote(rest, safe="%/:=&?~#+!$,;'@()*[]|", errors="surrogateescape")
+
+
+def _answer(address: str, begin: int, expected: Version = _UNKNOWN) -> http.client.HTTPResponse:
+    """The server's answer, from a byte on. Raises OSError, also where the file is not the expected version."""
     # Packed on the way, a file would have another length than it has.
     headers = {"User-Agent": "fastcompat", "Accept-Encoding": "identity"} | (
-        {"Range": f"bytes={begin}-"} if begin else {}
+        {"Range": f"bytes={begin}-"} | expected.condition if begin else {}
     )
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60)
+        answer = urllib.request.urlopen(urllib.request.Request(_quoted(address), headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
         raise OSError(f"the server answers {error.code} {error.reason}") from error
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:  # addresses that are none, a UnicodeError among them
         raise OSError(str(error) or type(error).__name__) from error
-    if begin and answer.status != http.client.PARTIAL_CONTENT:
+    try:
+        if expected.is_other(_version(answer)):
+            raise _Changed("it changed while it was read")
+        if begin and answer.status != http.client.PARTIAL_CONTENT:
+            raise OSError("the server does not give parts of a file; download it first")
+    except OSError:
         answer.close()
-        raise OSError("the server does not give parts of a file; download it first")
+        raise
     return cast("http.client.HTTPResponse", answer)
 
 
 class _WebFile(io.RawIOBase):
     """One file of a web server: a stream that is begun anew wherever it is read next."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, listed: Version) -> None:
         self._address = address
         self._at = self._stream_at = 0
-        self._answer: http.client.HTTPResponse | None = _answer(address, 0)
-        self._size = int(self._answer.headers.get("Content-Length") or 0)
+        self._answer: http.client.HTTPResponse | None = _answer(address, 0, listed)
+        self._version = _version(self._answer)
+        self._size = self._version.size or 0
 
     def readable(self) -> bool:
         return True
@@ -250,6 +308,8 @@ class _WebFile(io.RawIOBase):
                 data = self._stream().read(min(len(buffer), self._size - self._at))
                 if data:
                     break
+            except _Changed:
+                raise
             except (OSError, http.client.HTTPException):
                 if attempt == _TRIES - 1:
                     raise
@@ -268,7 +328,7 @@ class _WebFile(io.RawIOBase):
     def _stream(self) -> http.client.HTTPResponse:
         if self._answer is None or self._stream_at != self._at:
             self._drop()
-            self._answer, self._stream_at = _answer(self._address, self._at), self._at
+            self._answer, self._stream_at = _answer(self._address, self._at, self._version), self._at
         return self._answer
 
     def _drop(self) -> None:
