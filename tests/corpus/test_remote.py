@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ import pytest
 from corpora import rows_of
 from object_stores import BUCKET, FaultProxy, credentials, s3_server
 
-from fastcompat.corpus import iter_responses, prepare, remote
+from fastcompat.corpus import compare_inputs, iter_responses, prepare, remote
 from fastcompat.corpus.sources import find_inputs, find_sources
 from fastcompat.errors import CorpusError
 from fastcompat.rows import ROW_SCHEMA
@@ -114,6 +116,30 @@ def test_the_shards_are_those_of_the_files(files, in_bucket, tmp_path):
 def test_what_is_not_there_is_said(in_bucket, path):
     with pytest.raises(CorpusError, match=r"does not exist|holds no corpus file"):
         find_sources(f"s3://{BUCKET}/{path}")
+
+
+def test_a_name_that_is_there_is_no_pattern(in_bucket):
+    store = remote.Bucket(f"s3://{BUCKET}")._store
+    for name in ("x[1].jsonl", "x1.jsonl", "y*.jsonl", "y2.jsonl"):
+        remote.obstore().put(store, f"literal/{name}", b'{"a": 1}')
+    folder = f"s3://{BUCKET}/literal"
+    for name, names in (("x[1].jsonl", ["x[1].jsonl"]), ("y*.jsonl", ["y*.jsonl"]), ("x[12].jsonl", ["x1.jsonl"])):
+        assert [source.label for source in find_sources(f"{folder}/{name}")] == [f"{folder}/{n}" for n in names]
+
+
+@pytest.mark.parametrize("key", ["empty/d//x.jsonl", "dot/d/./x.jsonl"])
+def test_an_object_that_cannot_be_named_is_shown(in_bucket, s3, key):
+    folder = key.partition("/")[0]
+    store = remote.Bucket(f"s3://{BUCKET}")._store
+    for name in ("d/a.jsonl", "d/deep/b.jsonl"):
+        remote.obstore().put(store, f"{folder}/{name}", b'{"a": 1}')
+    put = urllib.request.Request(f"{s3}/{BUCKET}/{key}", data=b"{}", method="PUT")
+    urllib.request.urlopen(put, timeout=10).close()
+    for address in (folder, f"{folder}/d/*.jsonl"):
+        with pytest.raises(CorpusError, match=rf"cannot be read: {re.escape(key)}\. Name the files"):
+            find_sources(f"s3://{BUCKET}/{address}")
+    for address in (f"{folder}/d/a.jsonl", f"{folder}/d/deep"):
+        assert len(find_sources(f"s3://{BUCKET}/{address}")) == 1
 
 
 def test_a_missing_bucket_and_refused_credentials(s3, in_bucket, monkeypatch):
@@ -213,6 +239,25 @@ def test_a_signature_is_sent_and_kept_nowhere(files):
         with pytest.raises(CorpusError, match="answers 403") as raised:
             find_sources(f"{address}/a.jsonl?signature=wrong")
         assert "wrong" not in str(raised.value)
+
+
+def test_what_is_added_can_be_prepared_and_shows_no_signature(files, tmp_path):
+    with web(files) as (address, _):
+        before = prepare(str(files / "a.jsonl"), tmp_path / "before")
+        signed = f"{address}/deep/b.jsonl.gz?signature=secret"
+        difference = compare_inputs(before, [str(files / "a.jsonl"), signed])
+        assert difference.added == (signed,)
+        assert difference.describe() == f"  new: {address}/deep/b.jsonl.gz"
+        assert prepare(difference.added, tmp_path / "added").n_rows == 200
+        assert not compare_inputs([before, prepare(signed, tmp_path / "again")], [str(files / "a.jsonl"), signed])
+
+
+@pytest.mark.parametrize("secret", ["user:hush", "hush", "user:hu/sh", "user:hu?sh"])
+def test_credentials_in_a_web_address_are_refused_and_not_shown(secret):
+    with pytest.raises(CorpusError, match="credentials do not belong into an address") as raised:
+        find_sources(f"https://{secret}@127.0.0.1:9/x.jsonl")
+    assert "hu" not in str(raised.value)
+    assert "user" not in str(raised.value)
 
 
 def test_a_transfer_that_breaks_off_is_taken_up(files, monkeypatch):

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
-from fastcompat.cloud import SCHEMES, advice, obstore, open_store, reason, split_address
+from fastcompat.cloud import SCHEMES, WITH_CREDENTIALS, advice, exceptions, obstore, open_store, reason, split_address
 from fastcompat.corpus.filenames import KNOWN_SUFFIXES, has_known_suffix, is_bookkeeping, may_be_data
 from fastcompat.errors import CorpusError
 
@@ -50,9 +50,13 @@ def is_remote(address: str) -> bool:
     return address.startswith((HUB, *SCHEMES, *_WEB))
 
 
+def is_of_the_web(address: str) -> bool:
+    return address.startswith(_WEB)
+
+
 def remote_files(address: str, filesystem: Any = None) -> Listed:
     """The files behind an address. filesystem: in the place of the hub's. Raises CorpusError where there is none."""
-    if address.startswith(_WEB):
+    if is_of_the_web(address):
         return Listed([_of_the_web(address)], [])
     filesystem = filesystem or filesystem_of(address)
     if address.startswith(SCHEMES):
@@ -71,7 +75,7 @@ def remote_files(address: str, filesystem: Any = None) -> Listed:
 
 def filesystem_of(address: str) -> Any:
     """What opens, and but for the web lists, the files behind such an address."""
-    if address.startswith(_WEB):
+    if is_of_the_web(address):
         return Web()
     if address.startswith(SCHEMES):
         return Bucket(split_address(address)[0])
@@ -87,6 +91,8 @@ def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, A
     except FileNotFoundError as error:
         where = " on the hub (or is private: log in with `hf auth login`)" if on_the_hub else ""
         raise CorpusError(f"{address} does not exist{where}.") from error
+    except CorpusError:
+        raise
     except Exception as error:  # network errors come as the types of whichever client is underneath
         hint = "Is the hub reachable? If not, download the files and name them." if on_the_hub else ""
         raise CorpusError(f"cannot list {address}: {because(error)}. {hint}".rstrip()) from error
@@ -96,6 +102,9 @@ def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, A
 
 
 def _divided(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    # As on a disk, an object that is there is meant literally, whatever brackets or stars its name has.
+    if isinstance(filesystem, Bucket) and glob.has_magic(path) and (entry := filesystem.head(path)):
+        return [entry], []
     if not glob.has_magic(path):
         info = filesystem.info(path)
         if info["type"] == "file":
@@ -144,19 +153,31 @@ class Bucket:
 
     def info(self, path: str) -> dict[str, Any]:
         """Of an object, or of what would be a folder. Raises FileNotFoundError for neither."""
-        if path:
-            try:
-                return _described(obstore().head(self._store, path))
-            except FileNotFoundError:
-                pass
+        if path and (entry := self.head(path)):
+            return entry
         if not self.find(path):
             raise FileNotFoundError(f"{self.root}/{path}")
         return {"name": path, "type": "directory"}
 
+    def head(self, path: str) -> dict[str, Any] | None:
+        """Of an object; None where there is none of that name."""
+        try:
+            return _described(obstore().head(self._store, path))
+        except FileNotFoundError:
+            return None
+
     def find(self, path: str, detail: bool = True) -> dict[str, dict[str, Any]]:
-        """Every object below a folder, at any depth."""
+        """Every object below a folder, at any depth. Raises CorpusError where obstore cannot name one of them."""
         prefix = f"{path.rstrip('/')}/" if path else None
-        found = [entry for batch in obstore().list(self._store, prefix) for entry in batch]
+        try:
+            found = [entry for batch in obstore().list(self._store, prefix) for entry in batch]
+        except exceptions().InvalidPathError as error:
+            # It ends the listing, and what comes after it cannot be asked for.
+            key = re.search(r'[Pp]ath "(?P<key>[^"]*)"', str(error))
+            raise CorpusError(
+                f"cannot list {self.root}/{path}: the name of an object there cannot be read"
+                f"{': ' + key['key'] if key else ''}. Name the files, or a deeper folder without it, or rename it."
+            ) from error
         return {entry["path"]: _described(entry) for entry in found if entry["size"] or not entry["path"].endswith("/")}
 
     def glob(self, pattern: str, detail: bool = True) -> dict[str, dict[str, Any]]:
@@ -225,6 +246,10 @@ class Web:
 def _of_the_web(address: str) -> RemoteFile:
     # What follows the question mark may be a signature: it is nobody's business who reads the run.
     label = address.partition("?")[0].partition("#")[0]
+    # A secret with a slash in it ends the host early, and stands there as a port.
+    host = re.split(r"[/?#]", address.partition("://")[2], maxsplit=1)[0]
+    if "@" in host or ("@" in address and re.search(r":[^\]]*[^\d\]]", host)):
+        raise CorpusError(WITH_CREDENTIALS.format("give a signed address, or download the file and name that"))
     try:
         with _answer(address, 0) as answer:
             version = _version(answer)
