@@ -55,8 +55,9 @@ def open_store(root: str) -> Any:
 def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
     """Beside what obstore reads of the environment itself."""
     settings: dict[str, Any] = {}
-    name = "AWS_ENDPOINT_URL_S3" if environment.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
-    if endpoint := environment.get(name):
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    if name := next(filter(environment.get, names), None):
+        endpoint = environment[name]
         if not _is_web_address(endpoint):
             raise UsageError(f"{name} in the environment is no address: set it to http(s)://HOST[:PORT], or unset it")
         settings["config"] = {"endpoint": endpoint}
@@ -69,15 +70,12 @@ def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _is_web_address(text: str) -> bool:
-    # The client underneath panics at others.
+    # The client underneath panics at others. With a name and a password it would be shown.
+    if re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~%/-]*)?", text, re.ASCII) is None:
+        return False
     try:
         parts = urlsplit(text)
-        return (
-            parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and not re.search(r"\s", text)
-        )
+        return bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 

@@ -254,13 +254,26 @@ def test_a_container_of_an_account_is_no_secret():
     assert cloud.split_address(f"{root}/run") == (root, "run")
 
 
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"])
 @pytest.mark.parametrize(
-    "value", ["nonsense", "http://", "ftp://host", "host:9000", "http://[::1", "http://a b", "https://h:x"]
+    "value",
+    [
+        "nonsense",
+        "http://",
+        "ftp://host",
+        "host:9000",
+        "http://[::1",
+        "http://a b",
+        "http://ä",
+        "http://{h}",
+        "http://u:p@h",
+        "https://h:x",
+    ],
 )
 def test_an_endpoint_that_is_no_address_is_named(monkeypatch, name, value):
     pytest.importorskip("obstore")
     connect(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name} in the environment is no address"):
         place_of("s3://bucket/run")
