@@ -290,6 +290,30 @@ def test_two_versions_are_not_mixed(files, monkeypatch, headers, heeds):
         assert seen.total() == 3
 
 
+@pytest.mark.parametrize(
+    ("headers", "condition"),
+    [
+        ({"ETag": '"tag"', "Last-Modified": "then"}, '"tag"'),
+        ({"ETag": 'W/"tag"', "Last-Modified": "then"}, "then"),
+        ({"ETag": 'W/"tag"'}, None),
+    ],
+)
+def test_a_part_is_asked_for_of_one_version(files, monkeypatch, headers, condition):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    asked = []
+    make = urllib.request.Request
+
+    def noting(*args, **settings) -> urllib.request.Request:
+        asked.append(make(*args, **settings))
+        return asked[-1]
+
+    monkeypatch.setattr(remote.urllib.request, "Request", noting)
+    with web(files, breaks_after=3000, headers=lambda n: headers) as (address, _):
+        texts(f"{address}/a.jsonl")
+    parts = [request for request in asked if request.has_header("Range")]
+    assert {request.get_header("If-range") for request in parts} == {condition}
+
+
 def test_another_version_than_the_listed_is_not_opened(files):
     with web(files, headers=lambda n: {"ETag": f'"{n}"'}) as (address, _):
         (source,) = find_sources(f"{address}/a.jsonl")
