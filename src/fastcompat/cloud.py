@@ -11,19 +11,26 @@ from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastcompat.errors import UsageError
 
 SCHEMES = ("s3://", "s3a://", "gs://", "az://", "abfs://", "abfss://")
+
+# What is said in the place of such an address, with what to do.
+WITH_CREDENTIALS = "credentials do not belong into an address, which is kept and shown: leave out all before the @; {}"
 
 # A request, connecting included, may take so long.
 _TIMEOUT, _CONNECT_TIMEOUT = timedelta(minutes=2), timedelta(seconds=10)
 
 
 def split_address(location: str) -> tuple[str, str]:
-    """s3://bucket/a/b -> (s3://bucket, a/b). Raises UsageError where there is no bucket."""
+    """s3://bucket/a/b -> (s3://bucket, a/b). Raises UsageError where there is no bucket, or where credentials are."""
     scheme, _, rest = location.partition("://")
     bucket, _, prefix = rest.partition("/")
+    # Azure's container@account is none. No bucket's name has a colon: a secret may go on behind a slash.
+    if ":" in bucket or ("@" in bucket and scheme not in ("az", "abfs", "abfss")):
+        raise UsageError(WITH_CREDENTIALS.format("set them in the environment"))
     if not bucket:
         raise UsageError(f"{location} names no bucket: write {scheme}://BUCKET/FOLDER")
     return f"{scheme}://{bucket}", prefix
@@ -48,7 +55,11 @@ def open_store(root: str) -> Any:
 def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
     """Beside what obstore reads of the environment itself."""
     settings: dict[str, Any] = {}
-    if endpoint := environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"):
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    if name := next(filter(environment.get, names), None):
+        endpoint = environment[name]
+        if not _is_web_address(endpoint):
+            raise UsageError(f"{name} in the environment is no address: set it to http(s)://HOST[:PORT], or unset it")
         settings["config"] = {"endpoint": endpoint}
         settings["client_options"] = {"allow_http": endpoint.startswith("http://")}
     told = "AWS_ACCESS_KEY_ID" in environment or environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
@@ -56,6 +67,17 @@ def _of_s3(environment: Mapping[str, str]) -> dict[str, Any]:
         with suppress(ValueError):  # it knows of none either
             settings["credential_provider"] = obstore().auth.boto3.Boto3CredentialProvider()
     return settings
+
+
+def _is_web_address(text: str) -> bool:
+    # The client underneath panics at others. With a name and a password it would be shown.
+    if re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~%/-]*)?", text, re.ASCII) is None:
+        return False
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def reason(error: BaseException) -> str:

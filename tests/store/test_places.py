@@ -247,6 +247,45 @@ def test_addresses(monkeypatch):
         place_of("s3://bucket/run")
 
 
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "abfs"])
+@pytest.mark.parametrize("secret", ["KEY:hush", "KEY:hu/sh", "hush:"])
+def test_credentials_in_an_address_are_refused_and_not_shown(scheme, secret):
+    with pytest.raises(UsageError, match=r"credentials do not belong into an address.*environment") as raised:
+        place_of(f"{scheme}://{secret}@bucket/run")
+    assert "hu" not in str(raised.value)
+    assert "KEY" not in str(raised.value)
+
+
+def test_a_container_of_an_account_is_no_secret():
+    root = "abfss://container@account.dfs.core.windows.net"
+    assert cloud.split_address(f"{root}/run") == (root, "run")
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "nonsense",
+        "http://",
+        "ftp://host",
+        "host:9000",
+        "http://[::1",
+        "http://a b",
+        "http://ä",
+        "http://{h}",
+        "http://u:p@h",
+        "https://h:x",
+    ],
+)
+def test_an_endpoint_that_is_no_address_is_named(monkeypatch, name, value):
+    pytest.importorskip("obstore")
+    connect(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{name} in the environment is no address"):
+        place_of("s3://bucket/run")
+
+
 def test_a_file_for_a_bucket_is_written_here_first_and_only_whole(s3, monkeypatch, tmp_path):
     connect(monkeypatch, s3)
     address = f"s3://{BUCKET}/{tmp_path.name}/page.html"

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
-from fastcompat.cloud import SCHEMES, advice, obstore, open_store, reason, split_address
+from fastcompat.cloud import SCHEMES, WITH_CREDENTIALS, advice, exceptions, obstore, open_store, reason, split_address
 from fastcompat.corpus.filenames import KNOWN_SUFFIXES, has_known_suffix, is_bookkeeping, may_be_data
 from fastcompat.errors import CorpusError
 
@@ -50,9 +50,13 @@ def is_remote(address: str) -> bool:
     return address.startswith((HUB, *SCHEMES, *_WEB))
 
 
+def is_of_the_web(address: str) -> bool:
+    return address.startswith(_WEB)
+
+
 def remote_files(address: str, filesystem: Any = None) -> Listed:
     """The files behind an address. filesystem: in the place of the hub's. Raises CorpusError where there is none."""
-    if address.startswith(_WEB):
+    if is_of_the_web(address):
         return Listed([_of_the_web(address)], [])
     filesystem = filesystem or filesystem_of(address)
     if address.startswith(SCHEMES):
@@ -71,7 +75,7 @@ def remote_files(address: str, filesystem: Any = None) -> Listed:
 
 def filesystem_of(address: str) -> Any:
     """What opens, and but for the web lists, the files behind such an address."""
-    if address.startswith(_WEB):
+    if is_of_the_web(address):
         return Web()
     if address.startswith(SCHEMES):
         return Bucket(split_address(address)[0])
@@ -87,6 +91,8 @@ def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, A
     except FileNotFoundError as error:
         where = " on the hub (or is private: log in with `hf auth login`)" if on_the_hub else ""
         raise CorpusError(f"{address} does not exist{where}.") from error
+    except CorpusError:
+        raise
     except Exception as error:  # network errors come as the types of whichever client is underneath
         hint = "Is the hub reachable? If not, download the files and name them." if on_the_hub else ""
         raise CorpusError(f"cannot list {address}: {because(error)}. {hint}".rstrip()) from error
@@ -96,6 +102,9 @@ def _entries(path: str, filesystem: Any, address: str) -> tuple[list[dict[str, A
 
 
 def _divided(path: str, filesystem: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    # As on a disk, an object that is there is meant literally, whatever brackets or stars its name has.
+    if isinstance(filesystem, Bucket) and glob.has_magic(path) and (entry := filesystem.head(path)):
+        return [entry], []
     if not glob.has_magic(path):
         info = filesystem.info(path)
         if info["type"] == "file":
@@ -144,19 +153,31 @@ class Bucket:
 
     def info(self, path: str) -> dict[str, Any]:
         """Of an object, or of what would be a folder. Raises FileNotFoundError for neither."""
-        if path:
-            try:
-                return _described(obstore().head(self._store, path))
-            except FileNotFoundError:
-                pass
+        if path and (entry := self.head(path)):
+            return entry
         if not self.find(path):
             raise FileNotFoundError(f"{self.root}/{path}")
         return {"name": path, "type": "directory"}
 
+    def head(self, path: str) -> dict[str, Any] | None:
+        """Of an object; None where there is none of that name."""
+        try:
+            return _described(obstore().head(self._store, path))
+        except FileNotFoundError:
+            return None
+
     def find(self, path: str, detail: bool = True) -> dict[str, dict[str, Any]]:
-        """Every object below a folder, at any depth."""
+        """Every object below a folder, at any depth. Raises CorpusError where obstore cannot name one of them."""
         prefix = f"{path.rstrip('/')}/" if path else None
-        found = [entry for batch in obstore().list(self._store, prefix) for entry in batch]
+        try:
+            found = [entry for batch in obstore().list(self._store, prefix) for entry in batch]
+        except exceptions().InvalidPathError as error:
+            # It ends the listing, and what comes after it cannot be asked for.
+            key = re.search(r'[Pp]ath "(?P<key>[^"]*)"', str(error))
+            raise CorpusError(
+                f"cannot list {self.root}/{path}: the name of an object there cannot be read"
+                f"{': ' + key['key'] if key else ''}. Name the files, or a deeper folder without it, or rename it."
+            ) from error
         return {entry["path"]: _described(entry) for entry in found if entry["size"] or not entry["path"].endswith("/")}
 
     def glob(self, pattern: str, detail: bool = True) -> dict[str, dict[str, Any]]:
@@ -181,53 +202,115 @@ def _matches(pattern: list[str], name: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
 
 
+class _Changed(OSError):
+    """A file of the web is no longer the one that it was. Asking again does not help."""
+
+
+class Version(NamedTuple):
+    """What a web server says of a file, to tell it from another at the same address; None where it says nothing."""
+
+    etag: str | None = None
+    modified: str | None = None
+    size: int | None = None
+
+    def is_other(self, version: Version) -> bool:
+        """Whether the two differ in anything that both say. How strong a tag is does not matter here."""
+        first, second = (
+            v._replace(etag=None if v.etag is None else v.etag.removeprefix("W/")) for v in (self, version)
+        )
+        return any(None not in (a, b) and a != b for a, b in zip(first, second, strict=True))
+
+    @property
+    def condition(self) -> dict[str, str]:
+        """The header by which a part is given of this version only. A weak tag is not allowed there."""
+        strong = self.etag if self.etag and not self.etag.startswith("W/") else self.modified
+        return {"If-Range": strong} if strong else {}
+
+
+_UNKNOWN = Version()
+
+
+@dataclass(frozen=True, slots=True)
 class Web:
-    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark."""
+    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark.
+
+    listed: the version that is to be opened, where one was listed; another is OSError.
+    """
+
+    listed: Version = _UNKNOWN
 
     def open(self, path: str, mode: str = "rb") -> IO[bytes]:
-        return cast("IO[bytes]", io.BufferedReader(_WebFile(path), _BUFFER_BYTES))
+        return cast("IO[bytes]", io.BufferedReader(_WebFile(path, self.listed), _BUFFER_BYTES))
 
 
 def _of_the_web(address: str) -> RemoteFile:
     # What follows the question mark may be a signature: it is nobody's business who reads the run.
     label = address.partition("?")[0].partition("#")[0]
+    # A secret with a slash in it ends the host early, and stands there as a port.
+    host = re.split(r"[/?#]", address.partition("://")[2], maxsplit=1)[0]
+    if "@" in host or ("@" in address and re.search(r":[^\]]*[^\d\]]", host)):
+        raise CorpusError(WITH_CREDENTIALS.format("give a signed address, or download the file and name that"))
     try:
         with _answer(address, 0) as answer:
-            size = answer.headers.get("Content-Length")
-            oid = str(answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
+            version = _version(answer)
     except OSError as error:
         raise CorpusError(f"cannot read {label}: {because(error)}.") from error
-    if size is None:
+    if version.size is None:
         raise CorpusError(f"cannot read {label}: the server does not say how large it is; download it first.")
-    return RemoteFile(label=label, path=address, size=int(size), oid=oid, filesystem=Web())
+    oid = (version.etag or "").removeprefix("W/").strip('"')
+    return RemoteFile(label=label, path=address, size=version.size, oid=oid, filesystem=Web(version))
 
 
-def _answer(address: str, begin: int) -> http.client.HTTPResponse:
-    """The server's answer, from a byte on. Raises OSError."""
+def _version(answer: http.client.HTTPResponse) -> Version:
+    """Raises OSError where the size that it says is none."""
+    size = answer.headers.get("Content-Length")
+    if answer.status == http.client.PARTIAL_CONTENT:
+        # The length is that of the part.
+        size = str(answer.headers.get("Content-Range") or "").rpartition("/")[2].strip()
+        size = None if size in ("", "*") else size
+    if size is not None and not (size.isascii() and size.strip().isdigit()):
+        raise OSError("what the server says of its size is no number; download it first")
+    return Version(answer.headers.get("ETag"), answer.headers.get("Last-Modified"), None if size is None else int(size))
+
+
+def _quoted(address: str) -> str:
+    """As it may be sent: what is not ASCII, and spaces, in % signs. The host stays as it is."""
+    scheme, host, rest = re.fullmatch(r"(https?://)([^/?#]*)(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
+    return scheme + host + urllib.parse.quote(rest, safe="%/:=&?~#+!$,;'@()*[]|", errors="surrogateescape")
+
+
+def _answer(address: str, begin: int, expected: Version = _UNKNOWN) -> http.client.HTTPResponse:
+    """The server's answer, from a byte on. Raises OSError, also where the file is not the expected version."""
     # Packed on the way, a file would have another length than it has.
     headers = {"User-Agent": "fastcompat", "Accept-Encoding": "identity"} | (
-        {"Range": f"bytes={begin}-"} if begin else {}
+        {"Range": f"bytes={begin}-"} | expected.condition if begin else {}
     )
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60)
+        answer = urllib.request.urlopen(urllib.request.Request(_quoted(address), headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
         raise OSError(f"the server answers {error.code} {error.reason}") from error
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:  # addresses that are none, a UnicodeError among them
         raise OSError(str(error) or type(error).__name__) from error
-    if begin and answer.status != http.client.PARTIAL_CONTENT:
+    try:
+        if expected.is_other(_version(answer)):
+            raise _Changed("it changed while it was read")
+        if begin and answer.status != http.client.PARTIAL_CONTENT:
+            raise OSError("the server does not give parts of a file; download it first")
+    except OSError:
         answer.close()
-        raise OSError("the server does not give parts of a file; download it first")
+        raise
     return cast("http.client.HTTPResponse", answer)
 
 
 class _WebFile(io.RawIOBase):
     """One file of a web server: a stream that is begun anew wherever it is read next."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, listed: Version) -> None:
         self._address = address
         self._at = self._stream_at = 0
-        self._answer: http.client.HTTPResponse | None = _answer(address, 0)
-        self._size = int(self._answer.headers.get("Content-Length") or 0)
+        self._answer: http.client.HTTPResponse | None = _answer(address, 0, listed)
+        self._version = _version(self._answer)
+        self._size = self._version.size or 0
 
     def readable(self) -> bool:
         return True
@@ -250,6 +333,8 @@ class _WebFile(io.RawIOBase):
                 data = self._stream().read(min(len(buffer), self._size - self._at))
                 if data:
                     break
+            except _Changed:
+                raise
             except (OSError, http.client.HTTPException):
                 if attempt == _TRIES - 1:
                     raise
@@ -268,7 +353,7 @@ class _WebFile(io.RawIOBase):
     def _stream(self) -> http.client.HTTPResponse:
         if self._answer is None or self._stream_at != self._at:
             self._drop()
-            self._answer, self._stream_at = _answer(self._address, self._at), self._at
+            self._answer, self._stream_at = _answer(self._address, self._at, self._version), self._at
         return self._answer
 
     def _drop(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fastcompat.corpus.containers import file_sha256
+from fastcompat.corpus.remote import is_of_the_web
 from fastcompat.corpus.sources import Source, find_sources
 from fastcompat.rows import Status
 
@@ -129,7 +130,11 @@ class CorpusSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputDifference:
-    """How inputs differ from a prepared corpus, by label. False where they do not. `settings` is a sentence or ""."""
+    """How inputs differ from a prepared corpus, by label. False where they do not. `settings` is a sentence or "".
+
+    `added` can be given to `prepare` as inputs: web addresses in it keep what follows the question mark, which may be
+    a signature and is not among what `describe` shows.
+    """
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -141,7 +146,8 @@ class InputDifference:
 
     def describe(self) -> str:
         """One line for each kind of difference."""
-        kinds = (("new", self.added), ("no longer there", self.removed), ("changed", self.changed))
+        added = [item.partition("?")[0] if is_of_the_web(item) else item for item in self.added]
+        kinds = (("new", added), ("no longer there", self.removed), ("changed", self.changed))
         lines = [f"  {kind}: {_shown(labels)}" for kind, labels in kinds if labels]
         return "\n".join([*lines, f"  {self.settings}"] if self.settings else lines)
 
@@ -161,7 +167,7 @@ def compare_inputs(
     """What `inputs` add to, lack or change of a prepared corpus (several summaries: as prepared, then extended).
 
     A file of equal size and time is taken as unchanged; otherwise its content decides, also of a file that goes by
-    another path now (absolute, or from another working directory) but has its name and content. `added` labels
+    another path now (absolute, or from another working directory) but has its name and content. What is `added`
     can be given to `prepare` as inputs. With `overrides` None they are not compared. Raises CorpusError like
     `find_sources`.
     """
@@ -180,7 +186,8 @@ def compare_inputs(
         if label not in known:
             same = next((old for old, file in removed.items() if _is_same(file, source)), None)
             if same is None:
-                added.append(label)
+                signed = source.remote and is_of_the_web(source.path) and "?" in source.path
+                added.append(source.path if signed else label)
             else:
                 del removed[same]
     return InputDifference(
