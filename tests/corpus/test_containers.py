@@ -379,7 +379,7 @@ def test_a_file_that_a_dataset_misses_is_reported() -> None:
         ("nowhere/a.jsonl", "there is no directory nowhere"),
         ("*.parquet", r"no file matches \*.parquet"),
         ("hollow", "the directory hollow holds no corpus file; known endings: .jsonl"),
-        ("s3://bucket/a.jsonl", "only hf:// addresses and local paths"),
+        ("ftp://bucket/a.jsonl", "only hf://, s3://, gs://, az:// and https:// addresses and local paths"),
         ("hf://org/name", "hf://datasets/ORG/NAME"),
         ("hf://datasets/org/name", "cannot list hf://datasets/org/name: .*download the files"),
         ("pipe", "not a regular file"),

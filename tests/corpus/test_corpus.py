@@ -582,6 +582,6 @@ def test_memory_does_not_grow_with_the_corpus() -> None:
         assert rows == n_rows
         assert shards >= n_rows // 10_000
         growth.append(kilobytes / 1024)
-    # 100 MB of text pass through; the stage, a batch and a unit are what is held.
-    assert growth[1] < 80
-    assert growth[1] < growth[0] + 15
+    # 100 MB of text pass through; the stage, a batch and some units are what is held.
+    assert growth[1] < 110
+    assert growth[1] < growth[0] + 25

@@ -422,7 +422,8 @@ def test_files_behind_a_network_are_read_whole_and_from_the_hub(tmp_path, corpus
     filesystem.store.clear()
     for path in corpus.iterdir():
         filesystem.pipe(f"/datasets/org/name/{path.name}", path.read_bytes())
-    monkeypatch.setattr("fastcompat.corpus.sources._hub", MemoryFileSystem)
+    for module in ("remote", "sources"):
+        monkeypatch.setattr(f"fastcompat.corpus.{module}.filesystem_of", lambda *_: MemoryFileSystem())
     done: list[str] = []
     do = Tasks.do
     monkeypatch.setattr(Tasks, "do", lambda tasks, task, note: done.append(task.name) or do(tasks, task, note))

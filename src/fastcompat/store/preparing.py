@@ -202,12 +202,12 @@ def add_generation(
 @contextmanager
 def _alone(place: Place) -> Iterator[None]:
     """While the block runs no other worker changes what the run's corpus is."""
-    with Claims(place / _COMMITTING, is_done=lambda name: False) as claims:
-        while not claims.take(MANIFEST):
-            if MANIFEST in claims.set_aside():
+    with Claims(place, is_done=lambda name: False) as claims:
+        while not claims.take(_COMMITTING):
+            if _COMMITTING in claims.set_aside():
                 raise RunError(
                     f"workers have died again and again while they wrote {place.path(MANIFEST)}; to try it again, "
-                    f"remove {place / _COMMITTING}"
+                    f"remove {place.path(_COMMITTING)}.*"
                 )
             time.sleep(claims.patience / 10)
         yield
