@@ -59,7 +59,7 @@ class Beginning:
 
 def write_beginning(place: Place, name: str, table: pa.Table, *, scorer: str, packing: Packing) -> None:
     """Keep a unit's rows, whole or not at all."""
-    metadata = whose(table, scorer) | {name: str(value) for name, value in packing._asdict().items()}
+    metadata = whose(table, scorer) | {field: str(value) for field, value in packing._asdict().items()}
     place.put_table(name, table.replace_schema_metadata(metadata))
 
 

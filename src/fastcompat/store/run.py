@@ -370,14 +370,14 @@ def open_run(location: str | os.PathLike[str] | Place) -> Run:
     """Open a run for reading: a directory, or s3://bucket/run, gs://, az://. Raises RunError when there is none, or it
     is of another format."""
     place = place_of(location)
+    path = place.path(MANIFEST)
     try:
-        place.open(MANIFEST).close()
-    except FileNotFoundError as error:
-        how = f"fastcompat score ... -o {place} makes one"
-        raise RunError(f"{place} is not a run: it has no manifest.json ({how})") from error
-    except OSError:
-        pass  # what is wrong with it is said when it is read
-    manifest, path = place.read_json(MANIFEST), place.path(MANIFEST)
+        manifest = place.read_json(MANIFEST)
+    except RunError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            how = f"fastcompat score ... -o {place} makes one"
+            raise RunError(f"{place} is not a run: it has no manifest.json ({how})") from error
+        raise
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} has format {manifest.get('format')!r}; this fastcompat reads format {FORMAT}")
     try:
