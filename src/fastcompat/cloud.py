@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -42,8 +43,15 @@ def open_store(root: str) -> Any:
 
     Raises UsageError without obstore, or where a setting is missing.
     """
+    # Finding credentials may take a second: once a bucket, as long as the environment says the same.
+    told = ((name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "AZURE_")))
+    return _open_store(root, frozenset(told))
+
+
+@lru_cache(maxsize=16)
+def _open_store(root: str, environment: frozenset[tuple[str, str]]) -> Any:
     client = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT}
-    settings: dict[str, Any] = _of_s3(os.environ) if root.startswith(("s3://", "s3a://")) else {}
+    settings: dict[str, Any] = _of_s3(dict(environment)) if root.startswith(("s3://", "s3a://")) else {}
     settings["client_options"] = client | settings.get("client_options", {})
     settings["retry_config"] = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
     try:

@@ -139,7 +139,6 @@ def _add_to_objects(
 ) -> Run:
     """Add a corpus to a run in an object store that was `before`: one worker prepares it on its own disk and sends the
     shards up, the others wait for it. Its next attempt begins anew."""
-    place.refuse_unwritable()
     with Claims(place / ".preparing", is_done=lambda name: False) as claims:
         while _state(place) == before:
             if not claims.take(_CORPUS):
@@ -151,20 +150,21 @@ def _add_to_objects(
                 report(PreparationProgress("reading", 0, plan.n_bytes, 0, "by another worker", ""))
                 time.sleep(claims.patience)
                 continue
-            if _state(place) != before:
-                break
+
+            def replaced() -> bool:
+                """Whether this worker was stopped for so long that another one has gone on in its place."""
+                claims.beat()
+                return _CORPUS not in claims.mine or _state(place) != before
+
             with TemporaryDirectory(prefix="fastcompat-") as here:
                 summary = _add(Path(here), b"", [], plan, processes, report).generations[-1]
                 for shard in summary.shards:
-                    # Whoever was stopped for long may have been replaced meanwhile.
-                    claims.beat()
-                    if _CORPUS not in claims.mine or _state(place) != before:
-                        raise _changed(place)
+                    if replaced():
+                        break
                     (place / "corpus").put_file(shard.name, Path(here) / "corpus" / shard.name)
             with _alone(place):
-                if _state(place) != before:
-                    raise _changed(place)
-                _put_manifest(place, [*generations, summary])
+                if not replaced():
+                    _put_manifest(place, [*generations, summary])
     run = open_run(place)
     if not _is_with(run, generations, plan):
         raise _changed(place)
