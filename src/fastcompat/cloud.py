@@ -108,21 +108,12 @@ def is_bucket_missing(error: Exception) -> bool:
     return "NoSuchBucket" in str(error)
 
 
-class Ranges(io.RawIOBase):
-    """An object's bytes, read where they are asked for: one request a read. Failures are OSError.
+class Positioned(io.RawIOBase):
+    """A stream of `size` bytes that is read from where `at` is; who makes one says how."""
 
-    label: how users name it. size: if known, saves asking.
-    """
-
-    def __init__(self, store: Any, key: str, label: str, size: int | None = None) -> None:
-        self._store, self._key, self._label = store, key, label
-        self._at = 0
-        try:
-            self.size = int(obstore().head(store, key)["size"]) if size is None else size
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{label} is not there") from error
-        except exceptions().BaseError as error:
-            raise OSError(f"{label}: {reason(error)}{advice(error)}") from error
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.at = 0
 
     def readable(self) -> bool:
         return True
@@ -131,21 +122,37 @@ class Ranges(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self.at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        return self._at
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+
+class Ranges(Positioned):
+    """An object's bytes, read where they are asked for: one request a read. Failures are OSError.
+
+    label: how users name it. size: if known, saves asking.
+    """
+
+    def __init__(self, store: Any, key: str, label: str, size: int | None = None) -> None:
+        self._store, self._key, self._label = store, key, label
+        try:
+            super().__init__(int(obstore().head(store, key)["size"]) if size is None else size)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{label} is not there") from error
+        except exceptions().BaseError as error:
+            raise OSError(f"{label}: {reason(error)}{advice(error)}") from error
 
     def read(self, size: int | None = -1) -> bytes:
-        end = self.size if size is None or size < 0 else min(self._at + size, self.size)
-        if end <= self._at:
+        end = self.size if size is None or size < 0 else min(self.at + size, self.size)
+        if end <= self.at:
             return b""
         try:
-            data = bytes(obstore().get_range(self._store, self._key, start=self._at, end=end))
+            data = bytes(obstore().get_range(self._store, self._key, start=self.at, end=end))
         except (FileNotFoundError, exceptions().BaseError) as error:
             raise OSError(f"{self._label}: {reason(error)}{advice(error)}") from error
-        self._at += len(data)
+        self.at += len(data)
         return data
 
     def readinto(self, buffer: Any) -> int:

@@ -22,6 +22,7 @@ from corpora import rows_of
 from object_stores import BUCKET, FaultProxy, credentials, s3_server
 
 from fastcompat.corpus import compare_inputs, iter_responses, prepare, remote
+from fastcompat.corpus import web as web_files
 from fastcompat.corpus.sources import find_inputs, find_sources
 from fastcompat.errors import CorpusError
 from fastcompat.rows import ROW_SCHEMA
@@ -261,7 +262,7 @@ def test_credentials_in_a_web_address_are_refused_and_not_shown(secret):
 
 
 def test_a_transfer_that_breaks_off_is_taken_up(files, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(web_files.time, "sleep", lambda seconds: None)
     with web(files, breaks_after=3000) as (address, seen):
         assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")
         assert seen["range"] > 2
@@ -282,7 +283,7 @@ def test_a_transfer_that_breaks_off_is_taken_up(files, monkeypatch):
 )
 def test_two_versions_are_not_mixed(files, monkeypatch, headers, heeds):
     with web(files, breaks_after=3000, headers=headers, heeds_conditions=heeds) as (address, seen):
-        monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(web_files.time, "sleep", lambda seconds: None)
         (source,) = find_sources(f"{address}/a.jsonl")
         with pytest.raises(CorpusError, match=r"reading http.*a\.jsonl failed: it changed while it was read"):
             for _ in iter(partial(source.open().read, 1 << 20), b""):
@@ -299,7 +300,7 @@ def test_two_versions_are_not_mixed(files, monkeypatch, headers, heeds):
     ],
 )
 def test_a_part_is_asked_for_of_one_version(files, monkeypatch, headers, condition):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(web_files.time, "sleep", lambda seconds: None)
     asked = []
     make = urllib.request.Request
 
@@ -307,7 +308,7 @@ def test_a_part_is_asked_for_of_one_version(files, monkeypatch, headers, conditi
         asked.append(make(*args, **settings))
         return asked[-1]
 
-    monkeypatch.setattr(remote.urllib.request, "Request", noting)
+    monkeypatch.setattr(urllib.request, "Request", noting)
     with web(files, breaks_after=3000, headers=lambda n: headers) as (address, _):
         texts(f"{address}/a.jsonl")
     parts = [request for request in asked if request.has_header("Range")]
@@ -322,7 +323,7 @@ def test_another_version_than_the_listed_is_not_opened(files):
 
 
 def test_weak_tags_and_no_tags_are_taken_up_too(files, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(web_files.time, "sleep", lambda seconds: None)
     date = "Mon, 02 Jan 2023 00:00:00 GMT"
     for headers in ({"ETag": 'W/"tag"'}, {"ETag": 'W/"tag"', "Last-Modified": date}, {"Last-Modified": date}, {}):
         with web(files, breaks_after=3000, headers=lambda n, own=headers: own) as (address, seen):
@@ -331,7 +332,7 @@ def test_weak_tags_and_no_tags_are_taken_up_too(files, monkeypatch):
 
 
 def test_a_server_without_ranges(files, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(web_files.time, "sleep", lambda seconds: None)
     with web(files, ranges=False) as (address, _):
         # A stream needs none, but it is read twice: once for a look at its head.
         assert texts(f"{address}/a.jsonl") == texts(files / "a.jsonl")

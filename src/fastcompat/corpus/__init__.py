@@ -1,7 +1,7 @@
 """From files of responses to normalised rows. The way of a row, one module a step:
 
-    sources       what a user names -> the files behind it (remote: those that are not on this machine; filenames: what
-                  their names say; content: what their first bytes say that are no records)
+    sources       what a user names -> the files behind it (remote: those that are not on this machine; web: those of
+                  web servers; filenames: what their names say; content: what their first bytes say that are no records)
     containers    a file -> its records (bytestream, decompression: bytes, compressed and cut off; jsonrecords,
                   jsondocuments: JSON lines and documents, of jsonvalues; parquetfiles, arrowfiles: of arrowvalues)
     detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape;

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import glob
-import http.client
 import io
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,14 +13,13 @@ from typing import IO, Any, NamedTuple, cast
 
 from fastcompat.cloud import SCHEMES, WITH_CREDENTIALS, advice, exceptions, obstore, open_store, reason, split_address
 from fastcompat.corpus.filenames import KNOWN_SUFFIXES, has_known_suffix, is_bookkeeping, may_be_data
+from fastcompat.corpus.web import Web, answer_of, version_of
 from fastcompat.errors import CorpusError
 
 HUB = "hf://"
 _WEB = ("https://", "http://")
-# What is read of an object or a page at once.
+# What is read of an object at once.
 _BUFFER_BYTES = 4 << 20
-# A transfer that breaks off is taken up again so often.
-_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,47 +196,6 @@ def _matches(pattern: list[str], name: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(pattern[1:], name[1:])
 
 
-class _Changed(OSError):
-    """A file of the web is no longer the one that it was. Asking again does not help."""
-
-
-class Version(NamedTuple):
-    """What a web server says of a file, to tell it from another at the same address; None where it says nothing."""
-
-    etag: str | None = None
-    modified: str | None = None
-    size: int | None = None
-
-    def is_other(self, version: Version) -> bool:
-        """Whether the two differ in anything that both say. How strong a tag is does not matter here."""
-        first, second = (
-            v._replace(etag=None if v.etag is None else v.etag.removeprefix("W/")) for v in (self, version)
-        )
-        return any(None not in (a, b) and a != b for a, b in zip(first, second, strict=True))
-
-    @property
-    def condition(self) -> dict[str, str]:
-        """The header by which a part is given of this version only. A weak tag is not allowed there."""
-        strong = self.etag if self.etag and not self.etag.startswith("W/") else self.modified
-        return {"If-Range": strong} if strong else {}
-
-
-_UNKNOWN = Version()
-
-
-@dataclass(frozen=True, slots=True)
-class Web:
-    """Files of web servers, each by its address; `path` is all of it, also what follows a question mark.
-
-    listed: the version that is to be opened, where one was listed; another is OSError.
-    """
-
-    listed: Version = _UNKNOWN
-
-    def open(self, path: str, mode: str = "rb") -> IO[bytes]:
-        return cast("IO[bytes]", io.BufferedReader(_WebFile(path, self.listed), _BUFFER_BYTES))
-
-
 def _of_the_web(address: str) -> RemoteFile:
     # What follows the question mark may be a signature: it is nobody's business who reads the run.
     label = address.partition("?")[0].partition("#")[0]
@@ -251,115 +204,14 @@ def _of_the_web(address: str) -> RemoteFile:
     if "@" in host or ("@" in address and re.search(r":[^\]]*[^\d\]]", host)):
         raise CorpusError(WITH_CREDENTIALS.format("give a signed address, or download the file and name that"))
     try:
-        with _answer(address, 0) as answer:
-            version = _version(answer)
+        with answer_of(address) as answer:
+            version = version_of(answer)
     except OSError as error:
         raise CorpusError(f"cannot read {label}: {because(error)}.") from error
     if version.size is None:
         raise CorpusError(f"cannot read {label}: the server does not say how large it is; download it first.")
     oid = (version.etag or "").removeprefix("W/").strip('"')
     return RemoteFile(label=label, path=address, size=version.size, oid=oid, filesystem=Web(version))
-
-
-def _version(answer: http.client.HTTPResponse) -> Version:
-    """Raises OSError where the size that it says is none."""
-    size = answer.headers.get("Content-Length")
-    if answer.status == http.client.PARTIAL_CONTENT:
-        # The length is that of the part.
-        size = str(answer.headers.get("Content-Range") or "").rpartition("/")[2].strip()
-        size = None if size in ("", "*") else size
-    if size is not None and not (size.isascii() and size.strip().isdigit()):
-        raise OSError("what the server says of its size is no number; download it first")
-    return Version(answer.headers.get("ETag"), answer.headers.get("Last-Modified"), None if size is None else int(size))
-
-
-def _quoted(address: str) -> str:
-    """As it may be sent: what is not ASCII, and spaces, in % signs. The host stays as it is."""
-    scheme, host, rest = re.fullmatch(r"(https?://)([^/?#]*)(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
-    return scheme + host + urllib.parse.quote(rest, safe="%/:=&?~#+!$,;'@()*[]|", errors="surrogateescape")
-
-
-def _answer(address: str, begin: int, expected: Version = _UNKNOWN) -> http.client.HTTPResponse:
-    """The server's answer, from a byte on. Raises OSError, also where the file is not the expected version."""
-    # Packed on the way, a file would have another length than it has.
-    headers = {"User-Agent": "fastcompat", "Accept-Encoding": "identity"} | (
-        {"Range": f"bytes={begin}-"} | expected.condition if begin else {}
-    )
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(_quoted(address), headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        raise OSError(f"the server answers {error.code} {error.reason}") from error
-    except (http.client.HTTPException, ValueError) as error:  # addresses that are none, a UnicodeError among them
-        raise OSError(str(error) or type(error).__name__) from error
-    try:
-        if expected.is_other(_version(answer)):
-            raise _Changed("it changed while it was read")
-        if begin and answer.status != http.client.PARTIAL_CONTENT:
-            raise OSError("the server does not give parts of a file; download it first")
-    except OSError:
-        answer.close()
-        raise
-    return cast("http.client.HTTPResponse", answer)
-
-
-class _WebFile(io.RawIOBase):
-    """One file of a web server: a stream that is begun anew wherever it is read next."""
-
-    def __init__(self, address: str, listed: Version) -> None:
-        self._address = address
-        self._at = self._stream_at = 0
-        self._answer: http.client.HTTPResponse | None = _answer(address, 0, listed)
-        self._version = _version(self._answer)
-        self._size = self._version.size or 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        if self._at >= self._size:
-            return 0
-        for attempt in range(_TRIES):
-            try:
-                data = self._stream().read(min(len(buffer), self._size - self._at))
-                if data:
-                    break
-            except _Changed:
-                raise
-            except (OSError, http.client.HTTPException):
-                if attempt == _TRIES - 1:
-                    raise
-            self._drop()
-            time.sleep(0.1 * 4**attempt)
-        else:
-            raise OSError("the server ends the file early")
-        buffer[: len(data)] = data
-        self._at = self._stream_at = self._at + len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
-
-    def _stream(self) -> http.client.HTTPResponse:
-        if self._answer is None or self._stream_at != self._at:
-            self._drop()
-            self._answer, self._stream_at = _answer(self._address, self._at, self._version), self._at
-        return self._answer
-
-    def _drop(self) -> None:
-        if self._answer is not None:
-            self._answer.close()
-        self._answer = None
 
 
 class Stream(io.RawIOBase):
