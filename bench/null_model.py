@@ -28,7 +28,7 @@ import pyarrow as pa
 from preparation_memory import write_corpus
 
 from fastcompat.benchmark.machine import machine
-from fastcompat.cli.status import PARTS
+from fastcompat.cli.display import PARTS
 from fastcompat.corpus.summary import CorpusSummary, ShardSummary
 from fastcompat.decisions import rank
 from fastcompat.rows import SCORED_STATUSES, Extras, Response, Status, part_schema

@@ -54,7 +54,7 @@ def test_an_interrupted_run_can_be_looked_at_before_its_first_unit_is_finished(t
     run = tmp_path / "run"
     prepare_small_units(run, tmp_path / "corpus", target_unit_chars=1 << 20)
     asked = itertools.count(1)
-    monkeypatch.setattr("fastcompat.cli.score.stopping", lambda: nullcontext(lambda: next(asked) >= 6))
+    monkeypatch.setattr("fastcompat.cli.working.stopping", lambda: nullcontext(lambda: next(asked) >= 6))
     stopped = invoke("score", "-o", run, "--base-model", model, "--token-budget", 128)
     monkeypatch.undo()
     assert isinstance(stopped.exception, Interrupted)

@@ -167,7 +167,7 @@ def dying_after(monkeypatch, n_packs: int) -> Iterator[None]:
         yield lambda: next(asked) > n_packs
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastcompat.cli.score.stopping", stopping)
+        patch.setattr("fastcompat.cli.working.stopping", stopping)
         yield
 
 

@@ -18,7 +18,7 @@ def test_it_says_in_how_many_parts_it_looked(tmp_path, monkeypatch):
     assert "--all" not in succeed("status", run.directory)
     monkeypatch.setattr(status, "PARTS", 5)
     some = succeed("status", run.directory)
-    assert re.search(rf"in [2-5] of {n_parts} parts \(--all counts in all\):\n", some)
+    assert re.search(rf"in [2-5] of {n_parts} parts \(fastcompat status --all counts in all\):\n", some)
     every = succeed("status", run.directory, "--all")
     assert "--all" not in every
     assert n_rows in some

@@ -3,6 +3,7 @@
 application  the program: it registers the commands and ends with an exit code
 options      options that several commands have
 score        score
+working      one process at it
 processes    score on several GPUs, or in several processes
 cluster      score --ray
 racing       score --until: the loop of a race

@@ -126,8 +126,15 @@ def statuses_line(statuses: Mapping[str, int]) -> str:
     return " · ".join(f"{name} {count:,}" for name, count in order) or "no rows"
 
 
+# Parts of a scorer in which statuses are counted unless all of them are asked for: some two million rows, in a second.
+PARTS = 500
+
+
 def show_statuses(progress: ScorerProgress) -> None:
     """What became of the rows, and for everything that is not `ok` one row with its reason."""
+    if progress.n_parts_read < progress.n_parts:
+        n_parts = counted_noun(progress.n_parts, "part")
+        say(f"  in {progress.n_parts_read:,} of {n_parts} (fastcompat status --all counts in all):")
     say(statuses_line(progress.statuses))
     if progress.n_rows and not {"ok", "truncated"} & set(progress.statuses):
         say("[bold red]no response could be scored[/]")

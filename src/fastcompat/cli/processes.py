@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from fastcompat.cli.display import LiveDisplay, interrupted, say, show_statuses
+from fastcompat.cli.display import PARTS, LiveDisplay, interrupted, say, show_statuses
 from fastcompat.errors import FastcompatError, SetAside, UsageError
 from fastcompat.wording import duration
 
@@ -204,7 +204,7 @@ class Together:
         say(" · ".join(part for part in parts if part))
         for store in self._run.scorers():
             say(f"[bold]{escape(store.name)}[/]")
-            show_statuses(scorer_progress(self._run, store))
+            show_statuses(scorer_progress(self._run, store, most_parts=PARTS))
         tell_races(self._run)
 
 

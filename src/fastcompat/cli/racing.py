@@ -272,7 +272,7 @@ def _show_end(run: Run, race: RunRace, name: str) -> None:
     from fastcompat.store.verification import scorer_progress
 
     raced = [store for store in run.scorers() if store.name in (race.base_model, race.reward_model)]
-    most = max(scorer_progress(run, store).n_rows for store in raced)
+    most = max(scorer_progress(run, store, most_parts=1).n_rows for store in raced)
     prefix = f"{escape(printable(name))}: " if name else ""
     scored = f"{most:,} of {run.n_rows:,} responses scored ({share(most / max(run.n_rows, 1))})"
     say(f"{prefix}[bold]{escape(printable(outcome(race)))}[/]; {scored}")

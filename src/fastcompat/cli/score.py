@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from fastcompat.cli.display import errors, say
+from fastcompat.cli.display import say
 from fastcompat.cli.options import (
     Average,
     Bos,
@@ -34,7 +32,7 @@ from fastcompat.cli.options import (
     Turns,
     parse_template_options,
 )
-from fastcompat.errors import Interrupted, SetAside, UsageError
+from fastcompat.errors import Interrupted, UsageError
 
 REWARDS = "Rewards"
 RACE = "Until it is sure"
@@ -42,8 +40,6 @@ SHARED = "Several GPUs or machines"
 
 if TYPE_CHECKING:
     from fastcompat.corpus import PreparationProgress
-    from fastcompat.scoring.passes import Pass, Worker
-    from fastcompat.store import LeaveOut, Run
 
 
 def score(
@@ -228,11 +224,12 @@ def score(
     from fastcompat.cli.display import LiveDisplay, show_corpus
     from fastcompat.cli.processes import arguments_of, environments, preparers, score_in_processes
     from fastcompat.cli.racing import everybody_but, hold_races, race_asked
+    from fastcompat.cli.working import stopping, work_off
     from fastcompat.corpus.formats import parse_overrides
     from fastcompat.metrics.catalogue import extras_needed_by, metric_names
     from fastcompat.scoring.asked_models import AskedModels
     from fastcompat.scoring.on_ray import reach
-    from fastcompat.scoring.passes import Worker, find_scorer
+    from fastcompat.scoring.passes import Worker, find_scorer, in_turn
     from fastcompat.store import is_remote, place_of
     from fastcompat.store.preparing import CorpusSettings, prepare_run
 
@@ -326,91 +323,13 @@ def score(
         if children:
             passes[0].unload()
             score_in_processes(run, children, arguments_of(context), stop=stop)
-            passes = []
         elif ray is not None:
             score_in_cluster(run, models, race, address=ray, workers=workers, leave_out=leave_out, stop=stop)
         elif race is not None:
             hold_races(run, passes, race, token_budget=token_budget, worker=share, stop=stop)
-        aside: SetAside | None = None
-        for served in passes if race is None else ():
-            try:
-                work_off(run, served, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
-            except SetAside as error:  # what the next models can score is scored first
-                aside = error
-            served.unload()  # the next model needs the room
-        if aside is not None:
-            raise aside
+        else:
+            work = partial(work_off, run, token_budget=token_budget, worker=share, stop=stop, leave_out=leave_out)
+            in_turn(passes, work)
     say(f"\nNext: [bold]fastcompat rank {escape(output)}[/]")
     if race is not None:
         say("To score the rest, for the best response to every prompt: the same command without --until.")
-
-
-def work_off(
-    run: Run,
-    served: Pass,
-    *,
-    token_budget: int | None,
-    worker: Worker,
-    stop: Callable[[], bool],
-    leave_out: LeaveOut,
-) -> None:
-    """One pass over the corpus, with its progress on the screen."""
-    from fastcompat.cli.display import LiveDisplay, figures_of, interrupted, saved_share, show_pass, show_statuses
-    from fastcompat.scoring.engine import Progress
-    from fastcompat.scoring.passes import refuse_set_aside, score_corpus
-    from fastcompat.store.verification import scorer_progress
-    from fastcompat.wording import duration
-
-    show_pass(served)
-    display = LiveDisplay(served.name)
-    progress = Progress(notify=display.scoring)
-    try:
-        with display.showing():
-            stores = score_corpus(
-                run,
-                served,
-                token_budget=token_budget,
-                worker=worker,
-                progress=progress,
-                leave_out=leave_out,
-                stop=stop,
-            )
-    except Interrupted:
-        say(figures_of(progress))
-        raise interrupted(run) from None
-    refuse_set_aside(run, progress)
-    if not progress.n_rows:
-        say(
-            f"all {progress.n_rows_total:,} responses were scored before"
-            if progress.n_rows_total
-            else "nothing to score: this worker's share is empty"
-        )
-        return
-    before = progress.n_rows_skipped - progress.n_rows_left_out
-    say(
-        f"{progress.n_rows:,} responses in {duration(progress.seconds)} · "
-        f"{progress.n_tokens / progress.seconds:,.0f} tokens/s · "
-        f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
-        + (f" · {before:,} were scored before" if before else "")
-    )
-    for store in stores:
-        show_statuses(scorer_progress(run, store))
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question that the engine asks after every pack; a second SIGINT ends at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        errors.print("finishing the pack at hand, then stopping (Ctrl-C again: at once)", highlight=False)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -7,11 +7,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fastcompat.cli.display import errors, say
+from fastcompat.cli.display import PARTS, errors, say
 from fastcompat.cli.options import RunDirectory
-
-# Parts of a scorer in which statuses are counted unless all of them are asked for: some two million rows, in a second.
-PARTS = 500
 
 
 def status(
@@ -47,8 +44,6 @@ def status(
             for key in ("dtype", "template", "token_ids", "head", "output", "read_out")
         }
         say(f"  [dim]{escape(' · '.join(f'{key} {value}' for key, value in told.items() if value is not None))}[/]")
-        if entry.n_parts_read < entry.n_parts:
-            say(f"  in {entry.n_parts_read:,} of {counted_noun(entry.n_parts, 'part')} (--all counts in all):")
         show_statuses(entry)
     if not run.scorers():
         say("no scorer yet")

@@ -180,17 +180,27 @@ def score_passes(
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Work off what is pending, pass by pass, and show nothing. Raises Interrupted as `score_corpus`, and SetAside."""
-    aside: SetAside | None = None
-    for served in passes:
+
+    def work(served: Pass) -> None:
         progress = Progress()
         score_corpus(
             run, served, token_budget=token_budget, worker=worker, progress=progress, leave_out=leave_out, stop=stop
         )
-        served.unload()  # the next model needs the room
+        refuse_set_aside(run, progress)
+
+    in_turn(passes, work)
+
+
+def in_turn(passes: Sequence[Pass], work: Callable[[Pass], None]) -> None:
+    """Do this for one pass after the other; where units are set aside, SetAside is raised when all have had their
+    turn."""
+    aside: SetAside | None = None
+    for served in passes:
         try:
-            refuse_set_aside(run, progress)
-        except SetAside as error:  # what the next models can score is scored first
+            work(served)
+        except SetAside as error:
             aside = error
+        served.unload()  # the next model needs the room
     if aside is not None:
         raise aside
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -226,3 +227,40 @@ class ScorerStore:
         begun = self.begun()
         for name in begun & self.finished():
             self.place.delete(f"begun-{name}.parquet")
+
+
+# Settings by which two scorers of one model are told apart, if they differ in them.
+_TELLING = (
+    "output",
+    "read_out",
+    "template",
+    "dtype",
+    "turns",
+    "score_eos",
+    "bos",
+    "max_length",
+    "truncate",
+    "template_options",
+    "reasoning",
+    "tools",
+    "turn_masks",
+    "revision",
+)
+_LATER = {"template_options": {}, "reasoning": "keep", "tools": "keep", "turn_masks": "honour"}
+
+
+def labels_of(stores: Sequence[ScorerStore]) -> dict[str, str]:
+    """Scorer name -> what its rows say of it: the model, with the settings in which these scorers differ."""
+    groups: dict[tuple[str, str], list[ScorerStore]] = {}
+    for store in stores:
+        groups.setdefault((store.kind, str(store.record["settings"]["model"])), []).append(store)
+    labels = {}
+    for (_, model), alike in groups.items():
+        settings = [store.record["settings"] for store in alike]
+        # Those of older versions lack what could not be chosen.
+        settings = [_LATER | own for own in settings]
+        differing = [key for key in _TELLING if len({str(own.get(key)) for own in settings}) > 1]
+        for store, own in zip(alike, settings, strict=True):
+            labels[store.name] = " · ".join([model, *(f"{key} {own.get(key)}" for key in differing)])
+    counts = Counter(labels.values())
+    return {name: label if counts[label] == 1 else name for name, label in labels.items()}

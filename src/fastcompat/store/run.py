@@ -31,7 +31,7 @@ from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
 from fastcompat.store.logs import Log, now
-from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
+from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, labels_of, leave_nothing_out
 from fastcompat.store.places import Disk, Place, place_of
 
 FORMAT = 2
@@ -39,25 +39,6 @@ MANIFEST = "manifest.json"
 
 # The column of the unit that a row lies in, where it is asked for.
 UNIT = "_unit"
-
-# Settings by which two scorers of one model are told apart, if they differ in them.
-_TELLING = (
-    "output",
-    "read_out",
-    "template",
-    "dtype",
-    "turns",
-    "score_eos",
-    "bos",
-    "max_length",
-    "truncate",
-    "template_options",
-    "reasoning",
-    "tools",
-    "turn_masks",
-    "revision",
-)
-_LATER = {"template_options": {}, "reasoning": "keep", "tools": "keep", "turn_masks": "honour"}
 
 
 class Run:
@@ -109,18 +90,19 @@ class Run:
     @contextmanager
     def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
         """A shard, of which some row groups are read. Raises RunError, within the block too, for a damaged one."""
-        name = shard_name(shard)
         try:
             footer, size = self._footer(shard)
             with (
-                self.shards.open(name, whole=False, size=size) as file,
+                self.shards.open(shard_name(shard), whole=False, size=size) as file,
                 pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True) as parquet,
             ):
                 yield parquet
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise RunError(
-                f"{self.shards.path(name)} is missing or damaged ({error}); prepare the corpus again in a new run"
-            ) from error
+            raise self._damaged(shard, error) from error
+
+    def _damaged(self, shard: int, error: Exception) -> RunError:
+        path = self.shards.path(shard_name(shard))
+        return RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run")
 
     def unit_rows(self, unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
         """A unit's normalised rows, `response.ROW_SCHEMA`, or some columns. Raises RunError for a damaged shard."""
@@ -157,12 +139,11 @@ class Run:
         }
 
     def _first_prompts(self, shard: int, sizes: Sequence[int]) -> Iterator[tuple[Unit, str]]:
-        path = self.shards.path(shard_name(shard))
         try:
             metadata, _ = self._footer(shard)
             column = next(k for k in range(metadata.num_columns) if metadata.schema.column(k).path == "prompt_id")
         except (OSError, StopIteration, pa.ArrowException) as error:
-            raise RunError(f"{path} is missing or damaged ({error}); prepare the corpus again in a new run") from error
+            raise self._damaged(shard, error) from error
         for group, n_rows in enumerate(sizes):
             unit = Unit(shard=shard, group=group, n_rows=n_rows)
             statistics = (
@@ -251,19 +232,7 @@ class Run:
 
         current: what `current_scorers` gave, where it must not have changed since.
         """
-        groups: dict[tuple[str, str], list[ScorerStore]] = {}
-        for store in self.current_scorers() if current is None else current:
-            groups.setdefault((store.kind, str(store.record["settings"]["model"])), []).append(store)
-        labels = {}
-        for (_, model), stores in groups.items():
-            settings = [store.record["settings"] for store in stores]
-            # Those of older versions lack what could not be chosen.
-            settings = [_LATER | own for own in settings]
-            differing = [key for key in _TELLING if len({str(own.get(key)) for own in settings}) > 1]
-            for store, own in zip(stores, settings, strict=True):
-                labels[store.name] = " · ".join([model, *(f"{key} {own.get(key)}" for key in differing)])
-        counts = Counter(labels.values())
-        return {name: label if counts[label] == 1 else name for name, label in labels.items()}
+        return labels_of(self.current_scorers() if current is None else current)
 
     def pending(
         self,
