@@ -27,26 +27,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from preparation_memory import WORDS
 
 from fastcompat.benchmark.machine import machine
 
 RESULT = Path(__file__).parent / "results" / "preparation_scale.json"
-WORDS = (
-    "the",
-    "list",
-    "of",
-    "a",
-    "file",
-    "returns",
-    "one",
-    "new",
-    "value",
-    "object",
-    "when",
-    "string",
-    "path",
-    "given",
-)
 SAMPLE_SECONDS = 0.2
 N_FILES = 16
 # A prompt is answered once by each file, so that equal prompts come from all of them.

@@ -132,12 +132,10 @@ def prepare_unit(
 ) -> tuple[Unit, PreparedUnit | None]:
     """Read, tokenise and pack a unit; None where nothing is lacking. Raises RunError for a damaged shard or part."""
     names = leave_out(unit)
-    there = [store.has_part(unit) for store in stores]
-    if not any(not has or store.left_out(unit) - set(names) for store, has in zip(stores, there, strict=True)):
+    there = [(store, store.has_part(unit)) for store in stores]
+    if not any(store.lacks(unit, names, has_part=has) for store, has in there):
         return unit, None
-    share = share_of(
-        run.unit_rows(unit), [s if has else None for s, has in zip(stores, there, strict=True)], unit, names
-    )
+    share = share_of(run.unit_rows(unit), [store if has else None for store, has in there], unit, names)
     scores = begin(from_table(share.computed))
     packs = pack_sequences(model, scores, token_budget=token_budget)
     n_done = 0 if share.completes else _restore(scores, packs, stores, unit, share, token_budget)

@@ -123,9 +123,9 @@ class ScorerStore:
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise RunError(f"{self.place.path(name)} is damaged ({error}); delete it and score again") from error
 
-    def lacks(self, unit: Unit, leave_out: Collection[str]) -> bool:
-        """Whether something of a unit is to be scored, where these generators are left out."""
-        return not self.has_part(unit) or bool(self.left_out(unit) - set(leave_out))
+    def lacks(self, unit: Unit, leave_out: Collection[str], *, has_part: bool | None = None) -> bool:
+        """Whether something of a unit is to be scored, where these generators are left out. has_part: if known."""
+        return not (self.has_part(unit) if has_part is None else has_part) or bool(self.left_out(unit) - set(leave_out))
 
     def pending(self, units: Sequence[Unit], leave_out: LeaveOut) -> list[Unit]:
         """Of these units, those without a part, or with one that leaves out whom `leave_out` does not name."""
