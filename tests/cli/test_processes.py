@@ -60,7 +60,10 @@ def test_two_processes_give_the_bytes_of_one_though_one_of_them_is_killed(tmp_pa
     assert parts(shared) == parts(whole)
     run = fc.open_run(shared)
     commits = [line["unit"] for line in run.log.lines() if line["event"] == "commit"]
-    assert sorted(commits) == sorted(unit.name for unit in run.units)
+    assert len(set(commits)) == len(commits)
+    # Who is killed between a part and its line in the log leaves no line.
+    unsaid = {unit.name for unit in run.units} - set(commits)
+    assert len(unsaid) <= 1
     assert len({line["pid"] for line in run.log.lines()}) >= 2
     budgets = {line["token_budget"] for line in run.log.lines() if line["event"] == "score"}
     assert budgets == {256}
