@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 from corpora import prepare_small_units, save_small_model, save_small_reward_model
 from left_out_runs import A, B, four_generators, without
+from warm_processes import WarmProcess
 
 import fastcompat as fc
 from fastcompat.errors import Interrupted
@@ -130,15 +129,15 @@ def test_a_completing_process_that_is_killed_is_taken_up_by_the_next(tmp_path, c
     run = runs[1]
     score_with(run, passes["plain"], leave_out=without(A, B))
     n_pending = len(run.pending(*run.scorers()))
-    command = [sys.executable, "-m", "fastcompat", "score", "-o", str(run.directory), "--base-model", str(model)]
-    command += ["--dtype", "float32", "--token-budget", "256"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["score", "-o", run.directory, "--base-model", model, "--dtype", "float32", "--token-budget", 256]
+    process = WarmProcess(*command)
     while process.poll() is None and len(run.pending(*run.scorers())) == n_pending:
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert find_damage(run) == []
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    next_one = WarmProcess(*command)
+    output, _ = next_one.communicate()
+    assert next_one.returncode == 0, output
     assert run.pending(*run.scorers()) == []
     assert parts_of(run) == parts_of(runs[0])

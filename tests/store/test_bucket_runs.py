@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import pytest
 from command_line import fail, succeed
 from corpora import rows_of, save_small_model, save_small_reward_model, write_jsonl
 from object_stores import BUCKET, FaultProxy, credentials, s3_server
+from warm_processes import WarmProcess
 
 import fastcompat as fc
 from fastcompat.corpus import CorpusSummary, prepare
@@ -160,8 +159,7 @@ def test_workers_through_a_store_that_stutters(s3, models, on_disk, tmp_path, mo
     run = prepared(on_disk, f"s3://{BUCKET}/{tmp_path.name}/run")
     with FaultProxy(s3, stuttering()) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        command = [sys.executable, "-m", "fastcompat", "score", *models, "-o", run, "--worker", "auto"]
-        processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+        processes = [WarmProcess("score", *models, "-o", run, "--worker", "auto") for _ in range(2)]
         assert [process.wait(240) for process in processes] == [0, 0]
         assert {"409", "500", "lost"} <= set(proxy.faults)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)

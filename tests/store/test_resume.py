@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from corpora import prepare_small_units, save_small_model, write_corpus, write_jsonl
+from warm_processes import WarmProcess
 
 from fastcompat.corpus import CorpusSummary, prepare
 from fastcompat.errors import RunError
@@ -34,9 +35,8 @@ def corpus(tmp_path_factory) -> Path:
     return directory
 
 
-def start(directory: Path, model: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastcompat", "score", "-o", str(directory), "--base-model", str(model), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(directory: Path, model: Path, *options: str) -> WarmProcess:
+    return WarmProcess("score", "-o", directory, "--base-model", model, *options)
 
 
 def finish(directory: Path, model: Path, *options: str) -> str:

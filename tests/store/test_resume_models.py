@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
 from corpora import prepare_small_units, save_small_model, save_small_reward_model, write_corpus
+from warm_processes import WarmProcess
 
 from fastcompat.store.run import Run, open_run
 
@@ -37,9 +36,8 @@ def corpus(tmp_path_factory) -> Path:
     return directory
 
 
-def start(directory: Path, models: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastcompat", "score", "-o", str(directory), "--token-budget", BUDGET, *models]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(directory: Path, models: list[str]) -> WarmProcess:
+    return WarmProcess("score", "-o", directory, "--token-budget", BUDGET, *models)
 
 
 def finish(directory: Path, models: list[str]) -> str:

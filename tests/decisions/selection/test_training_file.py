@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import succeed
 from corpora import prepare_small_units, save_small_model, write_corpus, write_jsonl
 
 from fastcompat.decisions.selection import selection, training_file
@@ -123,9 +122,7 @@ def test_a_scored_run_from_files_to_training_data(tmp_path):
     """No figure is made up here: the losses are a model's, the run is that of the command line."""
     write_corpus(tmp_path / "corpus", generators=3, n_prompts=8)
     model = save_small_model(tmp_path / "model")
-    command = [sys.executable, "-m", "fastcompat", "score", str(tmp_path / "corpus"), "-o", str(tmp_path / "run")]
-    done = subprocess.run([*command, "--base-model", str(model)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    succeed("score", tmp_path / "corpus", "-o", tmp_path / "run", "--base-model", model)
     run = open_run(tmp_path / "run")
     losses: dict[str, list[float]] = {}
     for row in run.scores().to_pylist():
