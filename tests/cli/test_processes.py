@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import warm_processes
 from command_line import fail, succeed
 from corpora import rows_of, save_small_model, write_jsonl
 
@@ -38,11 +39,10 @@ def test_two_processes_give_the_bytes_of_one_though_one_of_them_is_killed(tmp_pa
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     options = ("--base-model", model, "--token-budget", 256)
     succeed("score", corpus, *options, "-o", whole)
-    started: list[subprocess.Popen[bytes]] = []
-    popen = subprocess.Popen
+    started: list[Any] = []
 
-    def watched(*arguments: object, **settings: object) -> subprocess.Popen[bytes]:
-        started.append(popen(*arguments, **settings))
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        started.append(warm_processes.popen(*arguments, **settings))
         return started[-1]
 
     def kill_the_first_when_there_is_something() -> None:
@@ -131,6 +131,7 @@ def test_several_processes_prepare_a_large_corpus(tmp_path, monkeypatch, model, 
 
     options = ("--base-model", model, "--token-budget", 256)
     succeed("score", corpus, *options, "-o", tmp_path / "whole")
+    monkeypatch.setattr(processes.subprocess, "Popen", warm_processes.popen)
     monkeypatch.setattr(preparing, "work_in_children", watched)
     monkeypatch.setattr(preparing, "_SMALL_BYTES", 0)
     monkeypatch.setattr("fastcompat.corpus.pieces._LEAST_PIECE_BYTES", 50_000)

@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+_POPEN = subprocess.Popen
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -32,9 +34,15 @@ _CONTEXT.set_forkserver_preload(
 class WarmProcess:
     """`fastcompat ARGUMENTS`, as much of subprocess.Popen as tests need: stdout and stderr are one text."""
 
-    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
-        handle, self._output = tempfile.mkstemp(prefix="warm-")
-        os.close(handle)
+    def __init__(
+        self, *arguments: object, environment: Mapping[str, str] | None = None, output: str | None = None
+    ) -> None:
+        """output: a file that is there, for what it prints."""
+        self._kept = output is not None
+        if output is None:
+            handle, output = tempfile.mkstemp(prefix="warm-")
+            os.close(handle)
+        self._output = output
         variables = dict(os.environ if environment is None else environment)
         self._process: BaseProcess = _CONTEXT.Process(
             target=_main, args=([*map(str, arguments)], self._output, variables, os.getcwd()), daemon=True
@@ -73,7 +81,15 @@ class WarmProcess:
             self._process.kill()
 
     def __del__(self) -> None:
-        Path(self._output).unlink(missing_ok=True)
+        if not self._kept:
+            Path(self._output).unlink(missing_ok=True)
+
+
+def popen(command: list[str], **options: Any) -> WarmProcess | subprocess.Popen[Any]:
+    """In the place of subprocess.Popen: a warm one where `python -m fastcompat` is started, its output into a file."""
+    if command[:3] != [sys.executable, "-m", "fastcompat"]:
+        return _POPEN(command, **options)
+    return WarmProcess(*command[3:], environment=options["env"], output=options["stdout"].name)
 
 
 def _main(arguments: list[str], output: str, environment: dict[str, str], directory: str) -> None:
