@@ -42,17 +42,18 @@ class CausalLM(PackedModel):
 
     def statistics(self, hidden: Tensor, target: Tensor, statistics: tuple[Statistic, ...]) -> Tensor:
         """[K, S] float32: these statistics (`linear_nll`) of target [S] under the LM head on hidden states [S, D]."""
-        found = linear_nll(
-            hidden,
-            self.weight,
-            target,
-            bias=self.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            statistics=statistics,  # type: ignore[arg-type]  # one or several: the overloads tell them apart
-            # Ids are checked before they are packed, and of a GPU the question costs a synchronisation.
-            check_target=target.device.type == "cpu",
-        )
+        with self.exact_products():
+            found = linear_nll(
+                hidden,
+                self.weight,
+                target,
+                bias=self.bias,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                statistics=statistics,  # type: ignore[arg-type]  # one or several: the overloads tell them apart
+                # Ids are checked before they are packed, and of a GPU the question costs a wait.
+                check_target=target.device.type == "cpu",
+            )
         return found[None] if isinstance(found, Tensor) else torch.stack([row.float() for row in found])
 
     def target_statistics(self, hidden: Tensor, plan: PackPlan, statistics: tuple[Statistic, ...]) -> Tensor:

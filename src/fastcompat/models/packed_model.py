@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from fastcompat.models.configuration import (
 from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
 from fastcompat.models.fusion import Fusion, fuse
 from fastcompat.models.pack_plan import PackPlan, plan_pack
-from fastcompat.ops import OneCopy
+from fastcompat.ops import OneCopy, exact_products
 from fastcompat.tokens import PrefixForest, pack_forest
 from fastcompat.wording import first_sentence
 
@@ -53,6 +53,7 @@ class PackedModel:
     fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
     prunes: bool  # the last layer can be computed for some tokens only
     windows: tuple[int | None, ...]  # the sliding window of each attention layer in tokens, in the order of their calls
+    deterministic: bool = False  # on a GPU no product is divided along what it sums over
 
     @property
     def embedding(self) -> Tensor:
@@ -89,7 +90,8 @@ class PackedModel:
         The plan is on the model's device. Nothing is asked of a GPU: all is queued when this returns.
         """
         forward = ForwardPass(plan=plan.attention, needed=plan.last_attention)
-        hidden = _last_hidden(self.body, forward, plan.input_ids, plan.position_ids)
+        with self.exact_products():
+            hidden = _last_hidden(self.body, forward, plan.input_ids, plan.position_ids)
         if forward.n_calls != self.n_attention_layers:
             raise ModelError(f"{self.name}: {own_attention(forward.n_calls, self.n_attention_layers)}")
         if forward.n_windowed != self.n_windowed_layers:
@@ -102,6 +104,10 @@ class PackedModel:
         if len(hidden) != len(plan.needed):
             hidden = hidden.index_select(0, plan.needed)
         return hidden.index_select(0, plan.which)
+
+    def exact_products(self) -> AbstractContextManager[None]:
+        """In which all of the model's products are computed."""
+        return exact_products(self.device, split=not self.deterministic)
 
     def forward(self, forest: PrefixForest, positions: NDArray[np.integer[Any]] | None = None) -> Tensor:
         """`hidden` of a pack that is planned here."""
@@ -151,7 +157,12 @@ def packed(name: str, full: Any) -> PackedModel:
     if depth is None:
         raise ModelError(f"{name}: its configuration does not say how many layers it has; it is not supported")
     context_length, rope_boundary = model_lengths(config)
-    fusions, prunes, seen_windows = _fuse(full, context_length)
+    device = full.get_input_embeddings().weight.device
+    with exact_products(device):
+        fusions, prunes, seen_windows = _fuse(full, context_length)
+    if device.type == "cuda":
+        # The weights as they were before they were joined; each lay in a segment that the joined ones do not fit into.
+        torch.cuda.empty_cache()
     return PackedModel(
         name=name,
         body=full.base_model,
@@ -220,6 +231,7 @@ def settings_of(model: PackedModel) -> dict[str, object]:
         "architecture": type(model.full).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "deterministic": model.deterministic and model.device.type == "cuda",
         "vocabulary": model.vocabulary,
         "context_length": model.context_length,
         "fused": {fusion.part: f"{fusion.n_fused} of {fusion.n_modules}" for fusion in model.fusions},

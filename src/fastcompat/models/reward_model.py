@@ -43,4 +43,5 @@ class RewardModel(PackedModel):
     def rewards_of(self, states: Tensor) -> Tensor:
         """[N] float64 rewards from the hidden states that are read, states [N * R, D], one conversation's together."""
         states = states.view(-1, self.head.n_reads, states.shape[-1])
-        return self.module.outputs(states)[:, self.head.column].double()
+        with self.exact_products():
+            return self.module.outputs(states)[:, self.head.column].double()

@@ -216,6 +216,8 @@ class Scorer(ModelScorer):
     "ignore" does.
     token_ids: "file", those of the model's tokenizer.json, or "class", those of transformers' class for it.
     extras: columns to compute beside the loss, those of `rows.EXTRAS`: "entropy_sum", "token_nll" ...
+    deterministic: on a GPU cuBLAS divides no product along what it sums over, so that a loss's last bits depend less on
+    what else is in its pack; on a CPU they depend on nothing else as it is.
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
     TemplateError with what to do.
@@ -243,6 +245,7 @@ class Scorer(ModelScorer):
         revision: str | None = None,
         token_ids: str = "file",
         extras: Sequence[str] = (),
+        deterministic: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -252,6 +255,7 @@ class Scorer(ModelScorer):
             token_budget=token_budget,
             max_length=max_length,
             revision=revision,
+            deterministic=deterministic,
         )
         unknown = sorted(set(extras) - set(EXTRAS))
         if unknown:

@@ -93,7 +93,7 @@ class RewardScorer(ModelScorer):
 
     model: a hub id or a directory of a *ForSequenceClassification, of ArmoRM or of QRM. Safetensors only; code from a
     model's repository is never run.
-    device, dtype, token_budget: as `Scorer`.
+    device, dtype, token_budget, deterministic: as `Scorer`.
     bos: "auto" (as tokenizer and template have it), "one" or "none"; never two.
     max_length: tokens, the model's context if not given; a longer conversation has status `too_long` and no reward,
     unless truncate: then its beginning is judged, with status `truncated`.
@@ -126,6 +126,7 @@ class RewardScorer(ModelScorer):
         read_out: str = "auto",
         revision: str | None = None,
         token_ids: str = "file",
+        deterministic: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -135,6 +136,7 @@ class RewardScorer(ModelScorer):
             token_budget=token_budget,
             max_length=max_length,
             revision=revision,
+            deterministic=deterministic,
         )
         self._described = describe(
             self.source,
