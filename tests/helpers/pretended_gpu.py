@@ -24,6 +24,7 @@ from fastcompat.models.base_model import CausalLM
 from fastcompat.models.fused_modules import FusedAttention, JoinedLinear
 from fastcompat.models.packed_model import PackedModel
 from fastcompat.models.reward_model import RewardModel
+from fastcompat.ops import nll
 
 GPU = torch.device("cuda:0")
 
@@ -95,6 +96,9 @@ class PretendedGpu(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         flat, _ = tree_flatten((args, kwargs))
         there = [x for x in flat if isinstance(x, OnGpu)]
+        if there and func.namespace == "fastcompat":  # an operator of ours: what is in it counts
+            with self:
+                return getattr(nll, f"_{func.overloadpacket.__name__}")._init_fn(*args, **kwargs)
         name = func.overloadpacket.__name__
         asked = kwargs.get("device")
         to_gpu = asked is not None and torch.device(asked).type == "cuda"
