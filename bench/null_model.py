@@ -50,8 +50,25 @@ MOST_LINKS = 10_000
 # The stated limit.
 MAX_STATUS_SECONDS = 2.0
 
+
+class NullPlan:
+    """Of a pack; it lies on every device."""
+
+    def __init__(self, forest: Any) -> None:
+        self.forest = forest
+
+    def to(self, device: Any) -> NullPlan:
+        return self
+
+
 # All that the loop asks of a model.
-NULL_MODEL: Any = SimpleNamespace(vocabulary=1 << 16, device=SimpleNamespace(type="cpu"), rope_boundary=None)
+NULL_MODEL: Any = SimpleNamespace(
+    vocabulary=1 << 16,
+    device=SimpleNamespace(type="cpu"),
+    rope_boundary=None,
+    plan=lambda forest, positions: NullPlan(forest),
+    hidden=lambda plan: None,
+)
 
 
 class NullScores:
@@ -78,11 +95,16 @@ class NullScores:
     def to_pack(self, n: int, rope_boundary: int | None) -> tuple[Any, Any]:
         return self._ids[n], np.array([False, True])
 
-    def compute(self, model: Any, forest: Any) -> Any:
-        return self._known[forest.sequences]
+    def positions(self, forest: Any) -> Any:
+        return forest.predictors
 
-    def add(self, forest: Any, computed: Any) -> list[int]:
-        self._figures[forest.sequences] = computed
+    def compute(self, model: Any, plan: Any, hidden: None) -> tuple[Any]:
+        import torch
+
+        return (torch.from_numpy(self._known[plan.forest.sequences]),)
+
+    def add(self, forest: Any, computed: tuple[Any]) -> list[int]:
+        (self._figures[forest.sequences],) = computed
         return []
 
     def fail(self, n: int, status: Status, detail: str) -> None:

@@ -32,11 +32,30 @@ class FakeModel:
     rope_boundary: int | None = None
     sizes: list[int] = field(default_factory=list)
 
-    def token_statistics(self, forest: PrefixForest, statistics: tuple[str, ...]) -> np.ndarray:
-        assert statistics == ("nll",)
+    def plan(self, forest: PrefixForest, positions: np.ndarray) -> FakePlan:
+        return FakePlan(forest)
+
+    def hidden(self, plan: FakePlan) -> torch.Tensor:
+        """[S, 1]: in the place of the states that predict the scored tokens, their figures."""
+        forest = plan.forest
         self.sizes.append(forest.n_tokens)
         self.raises(forest)
-        return nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.scored])[None]
+        nll = nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.scored])
+        return torch.from_numpy(nll)[:, None]
+
+    def target_statistics(self, hidden: torch.Tensor, plan: FakePlan, statistics: tuple[str, ...]) -> torch.Tensor:
+        assert statistics == ("nll",)
+        return hidden.T
+
+
+@dataclass
+class FakePlan:
+    """It lies on every device."""
+
+    forest: PrefixForest
+
+    def to(self, device: torch.device) -> FakePlan:
+        return self
 
 
 def sequence_of(ids: np.ndarray, n_prompt_tokens: int) -> TokenSequence:

@@ -204,14 +204,14 @@ def test_out_of_memory_splits_the_pack_and_names_what_never_fits(monkeypatch):
     model = wrap("test", small_model("Llama"))
     sequences = corpus()
     wanted = score_sequences(model, sequences, token_budget=4096).nll_sum
-    forward = type(model).forward
+    hidden = type(model).hidden
 
-    def small_device(self, forest, needed=None):
-        if forest.n_tokens > 100:
+    def small_device(self, plan):
+        if plan.forest.n_tokens > 100:
             raise torch.OutOfMemoryError("no room")
-        return forward(self, forest, needed)
+        return hidden(self, plan)
 
-    monkeypatch.setattr(type(model), "forward", small_device)
+    monkeypatch.setattr(type(model), "hidden", small_device)
     scores = score_sequences(model, sequences, token_budget=4096)
     assert [n for n, status in enumerate(scores.status) if status == Status.OOM] == [20]  # the one of 150 tokens
     kept = np.arange(len(sequences)) != 20

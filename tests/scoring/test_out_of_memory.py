@@ -11,7 +11,7 @@ from fake_model import VOCABULARY, FakeModel, sequence_of, sum_alone
 
 from fastcompat.rows.status import Status
 from fastcompat.scoring.losses import ResponseScores, score_sequences
-from fastcompat.scoring.packs import pack_sequences, score_pack
+from fastcompat.scoring.packs import pack_sequences, plan_packs, score_pack
 from fastcompat.scoring.token_budget import PACKS_BEFORE_GROWTH, PackLimit
 from fastcompat.tokens.conversations import TokenSequence
 
@@ -76,8 +76,8 @@ def test_whatever_fits_is_scored_once_with_equal_sums(error, most):
     scores = CountedScores(sequences)
     scores.counts = np.zeros(len(sequences), int)
     limit = PackLimit(512)
-    for forest in pack_sequences(model, scores, token_budget=512):
-        score_pack(model, forest, scores, limit)
+    for pack in plan_packs(model, scores, pack_sequences(model, scores, token_budget=512)):
+        score_pack(model, pack, scores, limit)
     lost = frozenset(n for n, sequence in enumerate(sequences) if len(sequence.input_ids) > most)
     assert bool(lost) == (most < 39)
     assert_all_scored(scores, lost=lost)

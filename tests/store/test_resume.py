@@ -125,11 +125,11 @@ SLOW = """
 import time
 from fastcompat.cli import application
 from fastcompat.models import CausalLM
-token_statistics = CausalLM.token_statistics
+target_statistics = CausalLM.target_statistics
 def slow(*arguments, **options):
     time.sleep(0.5)
-    return token_statistics(*arguments, **options)
-CausalLM.token_statistics = slow
+    return target_statistics(*arguments, **options)
+CausalLM.target_statistics = slow
 application.main()
 """
 

@@ -5,6 +5,7 @@ Dimension key: T packed tokens, S scored tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,8 +22,24 @@ from fastcompat.tokens import PrefixForest
 
 PRODUCT_TOKENS = 2048
 PRODUCT_REPEATS = 9
-# Products between two readings of a GPU's clock.
+# A GPU has its full speed only with many tiles for each multiprocessor, and keeps it only as long as its power lasts.
+GPU_PRODUCT_TOKENS = 16384
+GPU_SECONDS = 0.5
+# Products by which it is told how many that is.
 GPU_PRODUCTS = 20
+# TFLOP/s of dense products in half precision, adding up in float32, by NVIDIA's data sheets; the first name that is
+# part of the device's counts.
+DATA_SHEETS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.1,
+    "L40": 181.0,
+    "L4": 121.0,
+}
 
 
 def useful_flops(model: CausalLM, forests: Sequence[PrefixForest]) -> float:
@@ -66,12 +83,31 @@ def up_projection(model: Any) -> Tensor:
     return max(matrices, key=lambda weight: (weight.numel(), len(weight)))
 
 
+def product_tokens(device: torch.device) -> int:
+    """Rows of the product that is measured on a device."""
+    return GPU_PRODUCT_TOKENS if device.type == "cuda" else PRODUCT_TOKENS
+
+
 def product_rate(weight: Tensor) -> float:
-    """FLOP/s of `F.linear` with 2,048 tokens through `weight` [outputs, inputs]: the machine's own speed."""
-    x = torch.randn(PRODUCT_TOKENS, weight.shape[1], device=weight.device).to(weight.dtype)
-    measured = _gpu_seconds if weight.device.type == "cuda" else _cpu_seconds
-    seconds = statistics.median(measured(x, weight) for _ in range(PRODUCT_REPEATS))
-    return 2.0 * PRODUCT_TOKENS * weight.numel() / seconds
+    """FLOP/s of `F.linear` with `product_tokens` through `weight` [outputs, inputs]: the machine's own speed.
+
+    On a GPU sustained for half a second; else the median of some products.
+    """
+    x = torch.randn(product_tokens(weight.device), weight.shape[1], device=weight.device).to(weight.dtype)
+    if weight.device.type == "cuda":
+        n_products = math.ceil(GPU_SECONDS / _gpu_seconds(x, weight, GPU_PRODUCTS))
+        seconds = _gpu_seconds(x, weight, max(n_products, GPU_PRODUCTS))
+    else:
+        seconds = statistics.median(_cpu_seconds(x, weight) for _ in range(PRODUCT_REPEATS))
+    return 2.0 * x.numel() * len(weight) / seconds
+
+
+def data_sheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the data sheet of a GPU promises in this dtype, where it is known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * rate for part, rate in DATA_SHEETS.items() if part in name), None)
 
 
 def _cpu_seconds(x: Tensor, weight: Tensor) -> float:
@@ -80,14 +116,15 @@ def _cpu_seconds(x: Tensor, weight: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _gpu_seconds(x: Tensor, weight: Tensor) -> float:
+def _gpu_seconds(x: Tensor, weight: Tensor, n_products: int) -> float:
+    """Of one product, in a row of them."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     # The GPU is busy with these while the products are queued, so that the time to launch them is not counted.
     filler = torch.empty(8192, 8192, device=x.device, dtype=x.dtype).fill_(1)
     filler @ filler
     begin.record()
-    for _ in range(GPU_PRODUCTS):
+    for _ in range(n_products):
         F.linear(x, weight)
     end.record()
     end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / GPU_PRODUCTS
+    return float(begin.elapsed_time(end)) / 1e3 / n_products

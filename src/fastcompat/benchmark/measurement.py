@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompat.benchmark.flops import product_rate, up_projection, useful_flops
+from fastcompat.benchmark.flops import data_sheet_rate, product_rate, up_projection, useful_flops
 from fastcompat.benchmark.loops import PLAIN_LOOPS, Loop, Losses, Sequences, fastcompat_loop, logits_bytes, packed_loop
 from fastcompat.benchmark.machine import machine
 from fastcompat.benchmark.rounds import LoopResult, run_in_turn
@@ -103,6 +103,11 @@ class Measurement:
         """The loop's useful FLOP/s over the product's rate."""
         return self.useful_flops / loop.seconds / self.product_rate
 
+    @property
+    def data_sheet_rate(self) -> float | None:
+        """FLOP/s that the device's data sheet promises, where it is known."""
+        return data_sheet_rate(self.subject.device, self.subject.dtype)
+
     def tokens_per_second(self, loop: LoopResult) -> float:
         """Of the workload's tokens, shared beginnings counted in every sequence."""
         return self.problem.n_tokens / loop.seconds
@@ -126,6 +131,7 @@ class Measurement:
             "n_tokens": self.problem.n_tokens,
             "useful_gflop": self.useful_flops / 1e9,
             "product_gflop_per_s": self.product_rate / 1e9,
+            "data_sheet_gflop_per_s": None if self.data_sheet_rate is None else self.data_sheet_rate / 1e9,
             "packing_seconds": self.packing_seconds,
             "float32_check_nats": self.check_nats,
             "scorers": {

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastcompat.benchmark.flops import product_tokens
 from fastcompat.benchmark.measurement import Measurement
 
 # An error of a mean loss, in nats, that is marked: bf16's rounding stays below.
@@ -40,9 +41,16 @@ def rendered(measurement: Measurement) -> RenderableType:
 
 def _legend(measurement: Measurement) -> Iterator[str]:
     yield (
-        f"medians of interleaved rounds; the product (F.linear, 2,048 tokens through the model's MLP) ran at "
-        f"{measurement.product_rate / 1e9:,.0f} GFLOP/s"
+        f"medians of interleaved rounds; the product (F.linear, {product_tokens(measurement.subject.device):,} tokens "
+        f"through the model's MLP) ran at {measurement.product_rate / 1e9:,.0f} GFLOP/s"
     )
+    promised, ours = measurement.data_sheet_rate, measurement.loops.get("fastcompat")
+    if promised is not None:
+        share = "" if ours is None else f", fastcompat {measurement.useful_flops / ours.seconds / promised:.0%}"
+        yield (
+            f"of the data sheet's {promised / 1e12:,.0f} TFLOP/s the product reached "
+            f"{measurement.product_rate / promised:.0%}{share}"
+        )
     yield (
         "errors: of a response's mean loss, against float32 with the same weights, which the plain model confirms to "
         f"{measurement.check_nats:.0e} nats"

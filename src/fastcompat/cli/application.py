@@ -25,6 +25,9 @@ from fastcompat.cli.status import status, verify
 from fastcompat.errors import FastcompatError, Interrupted
 from fastcompat.version import __version__
 
+# Where torch, which reads them when it is loaded, is told how to give out a GPU's memory: if at all, by the user.
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
 app = typer.Typer(
     name="fastcompat",
     no_args_is_help=True,
@@ -39,6 +42,9 @@ def main() -> None:
     """The entry point: a user's mistake is one message and an exit code, never a traceback."""
     # A model's weights load with a bar of their own, and warnings that a scorer's user can do nothing about.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Packs are of ever other sizes, which leaves gaps in a GPU's memory that is given out in segments of fixed ones.
+    if not ALLOCATOR_SETTINGS.intersection(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         app()
     except FastcompatError as error:

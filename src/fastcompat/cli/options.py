@@ -104,6 +104,13 @@ RunDirectory = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="On a GPU: cuBLAS divides no product along its sum (no split-K), so last bits depend less on the pack.",
+    ),
+]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut.", show_default="the model's context")]
 TokenBudget = Annotated[
     int | None,

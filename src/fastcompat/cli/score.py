@@ -14,6 +14,7 @@ from fastcompat.cli.options import (
     Average,
     Bos,
     Carried,
+    Deterministic,
     Device,
     Dtype,
     Map,
@@ -77,6 +78,7 @@ def score(
     device: Device = "auto",
     dtype: Dtype = "auto",
     token_budget: TokenBudget = None,
+    deterministic: Deterministic = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the models on the hub.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Add INPUTs that RUN does not have yet.")] = False,
@@ -261,6 +263,7 @@ def score(
         device=device,
         dtype=dtype,
         token_budget=token_budget,
+        deterministic=deterministic,
         base_settings={
             "template": template,
             "turns": turns.value,

@@ -5,6 +5,7 @@ checkpoint      what lies on the disk: weights, their shapes, their fingerprint
 forward_pass    a pack on its way through the layers, and how attention finds it
 fused_modules   faster modules
 fusion          which of a model's modules they may replace: those that are the same function
+pack_plan       what a forward pass reads of a pack, made before its turn
 packed_model    a body that runs packs
 base_model      a body and its LM head -> the NLL of tokens
 reward_heads    what reward models have in the LM head's place
@@ -34,6 +35,7 @@ from fastcompat.models.configuration import (
     windows,
 )
 from fastcompat.models.loading import describe, load_causal_lm, load_reward_model, reward_model_on
+from fastcompat.models.pack_plan import PackPlan
 from fastcompat.models.packed_model import PackedModel, settings_of
 from fastcompat.models.reward_model import RewardModel
 
@@ -41,6 +43,7 @@ __all__ = [
     "LAYER_WEIGHT",
     "CausalLM",
     "ModelSettings",
+    "PackPlan",
     "PackedModel",
     "RewardModel",
     "Task",

@@ -12,16 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcompat.errors import ModelError
 from fastcompat.models.configuration import logit_scale, softcap
+from fastcompat.models.pack_plan import PackPlan
 from fastcompat.models.packed_model import PackedModel, packed
 from fastcompat.ops import Statistic, linear_nll
-from fastcompat.tokens import PrefixForest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,29 +42,23 @@ class CausalLM(PackedModel):
 
     def statistics(self, hidden: Tensor, target: Tensor, statistics: tuple[Statistic, ...]) -> Tensor:
         """[K, S] float32: these statistics (`linear_nll`) of target [S] under the LM head on hidden states [S, D]."""
-        found = linear_nll(
-            hidden,
-            self.weight,
-            target,
-            bias=self.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            statistics=statistics,  # type: ignore[arg-type]  # one or several: the overloads tell them apart
-        )
+        with self.exact_products():
+            found = linear_nll(
+                hidden,
+                self.weight,
+                target,
+                bias=self.bias,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                statistics=statistics,  # type: ignore[arg-type]  # one or several: the overloads tell them apart
+                # Ids are checked before they are packed, and of a GPU the question costs a wait.
+                check_target=target.device.type == "cpu",
+            )
         return found[None] if isinstance(found, Tensor) else torch.stack([row.float() for row in found])
 
-    def token_statistics(self, forest: PrefixForest, statistics: tuple[Statistic, ...]) -> NDArray[np.float32]:
-        """[K, S] float32 of the forest's scored tokens."""
-        # Several tokens may follow one: the first of every response follows its prompt's last.
-        return self.target_statistics(self.hidden_at(forest, forest.predictors), forest, statistics)
-
-    def target_statistics(
-        self, hidden: Tensor, forest: PrefixForest, statistics: tuple[Statistic, ...]
-    ) -> NDArray[np.float32]:
-        """[K, S] float32 of the forest's scored tokens, from the states that predict them, hidden [S, D]."""
-        found = self.statistics(hidden, torch.from_numpy(forest.targets).to(self.device), statistics)
-        result: NDArray[np.float32] = found.cpu().numpy()
-        return result
+    def target_statistics(self, hidden: Tensor, plan: PackPlan, statistics: tuple[Statistic, ...]) -> Tensor:
+        """[K, S] float32 of a pack's scored tokens, from the states that predict them, hidden [S, D]."""
+        return self.statistics(hidden, plan.targets, statistics)
 
 
 def wrap(name: str, full: Any) -> CausalLM:

@@ -272,11 +272,15 @@ def model_lengths(config: Any) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How a model is loaded. `dtype` "auto": as stored, or float32 where this device is slower in the stored one."""
+    """How a model is loaded. `dtype` "auto": as stored, or float32 where this device is slower in the stored one.
+
+    deterministic: on a GPU no product is divided along what it sums over (`ops.exact_products`).
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         known = ("auto", "float32", "bfloat16", "float16")

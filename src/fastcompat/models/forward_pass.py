@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,13 +60,19 @@ class ForwardPass:
     plan: AttentionPlan
     needed: AttentionPlan | None = None  # the last layer's, where only some tokens' states are wanted
     pruning: bool = False  # the last layer is at work, for the needed tokens only
-    n_calls: int = 0
-    n_windowed: int = 0
+    windows: list[int | None] = field(default_factory=list)  # the sliding window of each call of attention so far
     observed: dict[torch.nn.Module, AttentionArguments] | None = None  # filled in where somebody asks
 
+    @property
+    def n_calls(self) -> int:
+        return len(self.windows)
+
+    @property
+    def n_windowed(self) -> int:
+        return sum(window is not None for window in self.windows)
+
     def count(self, arguments: AttentionArguments) -> None:
-        self.n_calls += 1
-        self.n_windowed += arguments.sliding_window is not None
+        self.windows.append(arguments.sliding_window)
 
 
 _current: ContextVar[ForwardPass | None] = ContextVar("fastcompat_forward_pass", default=None)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
+
+import torch
 
 from fastcompat.errors import ModelError
 from fastcompat.models.base_model import CausalLM, wrap
@@ -64,6 +66,7 @@ def load_full(
             attn_implementation=ATTENTION_NAME,
             experts_implementation=None,  # config.json may name one that needs a package
             output_loading_info=True,
+            **_placement(device),
         )
     except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
         if ATTENTION_NAME in str(error):
@@ -77,6 +80,13 @@ def load_full(
         )
     _refuse_incomplete(model, report, what, own)
     return full.to(device).eval()
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    """What has transformers load weights straight to a GPU; it needs accelerate, without which they come by the CPU."""
+    from transformers.utils import is_accelerate_available
+
+    return {"device_map": {"": device}} if device.type == "cuda" and is_accelerate_available() else {}
 
 
 def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Collection[str]) -> None:
@@ -106,9 +116,10 @@ def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalL
     # Late: importing transformers' modelling code takes seconds.
     from transformers import AutoModelForCausalLM
 
-    full = load_full(model, settings or ModelSettings(), AutoModelForCausalLM, "a causal language model")
+    settings = settings or ModelSettings()
+    full = load_full(model, settings, AutoModelForCausalLM, "a causal language model")
     with made_ready(model):
-        loaded = wrap(model, full)
+        loaded = replace(wrap(model, full), deterministic=settings.deterministic)
         probe(loaded)
     return loaded
 
@@ -166,7 +177,8 @@ def load_reward_model(
         own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
     )
     with made_ready(model):
-        loaded = reward_model_on(packed(model, full), model, described)
+        body = replace(packed(model, full), deterministic=settings.deterministic)
+        loaded = reward_model_on(body, model, described)
         probe_reward_model(loaded)
     return loaded
 

@@ -1,6 +1,6 @@
 """A Hugging Face model that runs prefix forests: loaded safely, fused where it agrees, counted on every pass.
 
-Dimension key: T packed tokens, Q of them that are needed, D hidden size.
+Dimension key: T packed tokens, P positions whose hidden states are read, D hidden size.
 
 The module tree stays as it is. Its attention goes through the attention interface (`forward_pass.py`), modules that are
 slow are replaced where the replacement is the same function (`fusion.py`), and every forward pass counts its attention
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,13 @@ from fastcompat.models.configuration import (
 )
 from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
 from fastcompat.models.fusion import Fusion, fuse
-from fastcompat.ops import AttentionPlan
+from fastcompat.models.pack_plan import PackPlan, plan_pack
+from fastcompat.ops import OneCopy, exact_products
 from fastcompat.tokens import PrefixForest, pack_forest
 from fastcompat.wording import first_sentence
 
 # Tokens of each sequence on which a replacement of a module is compared with the module.
 FUSION_TOKENS = 32
-# Below this many rows some products take another path, whose last bits differ.
-FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +52,8 @@ class PackedModel:
     n_windowed_layers: int
     fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
     prunes: bool  # the last layer can be computed for some tokens only
+    windows: tuple[int | None, ...]  # the sliding window of each attention layer in tokens, in the order of their calls
+    deterministic: bool = False  # on a GPU no product is divided along what it sums over
 
     @property
     def embedding(self) -> Tensor:
@@ -73,20 +74,24 @@ class PackedModel:
         """V: token ids from there on have no embedding."""
         return len(self.embedding)
 
-    @torch.no_grad()
-    def forward(self, forest: PrefixForest, needed: NDArray[np.int64] | None = None) -> Tensor:
-        """[T, D] last hidden states, after the final norm; of the packed tokens `needed` [Q] only, where it is given.
+    def plan(self, forest: PrefixForest, positions: NDArray[np.integer[Any]] | None = None) -> OneCopy[PackPlan]:
+        """What a forward pass reads of a pack, made on the CPU by any thread; `to(device)` brings it there.
 
-        needed: ascending, each once. What nobody reads of the last layer is then not computed.
+        positions: [P] packed tokens whose last hidden states are wanted, in any order, any of them several times; None:
+        all T. What nobody reads of the last layer is then not computed.
         """
-        position_ids = torch.from_numpy(forest.position_ids).to(self.device)
-        plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(self.device))
-        input_ids = torch.from_numpy(forest.input_ids).to(self.device)
-        forward = ForwardPass(plan=plan)
-        index = None if needed is None else torch.from_numpy(needed).to(self.device)
-        if self.prunes and index is not None and FEWEST_ROWS <= len(index) < forest.n_tokens:
-            forward.needed = plan.for_queries(index)
-        hidden = _last_hidden(self.body, forward, input_ids, position_ids)
+        plan = plan_pack(forest, positions, prunes=self.prunes, windows=self.windows, device=self.device)
+        return OneCopy(plan, self.device)
+
+    @torch.no_grad()
+    def hidden(self, plan: PackPlan) -> Tensor:
+        """[P, D] last hidden states, after the final norm, of the plan's positions; [T, D] where it names none.
+
+        The plan is on the model's device. Nothing is asked of a GPU: all is queued when this returns.
+        """
+        forward = ForwardPass(plan=plan.attention, needed=plan.last_attention)
+        with self.exact_products():
+            hidden = _last_hidden(self.body, forward, plan.input_ids, plan.position_ids)
         if forward.n_calls != self.n_attention_layers:
             raise ModelError(f"{self.name}: {own_attention(forward.n_calls, self.n_attention_layers)}")
         if forward.n_windowed != self.n_windowed_layers:
@@ -94,13 +99,19 @@ class PackedModel:
                 f"{self.name}: {forward.n_windowed} attention layers have a sliding window where the configuration "
                 f"says {self.n_windowed_layers}; what the others see is not known, so it is not supported"
             )
-        return hidden if index is None or len(hidden) == len(index) else hidden.index_select(0, index)
+        if plan.needed is None or plan.which is None:
+            return hidden
+        if len(hidden) != len(plan.needed):
+            hidden = hidden.index_select(0, plan.needed)
+        return hidden.index_select(0, plan.which)
 
-    def hidden_at(self, forest: PrefixForest, positions: NDArray[np.integer[Any]]) -> Tensor:
-        """[P, D] last hidden states of the packed tokens `positions` [P], in any order, any of them several times."""
-        needed, which = np.unique(positions, return_inverse=True)
-        hidden = self.forward(forest, needed.astype(np.int64))
-        return hidden.index_select(0, torch.from_numpy(which).to(self.device))
+    def exact_products(self) -> AbstractContextManager[None]:
+        """In which all of the model's products are computed."""
+        return exact_products(self.device, split=not self.deterministic)
+
+    def forward(self, forest: PrefixForest, positions: NDArray[np.integer[Any]] | None = None) -> Tensor:
+        """`hidden` of a pack that is planned here."""
+        return self.hidden(self.plan(forest, positions).to(self.device))
 
 
 def own_attention(n_calls: int, n_layers: int | None) -> str:
@@ -146,7 +157,12 @@ def packed(name: str, full: Any) -> PackedModel:
     if depth is None:
         raise ModelError(f"{name}: its configuration does not say how many layers it has; it is not supported")
     context_length, rope_boundary = model_lengths(config)
-    fusions, prunes = _fuse(full, context_length)
+    device = full.get_input_embeddings().weight.device
+    with exact_products(device):
+        fusions, prunes, seen_windows = _fuse(full, context_length)
+    if device.type == "cuda":
+        # The weights as they were before they were joined; each lay in a segment that the joined ones do not fit into.
+        torch.cuda.empty_cache()
     return PackedModel(
         name=name,
         body=full.base_model,
@@ -157,6 +173,7 @@ def packed(name: str, full: Any) -> PackedModel:
         n_windowed_layers=n_windowed_layers(config),
         fusions=fusions,
         prunes=prunes,
+        windows=seen_windows,
     )
 
 
@@ -176,35 +193,36 @@ def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor,
 
 
 @torch.no_grad()
-def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool]:
-    """Fuse what can be fused, and try whether the last layer can do with the needed tokens.
+def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool, tuple[int | None, ...]]:
+    """Fuse what can be fused, try whether the last layer can do with the needed tokens, and see the layers' windows.
 
     Nothing where the model cannot run a pack at all, which its probe will say.
     """
-    embedding = full.get_input_embeddings().weight
-    _, forest = sample_pack(len(embedding), min(FUSION_TOKENS, context_length or FUSION_TOKENS))
-    position_ids = torch.from_numpy(forest.position_ids).to(embedding.device)
-    input_ids = torch.from_numpy(forest.input_ids).to(embedding.device)
-    plan = AttentionPlan.create(position_ids, torch.from_numpy(forest.subtree_end).to(embedding.device))
+    device = full.get_input_embeddings().weight.device
+    vocabulary = len(full.get_input_embeddings().weight)
+    _, forest = sample_pack(vocabulary, min(FUSION_TOKENS, context_length or FUSION_TOKENS))
+    plan = OneCopy(plan_pack(forest, None, prunes=False, windows=(), device=device), device).to(device)
     body = full.base_model
 
     def run(forward: ForwardPass) -> Tensor:
-        return _last_hidden(body, forward, input_ids, position_ids)
+        return _last_hidden(body, forward, plan.input_ids, plan.position_ids)
 
     try:
-        fusions = fuse(body, run, ForwardPass(plan=plan))
+        fusions = fuse(body, run, ForwardPass(plan=plan.attention))
     except Exception as error:
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
-        return (), False
+        return (), False, ()
+    every_layer = ForwardPass(plan=plan.attention)
     try:
         # A body may do more with its layers' output than normalise it.
-        needed = torch.arange(0, len(input_ids), 2, device=input_ids.device)
-        every, some = run(ForwardPass(plan=plan)), run(ForwardPass(plan=plan, needed=plan.for_queries(needed)))
+        needed = torch.arange(0, forest.n_tokens, 2, device=device)
+        every = run(every_layer)
+        some = run(ForwardPass(plan=plan.attention, needed=plan.attention.for_queries(needed)))
     except Exception as error:
         logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
-        return fusions, False
+        return fusions, False, tuple(every_layer.windows)
     near = some.shape == every[needed].shape and torch.allclose(some, every[needed], rtol=0.05, atol=0.05)
-    return fusions, near
+    return fusions, near, tuple(every_layer.windows)
 
 
 def settings_of(model: PackedModel) -> dict[str, object]:
@@ -213,6 +231,7 @@ def settings_of(model: PackedModel) -> dict[str, object]:
         "architecture": type(model.full).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "deterministic": model.deterministic and model.device.type == "cuda",
         "vocabulary": model.vocabulary,
         "context_length": model.context_length,
         "fused": {fusion.part: f"{fusion.n_fused} of {fusion.n_modules}" for fusion in model.fusions},

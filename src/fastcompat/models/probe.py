@@ -35,7 +35,7 @@ _OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 
 @torch.no_grad()
 def probe(model: CausalLM) -> None:
     """Raise ModelError unless `model` gives packed what it gives alone, and the loss that its own logits give."""
-    with made_ready(model.name):
+    with made_ready(model.name), model.exact_products():
         # A head may have words that nothing is embedded for.
         vocabulary = min(model.vocabulary, model.full.get_input_embeddings().num_embeddings)
         tried = _packed_and_alone(model, vocabulary, whole=True)
@@ -59,7 +59,7 @@ def _compare_nll(model: CausalLM, logits: torch.Tensor, got: torch.Tensor, targe
 @torch.no_grad()
 def probe_reward_model(model: RewardModel) -> None:
     """Raise ModelError unless `model` gives packed what it gives alone, and what its own class gives."""
-    with made_ready(model.name):
+    with made_ready(model.name), model.exact_products():
         tried = _packed_and_alone(model, model.vocabulary, whole=model.head.has_own_class)
         length, n_reads = len(tried.ids[0]), model.head.n_reads
         reads = dict.fromkeys(range(3), (length - 1, length // 2)[:n_reads])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcompat.models.packed_model import PackedModel
 from fastcompat.models.reward_heads import Head, RewardHead
@@ -27,7 +28,6 @@ class RewardModel(PackedModel):
     head: RewardHead
     module: Head = field(repr=False)
 
-    @torch.no_grad()
     def rewards(self, forest: PrefixForest, reads: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """[N] float64: the reward of each of the forest's sequences, in its order; NaN where the model gives NaN.
 
@@ -36,11 +36,12 @@ class RewardModel(PackedModel):
         """
         reads = reads.reshape(len(reads), -1)
         assert reads.shape[1] == self.head.n_reads, f"reads is {reads.shape}, not [N, {self.head.n_reads}]"
-        states = self.hidden_at(forest, reads.reshape(-1))
-        return self.rewards_of(states.view(*reads.shape, states.shape[-1]))
+        result: NDArray[np.float64] = self.rewards_of(self.forward(forest, reads.reshape(-1))).cpu().numpy()
+        return result
 
     @torch.no_grad()
-    def rewards_of(self, states: torch.Tensor) -> NDArray[np.float64]:
-        """[N] float64 rewards from the hidden states that are read, states [N, R, D]."""
-        result: NDArray[np.float64] = self.module.outputs(states)[:, self.head.column].double().cpu().numpy()
-        return result
+    def rewards_of(self, states: Tensor) -> Tensor:
+        """[N] float64 rewards from the hidden states that are read, states [N * R, D], one conversation's together."""
+        states = states.view(-1, self.head.n_reads, states.shape[-1])
+        with self.exact_products():
+            return self.module.outputs(states)[:, self.head.column].double()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastcompat.errors import ArgumentError
 from fastcompat.ops import attention_torch
-from fastcompat.ops.backends import NATIVE_DTYPES, choose, native, native_level
+from fastcompat.ops.backends import FASTEST, NATIVE_DTYPES, choose, native, native_level, why_not
 
 # Wider heads do not fit into a GPU's registers.
 TRITON_WIDTH = 512
@@ -39,6 +39,7 @@ class AttentionPlan:
 
     @classmethod
     def create(cls, position_ids: Tensor, subtree_end: Tensor) -> AttentionPlan:
+        """Of [T] int64 and [T] int32. Made on the CPU and copied (`OneCopy`), it costs a GPU no synchronisation."""
         roots = torch.nonzero(position_ids == 0).flatten()
         # Depth first, a token that is neither a root nor one deeper than the one before it begins a branch.
         shares = bool(((position_ids.diff() != 1) & (position_ids[1:] != 0)).any())
@@ -49,7 +50,7 @@ class AttentionPlan:
             max_position=int(position_ids.max()),
             query_index=None,
             cu_seqlens=None if shares else torch.cat([roots, end]).to(torch.int32),
-            blocks=attention_torch.Blocks(position_ids=position_ids, subtree_end=subtree_end),
+            blocks=attention_torch.Blocks.create(position_ids, subtree_end),
         )
 
     def for_queries(self, query_index: Tensor) -> AttentionPlan:
@@ -62,6 +63,22 @@ class AttentionPlan:
             cu_seqlens=None,
             blocks=self.blocks,
         )
+
+    def summary(self, sliding_window: int | None) -> Any:
+        """What Triton reads of the plan under a window; made when it is first asked for, on a GPU by waiting for it."""
+        window = self.reaching(sliding_window)
+        if window not in self.summaries:
+            self.summaries[window] = import_module("fastcompat.kernels.forest_attention").summarise(
+                self.position_ids,
+                self.subtree_end,
+                sliding_window=window,
+                query_index=None if self.query_index is None else self.query_index.long(),
+            )
+        return self.summaries[window]
+
+    def reaching(self, sliding_window: int | None) -> int | None:
+        """The window, None where no position of the pack reaches beyond it."""
+        return None if sliding_window is not None and sliding_window > self.max_position else sliding_window
 
 
 def forest_attention(
@@ -86,8 +103,7 @@ def forest_attention(
     backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "varlen" (torch's
     own, for a pack that shares nothing), "torch".
     """
-    if sliding_window is not None and sliding_window > plan.max_position:
-        sliding_window = None
+    sliding_window = plan.reaching(sliding_window)
     if backend is None and query.device.type == "cuda" and _varlen_serves(query, value, plan, softcap, sinks):
         backend = "varlen"
     if backend == "varlen":
@@ -101,23 +117,17 @@ def forest_attention(
         return _native_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks, backend)
     if backend == "triton":
         kernel = import_module("fastcompat.kernels.forest_attention")
-        index = None if plan.query_index is None else plan.query_index.long()
-        if sliding_window not in plan.summaries:
-            plan.summaries[sliding_window] = kernel.summarise(
-                plan.position_ids, plan.subtree_end, sliding_window=sliding_window, query_index=index
-            )
         attended: Tensor = kernel.forest_attention(
             query,
             key,
             value,
             plan.position_ids,
             plan.subtree_end,
-            plan.summaries[sliding_window],
+            plan.summary(sliding_window),
             scaling=scaling,
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
-            query_index=index,
         )
         return attended
     every = query
@@ -174,6 +184,11 @@ def _native_attention(
         torch.get_num_threads(),
     )
     return out
+
+
+def reads_summaries(device: torch.device) -> bool:
+    """Whether attention on this device reads a plan's summaries: where Triton serves."""
+    return FASTEST.get(device.type) == "triton" and why_not("triton", device.type) is None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ the block itself) are gathered, and `scaled_dot_product_attention` runs on each.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +45,22 @@ class Blocks:
 
     position_ids: Tensor  # [T] int64
     subtree_end: Tensor  # [T] int32
+    on_host: tuple[NDArray[Any], NDArray[Any]] | None  # both, where they came from the CPU
     blocks: dict[int | None, list[Block]] = field(default_factory=dict)  # by sliding window
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     mask_elements: int = 0
 
+    @classmethod
+    def create(cls, position_ids: Tensor, subtree_end: Tensor) -> Blocks:
+        on_cpu = position_ids.device.type == "cpu"
+        on_host = (position_ids.numpy(), subtree_end.numpy()) if on_cpu else None
+        return cls(position_ids=position_ids, subtree_end=subtree_end, on_host=on_host)
+
     def blocks_for(self, sliding_window: int | None) -> list[Block]:
         """The blocks under a window; None, and any window that no position reaches, is full attention."""
         if sliding_window not in self.blocks:
-            position, subtree_end = self.position_ids.cpu().numpy(), self.subtree_end.cpu().numpy()
+            on_host = self.on_host or (self.position_ids.cpu().numpy(), self.subtree_end.cpu().numpy())
+            position, subtree_end = on_host
             self.blocks[sliding_window] = _cut_blocks(position, subtree_end, sliding_window, self.position_ids.device)
         return self.blocks[sliding_window]
 

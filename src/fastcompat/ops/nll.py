@@ -44,6 +44,7 @@ def linear_nll(
     logit_scale: float = 1.0,
     statistics: tuple[Statistic] = ("nll",),
     cu_seqlens: Tensor | None = None,
+    check_target: bool = True,
     backend: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -57,6 +58,7 @@ def linear_nll(
     logit_scale: float = 1.0,
     statistics: Several,
     cu_seqlens: Tensor | None = None,
+    check_target: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]: ...
 def linear_nll(
@@ -69,6 +71,7 @@ def linear_nll(
     logit_scale: float = 1.0,
     statistics: tuple[Statistic, ...] = ("nll",),
     cu_seqlens: Tensor | None = None,
+    check_target: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Per-token NLL of each target under an LM head, and more of the same distributions, without the logits.
@@ -94,6 +97,7 @@ def linear_nll(
     each, rank int64.
     cu_seqlens: [N + 1] int32 or int64, from 0 to S, non-decreasing: response n holds the tokens from cu_seqlens[n] up
     to cu_seqlens[n + 1]. Then [N] float64 sums over each response's tokens are returned instead, 0 where it has none.
+    check_target: False where the caller knows that every target lies in [0, V): of a GPU the question costs a wait.
     backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch".
 
     A bias of -inf bars a word (with a positive logit_scale, and unless a softcap makes it finite): it adds nothing, and
@@ -106,7 +110,7 @@ def linear_nll(
     _check_scaling(softcap, logit_scale)
     _check_common("hidden", hidden, target, cu_seqlens)
     _check_no_gradient("linear_nll", hidden=hidden, weight=weight, bias=bias)
-    token = _linear_nll(hidden, weight, target, bias, softcap, logit_scale, rows != (0,), backend)
+    token = _linear_nll(hidden, weight, target, bias, softcap, logit_scale, rows != (0,), backend, check_target)
     return _pick(token, rows, cu_seqlens, backend)
 
 
@@ -240,10 +244,12 @@ def _linear_nll(
     logit_scale: float,
     all_statistics: bool,
     backend: str | None,
+    check_target: bool = True,
 ) -> Tensor:
     """[1 or 5, S] float32."""
     backend = choose(backend, hidden)
-    _check_range(target, len(weight))
+    if check_target:
+        _check_range(target, len(weight))
     target = target.contiguous()
     out = _result(hidden, all_statistics)
     if not len(target):
@@ -290,6 +296,7 @@ def _(
     logit_scale: float,
     all_statistics: bool,
     backend: str | None,
+    check_target: bool = True,
 ) -> Tensor:
     return _result(hidden, all_statistics)
 

@@ -14,12 +14,13 @@ from fastcompat.scoring.passes import Pass, passes_of
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
 
-_OF_BOTH = ("device", "dtype", "token_budget")
+_OF_BOTH = ("device", "dtype", "token_budget", "deterministic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedModels:
-    """base, reward: hub ids or directories. device, dtype, token_budget: of all of them, as of `Scorer`.
+    """base, reward: hub ids or directories. device, dtype, token_budget, deterministic: of all of them, as of
+    `Scorer`.
 
     base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these. The `output` of reward models is
     for those that have it, and one of several must. Raises UsageError where there is no model.
@@ -30,6 +31,7 @@ class AskedModels:
     device: str = "auto"
     dtype: str = "auto"
     token_budget: int | None = None
+    deterministic: bool = False
     base_settings: Mapping[str, Any] = field(default_factory=dict)
     reward_settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ large it may be in `token_budget.py`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.rows import Response, from_table
 from fastcompat.scoring.leaving_out import Share, share_of
-from fastcompat.scoring.packs import pack_sequences, score_pack
+from fastcompat.scoring.packs import Pack, PackQueue, pack_sequences, plan_packs
 from fastcompat.scoring.pipeline import Stopwatch, Writer, prefetch, sharing_processor
 from fastcompat.scoring.scores import Model, Scores
 from fastcompat.scoring.token_budget import PackLimit
@@ -62,15 +63,17 @@ def score_run(
     """
     progress.began = progress.began or time.monotonic()
     timings = progress.timings
-    limit = PackLimit(token_budget)
     prepare = partial(prepare_unit, run, stores, model, begin, token_budget, leave_out)
     with (
         sharing_processor(with_forward_pass=model.device.type == "cpu") if ahead else nullcontext(),
         closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
         Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
+        PackQueue(model, PackLimit(token_budget), forward=timings.forward) as queue,
     ):
+        stopping = _Stopping(stop)
         for prepared_unit in prepared_units:
             if prepared_unit is None:
+                queue.finish()
                 writer.finish()
                 continue
             unit, prepared = prepared_unit
@@ -78,32 +81,48 @@ def score_run(
             if prepared is None or (shared and not _lack(stores, unit, prepared.leave_out)):
                 progress.n_rows_skipped += unit.n_rows
                 continue
-            share, scores, packs, n_done = prepared.share, prepared.scores, prepared.packs, prepared.n_done
+            share, scores = prepared.share, prepared.scores
             progress.n_rows_skipped += unit.n_rows - len(share.at)
             progress.n_rows_left_out += share.n_left_out
-            n_without_tokens = len(share.at) - sum(map(prepared.n_rows, packs))
-            if n_done:
-                progress.n_rows_skipped += n_without_tokens + sum(map(prepared.n_rows, packs[:n_done]))
+            if prepared.n_done:
+                progress.n_rows_skipped += prepared.n_rows_without_tokens + prepared.n_rows_done
             else:
-                progress.count_rows(n_without_tokens)
-            kept = time.monotonic()
-            for k, forest in enumerate(packs[n_done:], start=n_done + 1):
-                timings.forward.time(score_pack, model, forest, scores, limit)
-                progress.count(forest, prepared.n_rows(forest))
+                progress.count_rows(prepared.n_rows_without_tokens)
+            beginning = _Beginning(stores, unit, prepared, token_budget, writer)
+
+            def done(forest: PrefixForest, beginning: _Beginning) -> None:
+                progress.count(forest, beginning.prepared.n_rows(forest))
                 writer.check()
-                stopping = stop()
-                # Of a part that is completed nothing is kept before the end: a beginning beside it would count for
-                # nothing, and with some of its rows in the part the others would be packed, and rounded, otherwise.
-                if not share.completes and (stopping or time.monotonic() - kept > KEEP_SECONDS):
-                    packing = Packing(token_budget=token_budget, n_stores=len(stores), n_packs=k)
-                    tables = [share.whole(table, None) for table in scores.tables(share.computed)]
-                    writer.submit(_keep_beginning, stores, unit, tables, packing)
-                    kept = time.monotonic()
-                if stopping:
+                beginning.n_packs += 1
+                if not stopping.asked():
+                    beginning.keep_if_old()
+
+            while prepared.packs:
+                pack = prepared.packs.popleft()
+                queue.put(pack, scores, partial(done, pack.forest, beginning))
+                if stopping.now:
+                    queue.finish()
+                    beginning.keep()
                     _interrupt(writer)
-            writer.submit(_commit, run, stores, unit, scores, share, progress)
-            if stop():
+            queue.then(partial(writer.submit, _commit, run, stores, unit, scores, share, progress))
+            queue.then(stopping.asked)
+            if stopping.now:
                 _interrupt(writer)
+        queue.finish()
+        if stopping.now:
+            _interrupt(writer)
+
+
+class _Stopping:
+    """Whether the loop is to stop: once it was, it is."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+        self.now = False
+
+    def asked(self) -> bool:
+        self.now = self.now or self._stop()
+        return self.now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,8 +132,10 @@ class PreparedUnit:
     leave_out: Mapping[str, str]
     share: Share
     scores: Scores  # of the share's rows
-    packs: list[PrefixForest]
-    n_done: int  # packs that an interrupted session has finished; `scores` has their figures
+    packs: deque[Pack]  # those to be computed
+    n_done: int  # packs before them that an interrupted session has finished; `scores` has their figures
+    n_rows_done: int  # of those
+    n_rows_without_tokens: int
 
     def n_rows(self, forest: PrefixForest) -> int:
         """Rows whose first, or only, sequence is in this pack."""
@@ -137,9 +158,18 @@ def prepare_unit(
         return unit, None
     share = share_of(run.unit_rows(unit), [store if has else None for store, has in there], unit, names)
     scores = begin(from_table(share.computed))
-    packs = pack_sequences(model, scores, token_budget=token_budget)
-    n_done = 0 if share.completes else _restore(scores, packs, stores, unit, share, token_budget)
-    return unit, PreparedUnit(leave_out=names, share=share, scores=scores, packs=packs, n_done=n_done)
+    forests = pack_sequences(model, scores, token_budget=token_budget)
+    n_done = 0 if share.completes else _restore(scores, forests, stores, unit, share, token_budget)
+    n_rows = [len(_rows(forest, scores)) for forest in forests]
+    return unit, PreparedUnit(
+        leave_out=names,
+        share=share,
+        scores=scores,
+        packs=deque(plan_packs(model, scores, forests[n_done:])),
+        n_done=n_done,
+        n_rows_done=sum(n_rows[:n_done]),
+        n_rows_without_tokens=len(share.at) - sum(n_rows),
+    )
 
 
 def _restore(
@@ -224,6 +254,38 @@ class Progress:
 
 def _lack(stores: Sequence[ScorerStore], unit: Unit, leave_out: Mapping[str, str]) -> bool:
     return any(store.lacks(unit, leave_out) for store in stores)
+
+
+@dataclass(slots=True)
+class _Beginning:
+    """What is kept of a unit that is not finished."""
+
+    stores: Sequence[ScorerStore]
+    unit: Unit
+    prepared: PreparedUnit
+    token_budget: int
+    writer: Writer
+    n_packs: int = field(init=False)  # finished, whenever
+    kept: float = field(init=False)  # time.monotonic()
+
+    def __post_init__(self) -> None:
+        self.n_packs = self.prepared.n_done
+        self.kept = time.monotonic()
+
+    def keep_if_old(self) -> None:
+        if time.monotonic() - self.kept > KEEP_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        share = self.prepared.share
+        # Of a part that is completed nothing is kept before the end: a beginning beside it would count for nothing,
+        # and with some of its rows in the part the others would be packed, and rounded, otherwise.
+        if share.completes:
+            return
+        packing = Packing(token_budget=self.token_budget, n_stores=len(self.stores), n_packs=self.n_packs)
+        tables = [share.whole(table, None) for table in self.prepared.scores.tables(share.computed)]
+        self.writer.submit(_keep_beginning, self.stores, self.unit, tables, packing)
+        self.kept = time.monotonic()
 
 
 def _keep_beginning(stores: Sequence[ScorerStore], unit: Unit, tables: Sequence[pa.Table], packing: Packing) -> None:

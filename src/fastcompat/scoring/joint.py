@@ -11,28 +11,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcompat.models import (
     LAYER_WEIGHT,
     CausalLM,
+    PackPlan,
     RewardModel,
     have_equal_tensors,
     resolve_dtype,
     tensor_shapes,
     text_config,
 )
-from fastcompat.ops import Statistic
+from fastcompat.ops import OneCopy
 from fastcompat.rows import Response, Status
 from fastcompat.scoring.losses import ResponseScores, Scorer
-from fastcompat.scoring.rewards import RewardScorer, RewardScores
+from fastcompat.scoring.rewards import RewardScorer, RewardScores, read_positions
 from fastcompat.scoring.scores import Scores
-from fastcompat.tokens import BoolArray, IntArray, PrefixForest, packed_reads
+from fastcompat.tokens import BoolArray, IntArray, PrefixForest
 
 # What a configuration says that no hidden state depends on.
 _BESIDE_THE_BODY = frozenset(
@@ -42,8 +44,6 @@ _BESIDE_THE_BODY = frozenset(
         *("_name_or_path", "pretraining_tp"),
     )
 )
-
-Computed: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,12 +66,13 @@ class JointModel:
     def rope_boundary(self) -> int | None:
         return self.base.rope_boundary
 
-    def compute(self, forest: PrefixForest, statistics: tuple[Statistic, ...], reads: NDArray[np.int64]) -> Computed:
-        """[K, S] of the forest's scored tokens, and the rewards of those conversations whose `reads` these are."""
-        predictors = forest.predictors
-        states = self.base.hidden_at(forest, np.concatenate([predictors, reads.reshape(-1)]))
-        found = self.base.target_statistics(states[: len(predictors)], forest, statistics)
-        return found, self.reward.rewards_of(states[len(predictors) :].view(*reads.shape, states.shape[-1]))
+    def plan(self, forest: PrefixForest, positions: NDArray[np.integer[Any]]) -> OneCopy[PackPlan]:
+        """As `PackedModel.plan`, of the one body."""
+        return self.base.plan(forest, positions)
+
+    def hidden(self, plan: PackPlan) -> Tensor:
+        """As `PackedModel.hidden`, of the one body."""
+        return self.base.hidden(plan)
 
 
 class JointScores(Scores):
@@ -99,15 +100,22 @@ class JointScores(Scores):
         scores, own = self._whose(n)
         return scores.to_pack(own, rope_boundary)
 
-    def compute(self, model: JointModel, forest: PrefixForest) -> Computed:
+    def positions(self, forest: PrefixForest) -> NDArray[np.integer[Any]]:
+        """[S + N * R]: what predicts the scored tokens, then what the reward head reads."""
         reads = {n: self.sequences[n].reads for n in forest.sequences.tolist() if n >= self._offset}
-        where = packed_reads(forest, reads, n_reads=model.reward.head.n_reads)
-        return model.compute(forest, self.losses.extras.statistics, where)
+        return np.concatenate([self.losses.positions(forest), read_positions(forest, reads)])
 
-    def add(self, forest: PrefixForest, computed: Computed) -> list[int]:
-        tokens, rewards = computed
+    def compute(self, model: JointModel, plan: PackPlan, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[K, S] statistics of a pack's scored tokens, and the rewards of those conversations that are in it."""
+        n_scored = len(plan.targets)
+        (statistics,) = self.losses.compute(model.base, plan, hidden[:n_scored])
+        (rewards,) = self.rewards.compute(model.reward, plan, hidden[n_scored:])
+        return statistics, rewards
+
+    def add(self, forest: PrefixForest, computed: tuple[NDArray[Any], ...]) -> list[int]:
+        statistics, rewards = computed
         is_reward = forest.sequences >= self._offset
-        bad = self.losses.add(forest, tokens)
+        bad = self.losses.add(forest, (statistics,))
         return bad + [self._offset + n for n in self.rewards.take(forest.sequences[is_reward] - self._offset, rewards)]
 
     def fail(self, n: int, status: Status, detail: str) -> None:

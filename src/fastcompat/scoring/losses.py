@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcompat.errors import UsageError
-from fastcompat.models import CausalLM, load_causal_lm, model_lengths, settings_of
+from fastcompat.models import CausalLM, PackPlan, load_causal_lm, model_lengths, settings_of
 from fastcompat.rows import (
     EXTRAS,
     SCORED_STATUSES,
@@ -102,21 +103,26 @@ class ResponseScores(OneFigure):
             length = len(sequence.input_ids)  # there the whole length decides which rotary frequencies count
         return sequence.input_ids[:length], sequence.scored[:length]
 
-    def compute(self, model: CausalLM, forest: PrefixForest) -> NDArray[np.float32]:
-        """[K, S] statistics of a pack's scored tokens, the NLL first."""
-        return model.token_statistics(forest, self.extras.statistics)
+    def positions(self, forest: PrefixForest) -> NDArray[np.int32]:
+        """[S]. Several tokens may follow one: the first of every response follows its prompt's last."""
+        return forest.predictors
 
-    def add(self, forest: PrefixForest, computed: NDArray[np.float32]) -> list[int]:
+    def compute(self, model: CausalLM, plan: PackPlan, hidden: Tensor) -> tuple[Tensor]:
+        """[K, S] statistics of a pack's scored tokens, the NLL first."""
+        return (model.target_statistics(hidden, plan, self.extras.statistics),)
+
+    def add(self, forest: PrefixForest, computed: tuple[NDArray[Any], ...]) -> list[int]:
+        (statistics,) = computed
         n_rows = self.n_rows
         positions, offsets = scored_positions(forest)
-        nll = sums_at(computed[0], positions, offsets)
+        nll = sums_at(statistics[0], positions, offsets)
         finite = np.isfinite(nll)
         for alone in (False, True):
             chosen = finite & ((forest.sequences >= n_rows) == alone) & (forest.sequences < (1 + alone) * n_rows)
             rows = forest.sequences[chosen] - alone * n_rows
             if not alone:
                 self.values[rows] = nll[chosen]
-            self._take_extras(rows, np.flatnonzero(chosen), alone, computed, positions, offsets)
+            self._take_extras(rows, np.flatnonzero(chosen), alone, statistics, positions, offsets)
         own = forest.sequences < len(self.sequences)
         return [int(n) for n in forest.sequences[own & ~finite]]
 
@@ -125,7 +131,7 @@ class ResponseScores(OneFigure):
         rows: NDArray[np.int64],
         members: NDArray[np.int64],
         alone: bool,
-        computed: NDArray[np.float32],
+        statistics: NDArray[np.float32],
         positions: NDArray[np.int64],
         offsets: NDArray[np.int64],
     ) -> None:
@@ -133,7 +139,7 @@ class ResponseScores(OneFigure):
             extra = EXTRAS[name]
             if extra.alone != alone or extra.statistic is None:
                 continue
-            values = extra.value(computed[self.extras.statistics.index(extra.statistic)])
+            values = extra.value(statistics[self.extras.statistics.index(extra.statistic)])
             if extra.per_token:
                 for n, k in zip(rows.tolist(), members.tolist(), strict=True):
                     self.lists[name][n] = values[positions[offsets[k] : offsets[k + 1]]]
@@ -210,6 +216,8 @@ class Scorer(ModelScorer):
     "ignore" does.
     token_ids: "file", those of the model's tokenizer.json, or "class", those of transformers' class for it.
     extras: columns to compute beside the loss, those of `rows.EXTRAS`: "entropy_sum", "token_nll" ...
+    deterministic: on a GPU cuBLAS divides no product along what it sums over, so that a loss's last bits depend less on
+    what else is in its pack; on a CPU they depend on nothing else as it is.
 
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
     TemplateError with what to do.
@@ -237,6 +245,7 @@ class Scorer(ModelScorer):
         revision: str | None = None,
         token_ids: str = "file",
         extras: Sequence[str] = (),
+        deterministic: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -246,6 +255,7 @@ class Scorer(ModelScorer):
             token_budget=token_budget,
             max_length=max_length,
             revision=revision,
+            deterministic=deterministic,
         )
         unknown = sorted(set(extras) - set(EXTRAS))
         if unknown:

@@ -6,15 +6,17 @@ Dimension key: N conversations, R positions read on each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcompat.models import (
     PackedModel,
+    PackPlan,
     RewardModel,
     describe,
     load_reward_model,
@@ -54,13 +56,26 @@ class RewardScores(OneFigure):
             length = len(sequence.input_ids)
         return sequence.input_ids[:length], np.zeros(length, np.bool_)
 
-    def compute(self, model: RewardModel, forest: PrefixForest) -> NDArray[np.float64]:
-        """[N] rewards of a pack."""
-        reads = {n: self.sequences[n].reads for n in forest.sequences.tolist()}
-        return model.rewards(forest, packed_reads(forest, reads, n_reads=model.head.n_reads))
+    def positions(self, forest: PrefixForest) -> NDArray[np.int64]:
+        """[N * R], one conversation's together."""
+        return read_positions(forest, {n: self.sequences[n].reads for n in forest.sequences.tolist()})
 
-    def add(self, forest: PrefixForest, computed: NDArray[np.float64]) -> list[int]:
-        return self.take(forest.sequences, computed)
+    def compute(self, model: RewardModel, plan: PackPlan, hidden: Tensor) -> tuple[Tensor]:
+        """[N] rewards of a pack."""
+        return (model.rewards_of(hidden),)
+
+    def add(self, forest: PrefixForest, computed: tuple[NDArray[Any], ...]) -> list[int]:
+        (rewards,) = computed
+        return self.take(forest.sequences, rewards)
+
+
+def read_positions(forest: PrefixForest, reads: Mapping[int, tuple[int, ...]]) -> NDArray[np.int64]:
+    """[N * R] packed indices of what a head reads on those of the forest's sequences that are in `reads`.
+
+    In the forest's order, one conversation's together.
+    """
+    n_reads = len(next(iter(reads.values()), ()))
+    return packed_reads(forest, reads, n_reads=n_reads).reshape(-1)
 
 
 def score_conversations(model: RewardModel, sequences: Sequence[RewardSequence], *, token_budget: int) -> RewardScores:
@@ -78,7 +93,7 @@ class RewardScorer(ModelScorer):
 
     model: a hub id or a directory of a *ForSequenceClassification, of ArmoRM or of QRM. Safetensors only; code from a
     model's repository is never run.
-    device, dtype, token_budget: as `Scorer`.
+    device, dtype, token_budget, deterministic: as `Scorer`.
     bos: "auto" (as tokenizer and template have it), "one" or "none"; never two.
     max_length: tokens, the model's context if not given; a longer conversation has status `too_long` and no reward,
     unless truncate: then its beginning is judged, with status `truncated`.
@@ -111,6 +126,7 @@ class RewardScorer(ModelScorer):
         read_out: str = "auto",
         revision: str | None = None,
         token_ids: str = "file",
+        deterministic: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -120,6 +136,7 @@ class RewardScorer(ModelScorer):
             token_budget=token_budget,
             max_length=max_length,
             revision=revision,
+            deterministic=deterministic,
         )
         self._described = describe(
             self.source,

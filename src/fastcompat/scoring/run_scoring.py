@@ -33,6 +33,7 @@ def score(
     device: str = "auto",
     dtype: str = "auto",
     token_budget: int | None = None,
+    deterministic: bool = False,
     base_settings: Mapping[str, Any] | None = None,
     reward_settings: Mapping[str, Any] | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -51,8 +52,8 @@ def score(
 
     inputs, mapping, strict, extend: as INPUT, --map, --strict and --extend of `fastcompat score`; no inputs: those that
     the run was made from.
-    base_model, reward_model: a hub id or a directory, or several. device, dtype, token_budget: as of `Scorer`, for all
-    of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these.
+    base_model, reward_model: a hub id or a directory, or several. device, dtype, token_budget, deterministic: as of
+    `Scorer`, for all of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these.
     engine: "process" works here, as one worker: "1/1", or "auto" beside any number of others, whatever is free; "ray"
     has `workers` actors work (None: one for each GPU, or machine) in the cluster at `ray_address`: "auto", "local" or
     HOST:PORT.
@@ -72,6 +73,7 @@ def score(
         device=device,
         dtype=dtype,
         token_budget=token_budget,
+        deterministic=deterministic,
         base_settings=base_settings or {},
         reward_settings=reward_settings or {},
     )

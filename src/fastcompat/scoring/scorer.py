@@ -63,12 +63,13 @@ class ModelScorer:
         token_budget: int | None,
         max_length: int | None,
         revision: str | None,
+        deterministic: bool,
     ) -> None:
         for name, value in (("token_budget", token_budget), ("max_length", max_length)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.source = str(model)
-        self.settings = ModelSettings(device=device, dtype=dtype, revision=revision)
+        self.settings = ModelSettings(device=device, dtype=dtype, revision=revision, deterministic=deterministic)
         self.config = load_config(self.source, revision)
         refuse_unsupported(self.source, self.config, task=task)
         weight_files(self.source, revision)

@@ -1,6 +1,6 @@
 """What figures are to the loop: a model that runs packs, and what is to be computed of them.
 
-Dimension key: S scored tokens, N sequences.
+Dimension key: S scored tokens, N sequences, P positions whose hidden states are read, D hidden size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from fastcompat.rows import Status
 from fastcompat.tokens import BoolArray, IntArray, PrefixForest
 
 
+class Plan(Protocol):
+    """What a forward pass reads of a pack, on the CPU."""
+
+    def to(self, device: torch.device, /) -> Any:
+        """The same on the model's device."""
+
+
 class Model(Protocol):
-    """What the loop asks of a model; what it computes is between it and its `Scores`."""
+    """What the loop asks of a model; what is made of its hidden states is between it and its `Scores`."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -29,6 +36,12 @@ class Model(Protocol):
 
     @property
     def rope_boundary(self) -> int | None: ...
+
+    def plan(self, forest: PrefixForest, positions: NDArray[np.integer[Any]], /) -> Plan:
+        """Of a pack whose hidden states are read at `positions` [P]. Called by any thread."""
+
+    def hidden(self, plan: Any, /) -> Any:
+        """[P, D] hidden states of a plan that is on the model's device. Waits for nothing."""
 
 
 class Scores(ABC):
@@ -53,11 +66,18 @@ class Scores(ABC):
         """Ids and scored mask of sequence n, without what follows the last token that counts."""
 
     @abstractmethod
-    def compute(self, model: Any, forest: PrefixForest) -> Any:
-        """What `add` takes, of one pack."""
+    def positions(self, forest: PrefixForest) -> NDArray[np.integer[Any]]:
+        """[P] packed tokens whose hidden states `compute` reads, in any order, any of them several times."""
 
     @abstractmethod
-    def add(self, forest: PrefixForest, computed: Any) -> list[int]:
+    def compute(self, model: Any, plan: Any, hidden: Any) -> tuple[torch.Tensor, ...]:
+        """What `add` takes, of one pack, on the model's device: from the states [P, D] at its `positions`.
+
+        Nothing is asked of the device, so that the next pack can be queued behind it.
+        """
+
+    @abstractmethod
+    def add(self, forest: PrefixForest, computed: tuple[NDArray[Any], ...]) -> list[int]:
         """Take what was computed of a pack; the sequences whose figure is not finite are returned and not taken."""
 
     @abstractmethod

@@ -68,7 +68,11 @@ class PackLimit:
 
 
 # How libraries say that memory ran out where they raise no exception of its own for it.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "bad_alloc")
+# NOT_INITIALIZED: cuBLAS finds no memory for its own handle.
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "out of memory", "bad_alloc"),
+    *("STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
