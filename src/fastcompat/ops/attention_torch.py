@@ -45,7 +45,7 @@ class Blocks:
     position_ids: Tensor  # [T] int64
     subtree_end: Tensor  # [T] int32
     blocks: dict[int | None, list[Block]] = field(default_factory=dict)  # by sliding window
-    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
     mask_elements: int = 0
 
     def blocks_for(self, sliding_window: int | None) -> list[Block]:
@@ -57,7 +57,7 @@ class Blocks:
 
     def mask(self, index: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """[Q, J] additive: 0 where the block's query sees the key, -inf elsewhere."""
-        cached = self.masks.get((sliding_window, index))
+        cached = self.masks.get((sliding_window, index, dtype))
         if cached is not None:
             return cached
         block = self.blocks_for(sliding_window)[index]
@@ -72,7 +72,7 @@ class Blocks:
             hidden |= self.position_ids[queries] - self.position_ids[keys] >= sliding_window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         if self.mask_elements + mask.numel() <= CACHED_MASK_ELEMENTS:
-            self.masks[sliding_window, index] = mask
+            self.masks[sliding_window, index, dtype] = mask
             self.mask_elements += mask.numel()
         return mask
 
