@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcompat.errors import ModelError
-from fastcompat.ops import AttentionPlan, forest_attention
+from fastcompat.ops import AttentionKind, AttentionPlan, forest_attention
 
 ATTENTION_NAME = "fastcompat_forest"
 
@@ -38,6 +38,20 @@ class AttentionArguments:
     sliding_window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    def kind(self, device: torch.device, dtype: torch.dtype) -> AttentionKind:
+        """What of it a library must be right for."""
+        return AttentionKind(
+            device=device,
+            dtype=dtype,
+            heads=self.heads,
+            key_heads=self.key_heads,
+            width=self.width,
+            value_width=self.value_width,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks is not None,
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
         """query [H, Q, C], key and value [K, T, C] -> [Q, H, C]."""
@@ -63,8 +77,11 @@ class ForwardPass:
     n_calls: int = 0
     n_windowed: int = 0
     observed: dict[torch.nn.Module, AttentionArguments] | None = None  # filled in where somebody asks
+    asked: list[AttentionArguments] | None = None  # likewise, by all layers, fused or not
 
     def count(self, arguments: AttentionArguments) -> None:
+        if self.asked is not None:
+            self.asked.append(arguments)
         self.n_calls += 1
         self.n_windowed += arguments.sliding_window is not None
 
