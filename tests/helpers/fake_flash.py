@@ -13,7 +13,8 @@ from torch import Tensor
 from fastcompat.ops import flash_choice
 from fastcompat.ops.attention_flash import Library, load
 
-# The public functions' parameters, as the libraries' sources have them.
+# The public functions' parameters, as the sources of flash-attn 2.8.3, of 3 in August 2026, of 4.0.0b36 and of 4.0.0b4
+# have them, and torch 2.11 and 2.13.
 FLASH_2 = (
     "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, "
     "window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, "
@@ -30,7 +31,13 @@ FLASH_4 = (
     "seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False, "
     "window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
     "score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, "
-    "return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False"
+    "return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False, "
+    "gather_bwd_recompute_p=None, gather_bwd_token_chunk=None"
+)
+FLASH_4_FIRST = (
+    "q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_q=None, "
+    "seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, "
+    "softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None, aux_tensors=None, return_lse=False"
 )
 TORCH_2_11 = "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)"
 TORCH_2_12 = f"{TORCH_2_11}, enable_gqa=False, seqused_k=None, block_table=None, num_splits=None"

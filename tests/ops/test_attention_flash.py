@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_flash import FLASH_2, FLASH_3, FLASH_4, TORCH_2_11, TORCH_2_12, FakeLibrary, forget, install, library
+from fake_flash import (
+    FLASH_2,
+    FLASH_3,
+    FLASH_4,
+    FLASH_4_FIRST,
+    TORCH_2_11,
+    TORCH_2_12,
+    FakeLibrary,
+    forget,
+    install,
+    library,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +39,7 @@ SERVING = {
     "flash-attn 2.8": ("flash:2", FLASH_2),
     "flash-attn 3": ("flash:3", FLASH_3),
     "flash-attn 4": ("flash:4", FLASH_4),
+    "flash-attn 4.0.0b4": ("flash:4", FLASH_4_FIRST),
     "torch 2.11": ("varlen", TORCH_2_11),
     "torch 2.12": ("varlen", TORCH_2_12),
 }
