@@ -309,17 +309,21 @@ def test_what_a_library_does_not_do(change, why, installed, on_a_cpu):
     assert fake.calls == 0
 
 
-def test_a_measurement_chooses_by_shape_of_pack(installed, on_a_cpu, monkeypatch):
+def test_a_measurement_chooses_by_shape_of_pack(installed, on_a_cpu, monkeypatch, caplog):
     fake = installed("flash:4", FLASH_4)
     monkeypatch.setattr(flash_choice, "MEASURED", {(90, 8): {"alone": "flash:4"}, (90, 64): {"paths": "varlen"}})
     assert flash_choice.library_versions() == {"flash-attn 4": "none"}
     sharing, apart = conversations((9, [2, 3])), conversations((9, [2]), (3, [5]))
     plans = [AttentionPlan.create(*forest_tensors(forest)) for forest in (sharing, apart)]
     forest_attention(*draw(sharing), plans[0], scaling=0.4)
-    assert fake.calls == 0
-    forest_attention(*draw(apart), plans[1], scaling=0.4)
     tried = fake.calls
+    forest_attention(*draw(sharing), plans[0], scaling=0.4)
+    assert fake.calls == tried > 0
     forest_attention(*draw(apart), plans[1], scaling=0.4)
     assert fake.calls == tried + 1
     assert flash_choice.used_libraries(torch.device("cpu"), torch.float64) == ["flash-attn 4 none"]
     assert flash_choice.used_libraries(torch.device("cpu"), torch.bfloat16) == []
+    # What it does not compute is ours without a word.
+    with caplog.at_level(logging.WARNING, logger="fastcompat"):
+        forest_attention(*(x.float() for x in draw(apart)), plans[1], scaling=0.4)
+    assert (fake.calls, caplog.records) == (tried + 1, [])
