@@ -12,6 +12,7 @@ from torch import nn
 
 from fastcompat.models.base_model import CausalLM, wrap
 from fastcompat.models.forward_pass import ATTENTION_NAME
+from fastcompat.ops import backends
 from fastcompat.tokens.forest import pack_forest
 
 LAYER_NORM = ("GPT-NeoX", "GPT-2", "Cohere (logit scale)", "StarCoder2")
@@ -55,9 +56,7 @@ def plain_hidden(full, forest) -> torch.Tensor:
     return hidden
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_fused_in_every_family(family):
-    fused = fused_parts(wrap("test", small_model(family)))
+def fusible_parts(family: str) -> dict[str, bool]:
     wanted = {"RMSNorm": True, "attention": True, "MLP": True, "layer": True}
     if family in LAYER_NORM:
         wanted |= {"RMSNorm": False, "layer": False, "attention": family == "StarCoder2", "MLP": "Cohere" in family}
@@ -65,7 +64,22 @@ def test_what_is_fused_in_every_family(family):
         wanted |= {"RMSNorm": False, "attention": False, "layer": False}
     if family in EXPERTS:
         wanted["MLP"] = False
-    assert fused == wanted
+    return wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_fused_in_every_family(family):
+    fused = fused_parts(wrap("test", small_model(family)))
+    assert fused == fusible_parts(family)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if fusible_parts(name)["attention"]])
+def test_in_bfloat16_plain_torch_lets_fuse_as_much(family, monkeypatch):
+    """One plan serves the comparisons in float32 and those in the model's own dtype."""
+    monkeypatch.delitem(backends.FASTEST, "cpu")
+    model = wrap("test", small_model(family, dtype=torch.bfloat16))
+    (attention,) = (fusion for fusion in model.fusions if fusion.part == "attention")
+    assert (attention.n_fused, attention.why) == (attention.n_modules, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

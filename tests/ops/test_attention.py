@@ -167,11 +167,15 @@ def test_a_plan_knows_whether_anything_is_shared():
         (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=100)
         return AttentionPlan.create(torch.from_numpy(forest.position_ids), torch.from_numpy(forest.subtree_end))
 
-    assert plan_of([1, 2, 3], [4, 5], [6]).cu_seqlens.tolist() == [0, 3, 5, 6]
-    assert plan_of([7]).cu_seqlens.tolist() == [0, 1]
-    assert plan_of([1, 2, 3], [1, 5]).cu_seqlens is None
-    assert plan_of([1, 2, 3], [1, 2, 5]).cu_seqlens is None
-    assert plan_of([1, 2], [1, 2, 5, 6]).cu_seqlens.tolist() == [0, 4]  # one is the beginning of the other
+    def shape_of(*ids):
+        calls = plan_of(*ids).flash_plan(None)
+        return calls.shape, calls.own.cu_queries.tolist()
+
+    assert shape_of([1, 2, 3], [4, 5], [6]) == ("alone", [0, 3, 5, 6])
+    assert shape_of([7]) == ("alone", [0, 1])
+    assert shape_of([1, 2, 3], [1, 5]) == ("paths", [0, 1, 3, 4])
+    assert shape_of([1, 2, 3], [1, 2, 5]) == ("paths", [0, 2, 3, 4])
+    assert shape_of([1, 2], [1, 2, 5, 6]) == ("alone", [0, 4])  # one is the beginning of the other
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

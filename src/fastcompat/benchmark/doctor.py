@@ -129,18 +129,42 @@ def _kernels() -> Iterator[Finding]:
         place = "CPU" if device == "cpu" else "GPU"
         yield Finding(section=section, subject=f"response sums on {place}", found="Triton" if on_gpu else "NumPy")
         if device == "cuda":
-            yield _unshared_attention()
+            yield _attention_libraries()
 
 
-def _unshared_attention() -> Finding:
-    """What serves a GPU's attention where the sequences of a pack have nothing in common."""
-    from fastcompat.ops.attention import varlen_available
+def _attention_libraries() -> Finding:
+    """Which libraries could compute a GPU's attention, and whether they do."""
+    from fastcompat.ops.attention_flash import LIBRARIES, load, version_of
+    from fastcompat.ops.flash_choice import MEASURED
 
-    subject = "attention, nothing shared"
-    if varlen_available():
-        return Finding(section="kernels", subject=subject, found="torch's varlen_attn", why="in half precision")
-    why = "this torch has no varlen_attn with windows and grouped queries"
-    return Finding(section="kernels", subject=subject, found="as any other pack", why=why)
+    why_not = {library: load(library) for library in LIBRARIES}
+    here = [library for library, found in why_not.items() if not isinstance(found, str)]
+    others = [f"{library.name}: {found}" for library, found in why_not.items() if isinstance(found, str)]
+    use = "used where it was measured to be faster" if MEASURED else "not used: none was measured to be faster yet"
+    return Finding(
+        section="kernels",
+        subject="attention, other libraries",
+        found=", ".join(f"{library.name} {version_of(library)}" for library in here) or "none",
+        why="; ".join([use] * bool(here) + others),
+    )
+
+
+def _probed_libraries(section: str, model: PackedModel) -> Iterator[Finding]:
+    """Whether they give what our own attention gives, for each kind that the model's layers ask for."""
+    from fastcompat.models import attention_kinds
+    from fastcompat.ops.attention_flash import LIBRARIES, load
+    from fastcompat.ops.flash_choice import problem
+
+    if model.device.type != "cuda":
+        return
+    kinds = attention_kinds(model)
+    for library in LIBRARIES:
+        if isinstance(load(library), str):
+            continue
+        problems = [why for kind in kinds if (why := problem(library, kind)) is not None]
+        found = f"right in {len(kinds) - len(problems)} of {len(kinds)} kinds of layers"
+        subject = f"attention by {library.name}"
+        yield Finding(section=section, subject=subject, found=found, why=problems[0] if problems else None)
 
 
 def _base_model(name: str) -> Iterator[Finding]:
@@ -155,6 +179,7 @@ def _base_model(name: str) -> Iterator[Finding]:
     section = "base model"
     yield _architecture(section, model)
     yield from _fused(section, model)
+    yield from _probed_libraries(section, model)
     n_tokens = choose_token_budget(model.device, model.full.config, model.dtype, free_memory(model.device))
     yield _token_budget(section, n_tokens)
 
@@ -187,6 +212,7 @@ def _reward_model(name: str, output: str | None) -> Iterator[Finding]:
     limit = "none known" if tokenizer.max_length is None else f"{tokenizer.max_length:,} tokens"
     yield Finding(section=section, subject="longest conversation", found=limit)
     yield from _fused(section, scorer.model)
+    yield from _probed_libraries(section, scorer.model)
     yield _token_budget(section, scorer.token_budget)
 
 

@@ -37,6 +37,7 @@ from fastcompat.models.configuration import (
 from fastcompat.models.loading import describe, load_causal_lm, load_reward_model, reward_model_on
 from fastcompat.models.pack_plan import PackPlan
 from fastcompat.models.packed_model import PackedModel, settings_of
+from fastcompat.models.probe import attention_kinds
 from fastcompat.models.reward_model import RewardModel
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "PackedModel",
     "RewardModel",
     "Task",
+    "attention_kinds",
     "describe",
     "fingerprint",
     "have_equal_tensors",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcompat.errors import ModelError
-from fastcompat.ops import AttentionPlan, forest_attention
+from fastcompat.ops import AttentionKind, AttentionPlan, forest_attention
 
 ATTENTION_NAME = "fastcompat_forest"
 
@@ -38,6 +38,20 @@ class AttentionArguments:
     sliding_window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    def kind(self, device: torch.device, dtype: torch.dtype) -> AttentionKind:
+        """What of it a library must be right for."""
+        return AttentionKind(
+            device=device,
+            dtype=dtype,
+            heads=self.heads,
+            key_heads=self.key_heads,
+            width=self.width,
+            value_width=self.value_width,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks is not None,
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
         """query [H, Q, C], key and value [K, T, C] -> [Q, H, C]."""
@@ -62,6 +76,7 @@ class ForwardPass:
     pruning: bool = False  # the last layer is at work, for the needed tokens only
     windows: list[int | None] = field(default_factory=list)  # the sliding window of each call of attention so far
     observed: dict[torch.nn.Module, AttentionArguments] | None = None  # filled in where somebody asks
+    asked: list[AttentionArguments] | None = None  # likewise, by all layers, fused or not
 
     @property
     def n_calls(self) -> int:
@@ -72,6 +87,8 @@ class ForwardPass:
         return sum(window is not None for window in self.windows)
 
     def count(self, arguments: AttentionArguments) -> None:
+        if self.asked is not None:
+            self.asked.append(arguments)
         self.windows.append(arguments.sliding_window)
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcompat.ops import AttentionPlan, reads_summaries
+from fastcompat.ops import AttentionPlan, reads_flash_plans, reads_summaries
 from fastcompat.tokens import PrefixForest
 
 # Below this many rows some products take another path, whose last bits differ.
@@ -66,6 +66,9 @@ def plan_pack(
         of_layers[-1:] = [last_attention or attention]
         for own, window in zip(of_layers, windows, strict=False):
             own.summary(window)
+    if reads_flash_plans(device):
+        for window in dict.fromkeys(windows):
+            attention.flash_plan(window)
     return PackPlan(
         forest=forest,
         input_ids=torch.from_numpy(forest.input_ids),

@@ -31,7 +31,7 @@ from fastcompat.models.configuration import (
 from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
 from fastcompat.models.fusion import Fusion, fuse
 from fastcompat.models.pack_plan import PackPlan, plan_pack
-from fastcompat.ops import OneCopy, exact_products
+from fastcompat.ops import OneCopy, exact_products, used_libraries
 from fastcompat.tokens import PrefixForest, pack_forest
 from fastcompat.wording import first_sentence
 
@@ -227,7 +227,9 @@ def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bo
 
 def settings_of(model: PackedModel) -> dict[str, object]:
     """What of a loaded model belongs in a scorer's record: enough to say why two runs differ."""
+    libraries = used_libraries(model.device, model.dtype)
     return {
+        **({"attention_libraries": libraries} if libraries else {}),
         "architecture": type(model.full).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

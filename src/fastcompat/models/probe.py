@@ -1,9 +1,9 @@
 """The check that every model passes when it is loaded: packed, it computes what it computes alone.
 
-Three short sequences, two of them with a common prefix, run once as one prefix forest and once each by itself through
-the model's own attention. Hidden states must agree (otherwise sequences see each other, or positions do not reach the
-model), and what the model's own class makes of them must be what ours does: the NLL of `CausalLM.nll`, the outputs of a
-reward head (otherwise something unknown stands between body and figure).
+Three short sequences, two of them with a common prefix, run once as one prefix forest, two that share nothing as
+another, and each by itself through the model's own attention. Hidden states must agree (otherwise sequences see each
+other, or positions do not reach the model), and what the model's own class makes of them must be what ours does: the
+NLL of `CausalLM.nll`, the outputs of a reward head (otherwise something unknown stands between body and figure).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from fastcompat.errors import ModelError
 from fastcompat.models.base_model import CausalLM
-from fastcompat.models.forward_pass import ATTENTION_NAME
+from fastcompat.models.forward_pass import ATTENTION_NAME, AttentionArguments, current_pass
 from fastcompat.models.packed_model import PackedModel, made_ready, sample_pack
 from fastcompat.models.reward_model import RewardModel
-from fastcompat.tokens import PrefixForest, ReadOut, packed_reads
+from fastcompat.ops import AttentionKind, probe_libraries
+from fastcompat.tokens import PrefixForest, ReadOut, pack_forest, packed_reads
 
 # Fewer where the model's context is shorter.
 PROBE_TOKENS = 16
@@ -101,7 +102,10 @@ class _Tried(NamedTuple):
 def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _Tried:
     """Run a sample both ways. whole: the model's own head too. Raises ModelError where hidden states differ."""
     ids, forest = sample_pack(vocabulary, min(PROBE_TOKENS, model.context_length or PROBE_TOKENS))
-    packed = model.forward(forest)
+    (apart,) = pack_forest(ids[1:], [np.arange(len(x)) > 0 for x in ids[1:]], token_budget=1 << 20)
+    # Another library may serve one of them and not the other; whether it is right is known before either.
+    probe_libraries(model.device, lambda: attention_kinds(model))
+    packs = [(forest, model.forward(forest)), (apart.renumbered([1, 2]), model.forward(apart))]
     try:
         model.full.set_attn_implementation("eager")
         inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
@@ -109,14 +113,37 @@ def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _T
         outputs = [model.full(x, use_cache=False).logits[0] for x in inputs] if whole else []
     finally:
         model.full.set_attn_implementation(ATTENTION_NAME)
-    for k, n in enumerate(forest.sequences.tolist()):
-        difference = (packed[forest.path(k)] - hidden[n]).float().norm(dim=1) / hidden[n].float().norm(dim=1)
-        if not _median_within(difference, HIDDEN_TOLERANCE[model.dtype]):
-            raise ModelError(
-                f"{model.name}: packed sequences get other hidden states than single ones (relative difference "
-                f"{float(difference.median()):.2g}); this architecture cannot be packed and is not supported"
-            )
+    for pack, states in packs:
+        for k, n in enumerate(pack.sequences.tolist()):
+            _compare_hidden(model, states[pack.path(k)], hidden[n])
     return _Tried(ids, forest, hidden, outputs)
+
+
+def _compare_hidden(model: PackedModel, got: torch.Tensor, alone: torch.Tensor) -> None:
+    difference = (got - alone).float().norm(dim=1) / alone.float().norm(dim=1)
+    if not _median_within(difference, HIDDEN_TOLERANCE[model.dtype]):
+        raise ModelError(
+            f"{model.name}: packed sequences get other hidden states than single ones (relative difference "
+            f"{float(difference.median()):.2g}); this architecture cannot be packed and is not supported"
+        )
+
+
+@torch.no_grad()
+def attention_kinds(model: PackedModel) -> list[AttentionKind]:
+    """What the model's layers ask of attention, each kind once."""
+    asked: list[AttentionArguments] = []
+
+    def note(*_: object) -> None:
+        forward = current_pass()
+        assert forward is not None
+        forward.asked = asked
+
+    hook = model.body.register_forward_pre_hook(note)
+    try:
+        model.forward(sample_pack(model.vocabulary, 2)[1])
+    finally:
+        hook.remove()
+    return list(dict.fromkeys(arguments.kind(model.device, model.dtype) for arguments in asked))
 
 
 def _median_within(difference: torch.Tensor, tolerance: float) -> bool:

@@ -1,15 +1,13 @@
 """Attention over a prefix forest: one narrow function, and the plan that is made once a pack and used by every layer.
 
-CPU tensors go to the C++ extension, CUDA tensors to Triton; where a pack shares nothing, torch's own variable-length
-attention serves CUDA tensors. Everything else goes to plain torch (`attention_torch.py`).
+CPU tensors go to the C++ extension, CUDA tensors to Triton, or to another library where that was measured to be faster
+(`flash_choice.py`). Everything else goes to plain torch (`attention_torch.py`).
 
 Dimension key: T packed tokens, Q queries, H query heads, K key heads, C head width.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -17,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompat.errors import ArgumentError
-from fastcompat.ops import attention_torch
+from fastcompat.ops import attention_torch, flash_choice
+from fastcompat.ops.attention_flash import flash_attention
 from fastcompat.ops.backends import FASTEST, NATIVE_DTYPES, choose, native, native_level, why_not
+from fastcompat.ops.flash_plan import FlashPlan, flash_plan
 
 # Wider heads do not fit into a GPU's registers.
 TRITON_WIDTH = 512
@@ -33,23 +32,18 @@ class AttentionPlan:
     subtree_end: Tensor  # [T] int32, one past the last token below
     max_position: int
     query_index: Tensor | None  # [Q] int32, ascending: the packed tokens whose attention is wanted; None: all
-    cu_seqlens: Tensor | None  # [N + 1] int32, the sequences of a pack that shares nothing; None: it shares something
     blocks: attention_torch.Blocks = field(repr=False)
     summaries: dict[int | None, Any] = field(default_factory=dict, repr=False)  # Triton's, by sliding window
+    flash_plans: dict[int | None, FlashPlan | None] = field(default_factory=dict, repr=False)  # likewise
 
     @classmethod
     def create(cls, position_ids: Tensor, subtree_end: Tensor) -> AttentionPlan:
         """Of [T] int64 and [T] int32. Made on the CPU and copied (`OneCopy`), it costs a GPU no synchronisation."""
-        roots = torch.nonzero(position_ids == 0).flatten()
-        # Depth first, a token that is neither a root nor one deeper than the one before it begins a branch.
-        shares = bool(((position_ids.diff() != 1) & (position_ids[1:] != 0)).any())
-        end = roots.new_tensor([len(position_ids)])
         return cls(
             position_ids=position_ids.to(torch.int32).contiguous(),
             subtree_end=subtree_end.to(torch.int32).contiguous(),
             max_position=int(position_ids.max()),
             query_index=None,
-            cu_seqlens=None if shares else torch.cat([roots, end]).to(torch.int32),
             blocks=attention_torch.Blocks.create(position_ids, subtree_end),
         )
 
@@ -60,7 +54,6 @@ class AttentionPlan:
             subtree_end=self.subtree_end,
             max_position=self.max_position,
             query_index=query_index.to(torch.int32).contiguous(),
-            cu_seqlens=None,
             blocks=self.blocks,
         )
 
@@ -79,6 +72,15 @@ class AttentionPlan:
     def reaching(self, sliding_window: int | None) -> int | None:
         """The window, None where no position of the pack reaches beyond it."""
         return None if sliding_window is not None and sliding_window > self.max_position else sliding_window
+
+    def flash_plan(self, sliding_window: int | None) -> FlashPlan | None:
+        """The pack for a library of sequences, made when it is first asked for; None where it is not for one."""
+        window = self.reaching(sliding_window)
+        if window not in self.flash_plans:
+            position_ids, subtree_end = self.position_ids.cpu().numpy(), self.subtree_end.cpu().numpy()
+            made = flash_plan(position_ids, subtree_end, sliding_window=window)
+            self.flash_plans[window] = None if made is None else made.to(self.position_ids.device)
+        return self.flash_plans[window]
 
 
 def forest_attention(
@@ -100,19 +102,42 @@ def forest_attention(
 
     query [H, Q, C], of the plan's `query_index` or of all T tokens; key, value [K, T, C], not repeated, K divides H (C
     of value may differ). The definition in plain torch is `reference.forest_attention`.
-    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "varlen" (torch's
-    own, for a pack that shares nothing), "torch".
+    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch", or
+    another library's: "flash" (flash-attn; "flash:3" and the like for one version), "varlen" (torch's own). Raises
+    ArgumentError where one that is named does not serve these tensors.
     """
     sliding_window = plan.reaching(sliding_window)
-    if backend is None and query.device.type == "cuda" and _varlen_serves(query, value, plan, softcap, sinks):
-        backend = "varlen"
-    if backend == "varlen":
-        return _varlen_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks)
+    # Heads and tokens may lie any distance apart; a head's elements adjoin.
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    if flash_choice.measured(query.device, query.shape[2]) if backend is None else flash_choice.named(backend):
+        kind = flash_choice.AttentionKind(
+            device=query.device,
+            dtype=query.dtype,
+            heads=query.shape[0],
+            key_heads=key.shape[0],
+            width=query.shape[2],
+            value_width=value.shape[2],
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks is not None,
+        )
+        chosen = flash_choice.chosen(backend, kind, plan, sliding_window)
+        if chosen is not None:
+            library, calls = chosen
+            return flash_attention(
+                library,
+                query,
+                key,
+                value,
+                calls,
+                scaling=scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+            )
     backend = choose(backend, query)
     if backend == "triton" and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
         backend = "torch"
-    # Heads and tokens may lie any distance apart; a head's elements adjoin.
-    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     if backend.startswith("native"):
         return _native_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks, backend)
     if backend == "triton":
@@ -189,66 +214,3 @@ def _native_attention(
 def reads_summaries(device: torch.device) -> bool:
     """Whether attention on this device reads a plan's summaries: where Triton serves."""
     return FASTEST.get(device.type) == "triton" and why_not("triton", device.type) is None
-
-
-@functools.cache
-def varlen_available() -> bool:
-    """Whether torch has variable-length attention with windows and grouped queries here; it needs a GPU."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    offered = inspect.signature(varlen_attn).parameters
-    return torch.cuda.is_available() and {"window_size", "scale", "enable_gqa"} <= set(offered)
-
-
-def _varlen_serves(
-    query: Tensor, value: Tensor, plan: AttentionPlan, softcap: float | None, sinks: Tensor | None
-) -> bool:
-    return (
-        plan.cu_seqlens is not None
-        and plan.query_index is None
-        and not softcap
-        and sinks is None
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[2] == value.shape[2]
-        and query.shape[2] % 8 == 0
-        and query.shape[2] <= 256
-        and varlen_available()
-    )
-
-
-def _varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    if not _varlen_serves(query, value, plan, softcap, sinks):
-        raise ArgumentError(
-            "backend 'varlen' serves packs that share nothing, in float16 or bfloat16 on a GPU, without soft cap and "
-            "sinks; leave backend out, or name 'triton'"
-        )
-    from torch.nn.attention.varlen import varlen_attn
-
-    assert plan.cu_seqlens is not None
-    longest = plan.max_position + 1
-    reach = -1 if sliding_window is None else sliding_window - 1
-    attended = varlen_attn(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        plan.cu_seqlens,
-        plan.cu_seqlens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(reach, 0),
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    assert isinstance(attended, Tensor)
-    return attended

@@ -47,7 +47,7 @@ class Blocks:
     subtree_end: Tensor  # [T] int32
     on_host: tuple[NDArray[Any], NDArray[Any]] | None  # both, where they came from the CPU
     blocks: dict[int | None, list[Block]] = field(default_factory=dict)  # by sliding window
-    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
     mask_elements: int = 0
 
     @classmethod
@@ -66,7 +66,7 @@ class Blocks:
 
     def mask(self, index: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
         """[Q, J] additive: 0 where the block's query sees the key, -inf elsewhere."""
-        cached = self.masks.get((sliding_window, index))
+        cached = self.masks.get((sliding_window, index, dtype))
         if cached is not None:
             return cached
         block = self.blocks_for(sliding_window)[index]
@@ -81,7 +81,7 @@ class Blocks:
             hidden |= self.position_ids[queries] - self.position_ids[keys] >= sliding_window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         if self.mask_elements + mask.numel() <= CACHED_MASK_ELEMENTS:
-            self.masks[sliding_window, index] = mask
+            self.masks[sliding_window, index, dtype] = mask
             self.mask_elements += mask.numel()
         return mask
 

@@ -28,6 +28,7 @@ from fastcompat.models import (
     resolve_dtype,
     weight_files,
 )
+from fastcompat.ops import library_versions
 from fastcompat.rows import Extras, Response, as_scores, is_table, records, to_table
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import score_all
@@ -43,6 +44,7 @@ def versions() -> dict[str, str]:
         "fastcompat": __version__,
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
+        **library_versions(),
     }
 
 
