@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .linear_tiles import _arch
+from .linear_tiles import architecture
 
 # Tokens of a block in the lists; the kernel's tiles divide them. 64 keys, because responses are a few hundred tokens
 # long: of 128 keys, fewer are seen.
@@ -243,10 +243,10 @@ def choose_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
     """width: the larger of C and Cv."""
     if dtype == torch.float32:
         table = FLOAT32_TILES
-    elif device.type != "cuda" or torch.version.hip:
+    elif device.type == "cpu" or torch.version.hip:
         table = OTHER_TILES
     else:
-        table = TILES.get(_arch(device), OTHER_TILES)
+        table = TILES.get(architecture(device), OTHER_TILES)
     tiles = table[min(served for served in table if served >= width)]
     # ROCm counts stages otherwise; 64 KiB are all there is.
     return replace(tiles, num_stages=2) if torch.version.hip else tiles
