@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,9 @@ _TYPES = {
 Calls = Iterable[tuple[str, Callable[[], object]]]
 
 
-def asked(arch: int, calls: Calls, kernels: dict[ModuleType, tuple[str, ...]], *, products: tuple[str, ...] = ()) -> list[AotCase]:
+def asked(
+    arch: int, calls: Calls, kernels: dict[ModuleType, tuple[str, ...]], *, products: tuple[str, ...] = ()
+) -> list[AotCase]:
     """The kernels that calls start on an architecture, by the calls' names; what two calls ask alike is there once.
 
     kernels: the names of a module's kernels. products: of those, the ones that must use tensor cores, unless their
@@ -42,8 +45,16 @@ def asked(arch: int, calls: Calls, kernels: dict[ModuleType, tuple[str, ...]], *
             call()
         for kernel_name, kernel, arguments, options in launches:
             case = _case(f"{name}: {kernel_name}", kernel, arguments, options, must=kernel_name in products)
-            key = (kernel, *(repr(part) for part in (case.signature, case.constexprs, case.options, case.divisible)))
-            cases.setdefault(key, case)
+            key = (
+                kernel,
+                *(
+                    repr(part)
+                    for part in (case.signature, case.constexprs, case.options, case.divisible, case.unaligned)
+                ),
+            )
+            # One call may ask for a kernel in two ways: for whole pieces, and for the last one.
+            alike = sum(other.name.partition(" #")[0] == case.name for other in cases.values())
+            cases.setdefault(key, replace(case, name=f"{case.name} #{alike + 1}") if alike else case)
     return list(cases.values())
 
 
@@ -81,18 +92,21 @@ class _Noting:
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], *, must: bool) -> AotCase:
-    """As Triton specialises: a 1 is a constant, a multiple of 16 known as one, unless the kernel says it need not be."""
+    """As Triton specialises: a 1 is a constant, a multiple of 16 known as one, unless the kernel waives it."""
     fixed = {n for n, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
-    left_alone = {kernel.arg_names[n] if isinstance(n, int) else n for n in getattr(kernel, "do_not_specialize", None) or ()}
+    left_alone = {
+        kernel.arg_names[n] if isinstance(n, int) else n for n in getattr(kernel, "do_not_specialize", None) or ()
+    }
     signature: dict[str, str] = {}
     constants: dict[str, object] = {}
-    divisible = []
+    divisible, unaligned = [], []
     for parameter in kernel.arg_names:
         value = arguments[parameter]
         if parameter in fixed or value is None or (type(value) is int and value == 1 and parameter not in left_alone):
             signature[parameter], constants[parameter] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter] = f"*{_TYPES[value.dtype]}"
+            unaligned += [parameter] if value.data_ptr() % 16 else []
         elif isinstance(value, TensorDescriptor):
             signature[parameter] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
@@ -101,7 +115,7 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, 
             signature[parameter] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and parameter not in left_alone:
                 divisible.append(parameter)
-    operands = [kind for kind in signature.values() if kind.startswith("*") or kind.startswith("tensordesc")]
+    operands = [kind for kind in signature.values() if kind.startswith(("*", "tensordesc"))]
     return AotCase(
         name=name,
         fn=kernel,
@@ -110,4 +124,5 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, 
         options=options,
         must_use_tensor_cores=must and "fp32" not in operands[0],
         divisible=tuple(divisible),
+        unaligned=tuple(unaligned),
     )

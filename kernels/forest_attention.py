@@ -8,10 +8,11 @@ Dimension key: T packed tokens (keys), Q queries, H query heads, K key heads, C 
     out = (softmax([z, sinks]) without the sink's column) @ value    # [Q, H, Cv]
 
 A program has a tile of queries of one head, or of fewer queries of all heads of a group (Tiles.grouped), and walks the
-blocks of keys that they see (`forest_plan.summarise`): first those seen in full, without a mask, then the others. The softmax is online and in base 2: a running peak and the sum
-below it, float32; probabilities are rounded to the values' dtype for their product, float32 stays float32. The longest
-lists start first. Lists and their order depend on the pack alone and nothing is atomic: equal bits from run to run. A
-query's bits do depend on where its pack's blocks lie, by the rounding of one online softmax.
+blocks of keys that they see (`forest_plan.summarise`): first those seen in full, without a mask, then the others. The
+softmax is online and in base 2: a running peak and the sum below it, float32; probabilities are rounded to the values'
+dtype for their product, float32 stays float32. The longest lists start first. Lists and their order depend on the pack
+alone and nothing is atomic: equal bits from run to run. A query's bits do depend on where its pack's blocks lie, by the
+rounding of one online softmax.
 
 A key that a query does not see has probability 0, but 0 times a value that is not finite is NaN: such a value spoils
 the queries of the blocks that it lies in, not its own path only.
@@ -28,6 +29,7 @@ lists: on `generators` two pipelines are filled for one block without and six wi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -49,8 +51,8 @@ MAX_TOKEN_STRIDE = (1 << 31) // QUERY_BLOCK
 def _attention_kernel(
     query, key, value, out, sinks, key_first, key_end, key_position, query_position, order, begin, full_end, key_blocks,
     query_head, query_token, key_head, key_token, value_head, value_token, T, Q, heads, group, scale, slope, window,
-    BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, BLOCK_K: tl.constexpr, KEY_PARTS: tl.constexpr, C: tl.constexpr,
-    C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr, CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
+    BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEY_PARTS: tl.constexpr, C: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr, CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
 ):  # fmt: skip
     """out [Q, H, Cv]: BLOCK_Q rows a program, which are queries of HEADS heads of one group; what is left over is idle.
 
@@ -235,7 +237,7 @@ def forest_attention(
             subtree_end,
             sliding_window=sliding_window,
             query_index=query_index,
-            query_block=tiles.query_block(group) if tiles else query_block(query, key, value),
+            query_block=query_block(query, key, value, tiles),
         )
     _validate_summary(summary, query, key, sliding_window)
     out = torch.empty(n_queries, heads, Cv, dtype=query.dtype, device=query.device)
@@ -244,7 +246,9 @@ def forest_attention(
     tiles = _fitting(tiles, summary, query, key, value)
     log2_scale = scaling * math.log2(math.e)
     windowed = sliding_window is not None
-    values = tiles.constants(C, Cv, group, summary.query_block) | dict(query=query, key=key, value=value, out=out, sinks=sinks)
+    values = tiles.constants(C, Cv, group, summary.query_block) | dict(
+        query=query, key=key, value=value, out=out, sinks=sinks
+    )
     values |= dict(key_first=summary.key_first, key_end=summary.key_end, order=summary.order)
     values |= dict(begin=summary.begin, full_end=summary.full_end, key_blocks=summary.key_blocks)
     values["key_position"] = summary.position_ids if windowed else None
@@ -261,10 +265,10 @@ def forest_attention(
     return out
 
 
-def query_block(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Of `summarise`, what serves attention of these on their GPU; from dtype, widths and heads alone."""
-    width, group = max(query.shape[2], value.shape[2]), query.shape[0] // key.shape[0]
-    return serving(query.dtype, query.device, width).query_block(group)
+def query_block(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles | None = None) -> int:
+    """Queries of `summarise`'s lists for the tiles, or for those that serve; from dtype, widths and heads alone."""
+    tiles = tiles or serving(query.dtype, query.device, max(query.shape[2], value.shape[2]))
+    return tiles.query_block(query.shape[0] // key.shape[0])
 
 
 def _fitting(tiles: Tiles | None, summary: Summary, query: Tensor, key: Tensor, value: Tensor) -> Tiles:
@@ -277,8 +281,8 @@ def _fitting(tiles: Tiles | None, summary: Summary, query: Tensor, key: Tensor, 
         if near and summary.query_block % candidate.queries(group) == 0:
             return candidate
     raise ValueError(
-        f"no tiles fit lists of {summary.query_block} queries where {group} heads share keys"
-        f"{f', nor do {tiles}' if tiles else ''}: summarise with their query_block, and heads less than 2^30 elements apart"
+        f"no tiles fit lists of {summary.query_block} queries where {group} heads share keys: summarise with the "
+        "query_block of the tiles, and let heads lie less than 2^30 elements apart"
     )
 
 

@@ -265,15 +265,21 @@ FLOAT32_TILES = {
 }
 
 
-def _grouped(table: dict[int, Tiles], **change: int) -> dict[int, Tiles]:
-    return {width: replace(tiles, grouped=True, **change) for width, tiles in table.items()}
+def _grouped(table: dict[int, Tiles]) -> dict[int, Tiles]:
+    # At 64, 4 warps spill 16 bytes with Triton 3.6.0.
+    return {
+        width: replace(tiles, grouped=True)
+        for width, tiles in ({**table, 64: _BROAD} if 64 in table else table).items()
+    }
 
 
-# By architecture and name, what else may serve the widths up to these.
+# Half the rows and warps: two programs a multiprocessor, one's softmax beside the other's products.
+_PAIRED = {128: Tiles(block_q=64, block_k=64, num_warps=4, num_stages=3, grouped=True)}
+# By architecture and name, what else may serve the widths up to these: "group" has the heads of a group in one tile.
 VARIANTS: dict[int, dict[str, dict[int, Tiles]]] = {
-    80: {"group": _grouped(TILES[80]), "group_64": _grouped({128: _TALL}, block_q=64)},
-    90: {"group": _grouped(TILES[90]), "group_64": _grouped({128: _TALL}, block_q=64)},
-    100: {"group": _grouped(TILES[100]), "group_64": _grouped({128: _TALL}, block_q=64)},
+    80: {"group": _grouped(TILES[80]), "group_64": _PAIRED},
+    90: {"group": _grouped(TILES[90]), "group_64": _PAIRED},
+    100: {"group": _grouped(TILES[100]), "group_64": _PAIRED},
 }
 # By architecture, and the largest width that it serves there: "heads" are the tiles of TILES, a program for each head.
 SERVES = {80: {512: "heads"}, 90: {512: "heads"}, 100: {512: "heads"}}

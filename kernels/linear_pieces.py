@@ -62,7 +62,7 @@ def linear_nll_in_pieces(
         logit_scale=logit_scale,
         target_product=found,
     )
-    # Rows begin at multiples of 16 elements whatever V is: products write, and the row kernel reads, 16 bytes at a time.
+    # Rows begin at multiples of 16 elements whatever V is: written and read 16 bytes at a time.
     buffer = torch.empty(rows, triton.cdiv(columns[0], 16) * 16, dtype=torch.float32, device=device)
     out = torch.empty(5 if all_statistics else 1, S, dtype=torch.float32, device=device)
     with torch.cuda.device_of(hidden):

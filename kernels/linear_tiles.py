@@ -98,7 +98,7 @@ ROCM_TILES = replace(OTHER_TILES, num_stages=2)
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Rows and columns of a piece of logits; columns None: the whole vocabulary. A token's last bits depend on these."""
+    """Rows and columns of a piece of logits; columns None: the whole vocabulary. Last bits depend on these."""
 
     rows: int
     columns: int | None

@@ -36,7 +36,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import AotCase
 from .final_logits import _logits, scaling
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -67,7 +66,7 @@ def _exp(x):
     return tl.exp2(x * _LOG2_E)
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@triton.jit(do_not_specialize=["first_column", "vocabulary", "splits", "n_splits"])
 def _split_kernel(
     logits,
     target,
@@ -81,8 +80,8 @@ def _split_kernel(
     n_columns,
     vocabulary,
     row_stride,
+    splits,
     n_splits,
-    SPLITS: tl.constexpr,
     SPLIT_COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     LOADS: tl.constexpr,
@@ -90,7 +89,7 @@ def _split_kernel(
     ALL: tl.constexpr,
     FOUND: tl.constexpr,
 ):
-    """partials [S, n_splits, FIELDS] float64: what one split of one row adds up to.
+    """partials [S, n_splits, FIELDS] float64: what one of this piece's splits of one row adds up to.
 
     The rows are columns [first_column, first_column + n_columns) of the vocabulary; partials begins at their splits,
     bias at their words. bias, logit_scale, softcap with its slope may be None. target_product [S] is what the row holds
@@ -98,9 +97,9 @@ def _split_kernel(
     """
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     program = tl.program_id(0).to(tl.int64)
-    row_index = program // SPLITS
+    row_index = program // splits
     row = logits + row_index * row_stride
-    begin = (program % SPLITS).to(tl.int32) * SPLIT_COLUMNS
+    begin = (program % splits).to(tl.int32) * SPLIT_COLUMNS
     end = tl.minimum(begin + SPLIT_COLUMNS, n_columns)
     full_end = begin + (end - begin) // TILE * TILE
 
@@ -140,7 +139,7 @@ def _split_kernel(
     mean = first.to(tl.float64) / _divisor(weight)
     spread = tl.maximum(second.to(tl.float64) - first.to(tl.float64) * mean, 0.0)
     largest, weight, mean, spread, collision = _merge(maximum, weight, mean, spread, collision.to(tl.float64), ALL)
-    out = partials + (row_index * n_splits + program % SPLITS) * _FIELDS
+    out = partials + (row_index * n_splits + program % splits) * _FIELDS
     tl.store(out, largest.to(tl.float64))
     tl.store(out + 1, weight)
     if ALL:
@@ -247,7 +246,7 @@ def _merge(maximum, weight, mean, spread, collision, ALL: tl.constexpr):
     return largest, total, mean, spread, collision
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@triton.jit(do_not_specialize=["vocabulary", "n_splits"])
 def _merge_kernel(
     target,
     target_product,
@@ -386,8 +385,8 @@ class Rows:
             n_columns,
             self.vocabulary,
             logits.stride(0),
+            splits,
             self.splits[-1],
-            SPLITS=splits,
             SPLIT_COLUMNS=self.tiles.split_columns,
             LANES=self.tiles.lanes,
             LOADS=loads,
@@ -437,5 +436,3 @@ def _validate(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"target must be [{len(logits)}] int64, got {tuple(target.shape)} {target.dtype}")
     if target.device != logits.device:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}")
-
-

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastcompat.errors import ArgumentError
 from fastcompat.ops import attention_torch
-from fastcompat.ops.backends import NATIVE_DTYPES, choose, native, native_level
+from fastcompat.ops.backends import NATIVE_DTYPES, choose, native, native_level, triton_variant
 
 # Wider heads do not fit into a GPU's registers.
 TRITON_WIDTH = 512
@@ -35,7 +35,8 @@ class AttentionPlan:
     query_index: Tensor | None  # [Q] int32, ascending: the packed tokens whose attention is wanted; None: all
     cu_seqlens: Tensor | None  # [N + 1] int32, the sequences of a pack that shares nothing; None: it shares something
     blocks: attention_torch.Blocks = field(repr=False)
-    summaries: dict[int | None, Any] = field(default_factory=dict, repr=False)  # Triton's, by sliding window
+    # Triton's, by sliding window and queries of a list.
+    summaries: dict[tuple[int | None, int], Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(cls, position_ids: Tensor, subtree_end: Tensor) -> AttentionPlan:
@@ -83,8 +84,8 @@ def forest_attention(
 
     query [H, Q, C], of the plan's `query_index` or of all T tokens; key, value [K, T, C], not repeated, K divides H (C
     of value may differ). The definition in plain torch is `reference.forest_attention`.
-    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "varlen" (torch's
-    own, for a pack that shares nothing), "torch".
+    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton" ("triton:group"
+    and the like for one variant: docs/kernels.md), "varlen" (torch's own, for a pack that shares nothing), "torch".
     """
     if sliding_window is not None and sliding_window > plan.max_position:
         sliding_window = None
@@ -92,19 +93,26 @@ def forest_attention(
         backend = "varlen"
     if backend == "varlen":
         return _varlen_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks)
-    backend = choose(backend, query)
-    if backend == "triton" and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
+    backend = choose(backend, query, variants=True)
+    if backend.startswith("triton") and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
         backend = "torch"
     # Heads and tokens may lie any distance apart; a head's elements adjoin.
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     if backend.startswith("native"):
         return _native_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks, backend)
-    if backend == "triton":
+    if backend.startswith("triton"):
         kernel = import_module("fastcompat.kernels.forest_attention")
+        width = max(query.shape[2], value.shape[2])
+        tiles = triton_variant(backend, kernel.variants(query.dtype, query.device, width))
         index = None if plan.query_index is None else plan.query_index.long()
-        if sliding_window not in plan.summaries:
-            plan.summaries[sliding_window] = kernel.summarise(
-                plan.position_ids, plan.subtree_end, sliding_window=sliding_window, query_index=index
+        lists = sliding_window, kernel.query_block(query, key, value, tiles)
+        if lists not in plan.summaries:
+            plan.summaries[lists] = kernel.summarise(
+                plan.position_ids,
+                plan.subtree_end,
+                sliding_window=sliding_window,
+                query_index=index,
+                query_block=lists[1],
             )
         attended: Tensor = kernel.forest_attention(
             query,
@@ -112,12 +120,13 @@ def forest_attention(
             value,
             plan.position_ids,
             plan.subtree_end,
-            plan.summaries[sliding_window],
+            plan.summaries[lists],
             scaling=scaling,
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
             query_index=index,
+            tiles=tiles,
         )
         return attended
     every = query
