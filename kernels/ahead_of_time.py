@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -45,13 +45,7 @@ def asked(
             call()
         for kernel_name, kernel, arguments, options in launches:
             case = _case(f"{name}: {kernel_name}", kernel, arguments, options, must=kernel_name in products)
-            key = (
-                kernel,
-                *(
-                    repr(part)
-                    for part in (case.signature, case.constexprs, case.options, case.divisible, case.unaligned)
-                ),
-            )
+            key = kernel, repr(replace(case, name="", fn=print))
             # One call may ask for a kernel in two ways: for whole pieces, and for the last one.
             alike = sum(other.name.partition(" #")[0] == case.name for other in cases.values())
             cases.setdefault(key, replace(case, name=f"{case.name} #{alike + 1}") if alike else case)
@@ -94,9 +88,7 @@ class _Noting:
 def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], *, must: bool) -> AotCase:
     """As Triton specialises: a 1 is a constant, a multiple of 16 known as one, unless the kernel waives it."""
     fixed = {n for n, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
-    left_alone = {
-        kernel.arg_names[n] if isinstance(n, int) else n for n in getattr(kernel, "do_not_specialize", None) or ()
-    }
+    left_alone = set(getattr(kernel, "do_not_specialize", None) or ())  # the interpreter's kernels do not tell
     signature: dict[str, str] = {}
     constants: dict[str, object] = {}
     divisible, unaligned = [], []

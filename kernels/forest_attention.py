@@ -52,7 +52,8 @@ def _attention_kernel(
     query, key, value, out, sinks, key_first, key_end, key_position, query_position, order, begin, full_end, key_blocks,
     query_head, query_token, key_head, key_token, value_head, value_token, T, Q, heads, group, scale, slope, window,
     BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
-    KEY_PARTS: tl.constexpr, C: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr, CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
+    KEY_PARTS: tl.constexpr, C: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr,
+    CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
 ):  # fmt: skip
     """out [Q, H, Cv]: BLOCK_Q rows a program, which are queries of HEADS heads of one group; what is left over is idle.
 
@@ -246,9 +247,8 @@ def forest_attention(
     tiles = _fitting(tiles, summary, query, key, value)
     log2_scale = scaling * math.log2(math.e)
     windowed = sliding_window is not None
-    values = tiles.constants(C, Cv, group, summary.query_block) | dict(
-        query=query, key=key, value=value, out=out, sinks=sinks
-    )
+    values: dict[str, Any] = tiles.constants(C, Cv, group, summary.query_block)
+    values |= dict(query=query, key=key, value=value, out=out, sinks=sinks)
     values |= dict(key_first=summary.key_first, key_end=summary.key_end, order=summary.order)
     values |= dict(begin=summary.begin, full_end=summary.full_end, key_blocks=summary.key_blocks)
     values["key_position"] = summary.position_ids if windowed else None
