@@ -166,7 +166,7 @@ def mlp_pieces(n_tokens: int, token_bytes: int, device: str) -> int:
     most = MLP_BYTES.get(device)
     if most is None:
         return 1
-    pieces = max(1, -(-n_tokens * token_bytes // most))
+    pieces = max(1, min(n_tokens, -(-n_tokens * token_bytes // most)))
     if device != "cpu" and n_tokens // pieces < GPU_MLP_TOKENS:
         return 1
     return pieces
