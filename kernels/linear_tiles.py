@@ -130,8 +130,8 @@ def _changed(arch: int, **changes: dict[str, Any]) -> dict[str, Tiles]:
     return {"tiles": TILES[arch]} | {name: replace(TILES[arch], **change) for name, change in changes.items()}
 
 
-# By architecture: first stages and pipeline, then how a tile is folded, then its shape. What spills is not here.
-# Behind each, registers a thread for nll and all five (Triton 3.7.1).
+# By architecture: first stages and pipeline, then how a tile is folded, then its shape. What spills is not here;
+# registers of each are in bench/results/triton_report.json, predicted rates in docs/kernels.md.
 TILE_VARIANTS = {
     80: _changed(
         80,
@@ -152,8 +152,8 @@ TILE_VARIANTS = {
         deep=dict(block_d=128, num_stages=2),
         narrow=dict(block_v=128, slices=2),
         # Two programs a multiprocessor, 96 KiB each: one's epilogue beside the other's products.
-        two_programs=dict(block_v=128, slices=2, num_warps=4, num_stages=3),
-        two_programs_descriptors=dict(block_v=128, slices=2, num_warps=4, num_stages=3, descriptors=True),
+        two_programs=dict(block_v=128, num_warps=4, num_stages=3),
+        two_programs_descriptors=dict(block_v=128, num_warps=4, num_stages=3, descriptors=True),
         short=dict(block_s=64, num_warps=4),
         tall_descriptors=dict(block_s=256, block_v=128, descriptors=True),
     ),
