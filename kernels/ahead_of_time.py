@@ -40,15 +40,17 @@ def asked(
     operands are float32.
     """
     cases: dict[Any, AotCase] = {}
-    for name, call in calls:
-        with _noted(arch, kernels) as launches:
+    # Calls are also made up there: which variants there are depends on the architecture.
+    with _noted(arch, kernels) as launches:
+        for name, call in calls:
+            launches.clear()
             call()
-        for kernel_name, kernel, arguments, options in launches:
-            case = _case(f"{name}: {kernel_name}", kernel, arguments, options, must=kernel_name in products)
-            key = kernel, repr(replace(case, name="", fn=print))
-            # One call may ask for a kernel in two ways: for whole pieces, and for the last one.
-            alike = sum(other.name.partition(" #")[0] == case.name for other in cases.values())
-            cases.setdefault(key, replace(case, name=f"{case.name} #{alike + 1}") if alike else case)
+            for kernel_name, kernel, arguments, options in launches:
+                case = _case(f"{name}: {kernel_name}", kernel, arguments, options, must=kernel_name in products)
+                key = kernel, repr(replace(case, name="", fn=print))
+                # One call may ask for a kernel in two ways: for whole pieces, and for the last one.
+                alike = sum(other.name.partition(" #")[0] == case.name for other in cases.values())
+                cases.setdefault(key, replace(case, name=f"{case.name} #{alike + 1}") if alike else case)
     return list(cases.values())
 
 
