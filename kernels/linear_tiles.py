@@ -113,9 +113,9 @@ class Pieces:
         return [min(columns, V - begin) for begin in range(0, V, columns)]
 
 
-# Of the L2 (A100 40 MB, H100 50, B200 126) so much that a piece is still there when it is read, with the weights that
-# stream through beside it; and so many tiles of 128 x 256 that the last wave of multiprocessors is nearly full: 208 of
-# 216, 256 of 264, 576 of 592.
+# Of the L2 (A100 40 MB, H100 50, B200 126) two thirds, so that most of a piece is still there when it is read, though
+# weights stream through beside it; and so many tiles of 128 x 256 that the last wave of multiprocessors is nearly full:
+# 208 of 216, 256 of 264, 576 of 592.
 IN_CACHE = {
     80: Pieces(rows=2048, columns=3328),
     90: Pieces(rows=2048, columns=4096),

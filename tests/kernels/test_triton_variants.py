@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcompat.errors import ArgumentError
-from fastcompat.ops import AttentionPlan, reference
+from fastcompat.ops import AttentionPlan, packed_nll, reference
 from fastcompat.ops import forest_attention as any_attention
 from fastcompat.ops import linear_nll as any_head
 
@@ -158,6 +158,8 @@ def test_the_heads_variants_by_name():
         any_head(hidden, weight, target, backend="triton:fastest")
     with pytest.raises(ArgumentError, match="multiples of 16 bytes, and D is 21"):
         any_head(hidden[:, :21].contiguous(), weight[:, :21].contiguous(), target, backend="triton:descriptors")
+    with pytest.raises(ArgumentError, match="linear_nll and forest_attention have variants: use 'triton'"):
+        packed_nll(hidden, target % 24, backend="triton:cublas")
     with pytest.raises(ValueError, match="multiple of 16 and not fewer than rows"):
         Pieces(rows=64, columns=32)
 
