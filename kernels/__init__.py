@@ -10,7 +10,7 @@ class AotCase:
     """One kernel with everything that compiling it ahead of time needs; `bench/gpu/triton_report.py` compiles them all.
 
     Every kernel's module, or one beside it, offers `aot_cases(arch) -> list[AotCase]`, arch 90 for sm_90: what its
-    launcher starts there.
+    launcher starts there, as `ahead_of_time.asked` notes it.
     """
 
     name: str
@@ -19,7 +19,7 @@ class AotCase:
     signature: Mapping[str, str]
     """Type of every parameter in order, `"*bf16"`, `"i32"`, `"fp32"` ..., and `"constexpr"` for those in `constexprs`.
 
-    Pointers, and integers named in `divisible`, are compiled as multiples of 16.
+    Pointers but those named in `unaligned`, and integers named in `divisible`, are compiled as multiples of 16.
     """
     constexprs: Mapping[str, object]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -27,3 +27,5 @@ class AotCase:
     must_use_tensor_cores: bool = False
     divisible: tuple[str, ...] = ()
     """Integer parameters that the launcher's usual arguments make multiples of 16 (a row stride, the hidden size)."""
+    unaligned: tuple[str, ...] = ()
+    """Pointers that are not multiples of 16 bytes."""

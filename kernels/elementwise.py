@@ -22,14 +22,11 @@ channels in place with cos and sin, 71 MB in 21; gated with I 4,864, two read an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import AotCase
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -331,37 +328,3 @@ def _check(
         )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the others on {device}: move it with .to()")
-
-
-def aot_cases(arch: int) -> list[AotCase]:
-    """The kernels as the launchers start them for real models, for the ahead-of-time report; the same on every arch."""
-    types = dict.fromkeys(("n_rows", "n_tokens", "width"), "i32") | {"eps": "fp32", "offset": "fp32"}
-    arrays = ("x", "residual", "weight", "sums", "out", "cos", "sin", "gate", "up")
-    cases: list[AotCase] = []
-
-    def add(name: str, fn: Any, dtype: str, tile: tuple[dict[str, int], int], **values: object) -> None:
-        values |= tile[0]
-        kinds = types | dict.fromkeys(arrays, f"*{dtype}")
-        dynamic = [n for n in fn.arg_names if n not in values]
-        cases.append(
-            AotCase(
-                name=f"{name} {dtype}",
-                fn=fn,
-                signature={n: kinds.get(n, "i32") if n in dynamic else "constexpr" for n in fn.arg_names},
-                constexprs={n: values[n] for n in fn.arg_names if n in values},
-                options={"num_warps": tile[1], **_COMPILER},
-                divisible=tuple(n for n in dynamic if n.endswith("stride") or n == "width"),
-            )
-        )
-
-    for dtype, element_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for width in (576, 4096, MAX_WIDTH):
-            add(f"rms_norm {width} residual", _rms_norm_kernel, dtype, _norm_tile(width), HEADS=1, WIDTH=width)
-        heads = dict(HEADS=32, WIDTH=128, residual=None, sums=None, residual_stride=0)
-        add("rms_norm 32 x 128", _rms_norm_kernel, dtype, _norm_tile(128), **heads)
-        for n_heads, rotated in ((12, 64), (32, 128), (9, 24)):
-            tile = _rotation_tile(n_heads, rotated, element_size)
-            add(f"rotate_ {n_heads} x {rotated}", _rotate_kernel, dtype, tile, N_HEADS=n_heads)
-        for activation in ACTIVATIONS:
-            add(f"gated {activation}", _gated_kernel, dtype, _gated_tile(), SILU=activation == "silu")
-    return cases

@@ -7,11 +7,12 @@ Dimension key: T packed tokens (keys), Q queries, H query heads, K key heads, C 
     z = where((j <= i) & (i < subtree_end[j]) & (position_ids[i] - position_ids[j] < sliding_window), z, -inf)
     out = (softmax([z, sinks]) without the sink's column) @ value    # [Q, H, Cv]
 
-A program has a tile of queries of one head and walks the blocks of keys that they see (`forest_plan.summarise`): first
-those seen in full, without a mask, then the others. The softmax is online and in base 2: a running peak and the sum
-below it, float32; probabilities are rounded to the values' dtype for their product, float32 stays float32. The longest
-lists start first. Lists and their order depend on the pack alone and nothing is atomic: equal bits from run to run. A
-query's bits do depend on where its pack's blocks lie, by the rounding of one online softmax.
+A program has a tile of queries of one head, or of fewer queries of all heads of a group (Tiles.grouped), and walks the
+blocks of keys that they see (`forest_plan.summarise`): first those seen in full, without a mask, then the others. The
+softmax is online and in base 2: a running peak and the sum below it, float32; probabilities are rounded to the values'
+dtype for their product, float32 stays float32. The longest lists start first. Lists and their order depend on the pack
+alone and nothing is atomic: equal bits from run to run. A query's bits do depend on where its pack's blocks lie, by the
+rounding of one online softmax.
 
 A key that a query does not see has probability 0, but 0 times a value that is not finite is NaN: such a value spoils
 the queries of the blocks that it lies in, not its own path only.
@@ -28,13 +29,14 @@ lists: on `generators` two pipelines are filled for one block without and six wi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forest_plan import MAX_WIDTH, QUERY_BLOCK, Summary, Tiles, choose_tiles, summarise
+from .forest_plan import MAX_WIDTH, QUERY_BLOCK, Summary, Tiles, serving, summarise, variants
 
 # The interpreter multiplies bfloat16 wrongly: there, operands become float32 first.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -49,27 +51,34 @@ MAX_TOKEN_STRIDE = (1 << 31) // QUERY_BLOCK
 def _attention_kernel(
     query, key, value, out, sinks, key_first, key_end, key_position, query_position, order, begin, full_end, key_blocks,
     query_head, query_token, key_head, key_token, value_head, value_token, T, Q, heads, group, scale, slope, window,
-    BLOCK_Q: tl.constexpr, QUERY_PARTS: tl.constexpr, BLOCK_K: tl.constexpr, KEY_PARTS: tl.constexpr, C: tl.constexpr,
-    C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr, CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
+    BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEY_PARTS: tl.constexpr, C: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr, CV: tl.constexpr,
+    CV_FIRST: tl.constexpr, CV_REST: tl.constexpr
 ):  # fmt: skip
-    """out [Q, H, Cv]: BLOCK_Q queries of one head a program. None: sinks, key_first, slope (softcap), window.
+    """out [Q, H, Cv]: BLOCK_Q rows a program, which are queries of HEADS heads of one group; what is left over is idle.
+
+    None: sinks, key_first, slope (softcap), window.
 
     scale: of z to base 2; slope: what makes z, without scaling, the argument of the soft cap.
     """
-    head = tl.program_id(0) % heads
-    part = tl.program_id(0) // heads
+    QUERIES: tl.constexpr = BLOCK_Q // HEADS
+    head = tl.program_id(0) % (heads // HEADS) * HEADS
+    part = tl.program_id(0) // (heads // HEADS)
     block = tl.load(order + part // QUERY_PARTS)
-    q0 = (block * QUERY_PARTS + part % QUERY_PARTS) * BLOCK_Q
+    q0 = (block * QUERY_PARTS + part % QUERY_PARTS) * QUERIES
     start = tl.load(begin + block)
     n_full = (tl.load(full_end + block) - start).to(tl.int32)
     n_blocks = (tl.load(begin + block + 1) - start).to(tl.int32)
     key_blocks += start
 
     # Queries past the end repeat the last one: no load needs a mask.
-    row = tl.minimum(tl.arange(0, BLOCK_Q), Q - 1 - q0)
+    line = tl.arange(0, BLOCK_Q)
+    row = tl.minimum(line, Q - 1 - q0)
+    if HEADS > 1:
+        row = tl.minimum(line // HEADS, tl.minimum(Q - q0, QUERIES) - 1)
     slot = q0 + row
     query += head.to(tl.int64) * query_head + q0.to(tl.int64) * query_token
-    q = _load_rows(query, row * query_token, C, C_FIRST, C_REST)
+    q = _load_rows(query, row * query_token + line % HEADS * query_head, C, C_FIRST, C_REST)
     key += (head // group).to(tl.int64) * key_head
     value += (head // group).to(tl.int64) * value_head
     if window is not None:
@@ -78,7 +87,7 @@ def _attention_kernel(
     peak = tl.full((BLOCK_Q,), _LOWEST, tl.float32)
     mass = tl.zeros((BLOCK_Q,), tl.float32)
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
+        sink = tl.load(sinks + head + (line % HEADS if HEADS > 1 else 0)).to(tl.float32) * _LOG2_E
         if slope is not None:
             sink += 0.5 * scale
         peak = tl.maximum(peak, sink)
@@ -108,11 +117,11 @@ def _attention_kernel(
 
     out += (q0.to(tl.int64) * heads + head) * CV
     inverse = (1.0 / state[1])[:, None]
-    row = tl.arange(0, BLOCK_Q)
-    inside = (row < Q - q0)[:, None]
+    row = line // HEADS
+    inside = (row < tl.minimum(Q - q0, QUERIES))[:, None]
     for p in tl.static_range(2, len(state)):
         column = (p - 2) * CV_FIRST + tl.arange(0, state[p].shape[1])[None, :]
-        at = out + (row[:, None] * (heads * CV) + column)
+        at = out + (row[:, None] * (heads * CV) + (line % HEADS * CV)[:, None] + column)
         tl.store(at, (state[p] * inverse).to(out.dtype.element_ty), mask=inside & (column < CV))
 
 
@@ -213,37 +222,68 @@ def forest_attention(
     divides H. Heads and tokens may lie any distance apart, a head's elements adjoin; where the distances are no
     multiples of 16 elements, loads are narrow.
     position_ids, subtree_end: [T] int32. query_index: [Q] int64, ascending: the queries' tokens; None: Q = T, all.
-    summary: what `summarise` made of these three and the window, for all layers; None: made here.
+    summary: what `summarise` made of these three and the window, for all layers, with the `query_block` that serves;
+    None: made here.
     scaling: positive. softcap: positive, None or 0 for none. sinks: [H] of any float dtype, logits that take part in
-    the softmax without a value. tiles: other than the table's for this GPU, for tuning.
-    Raises ValueError for other shapes, dtypes, strides, devices and settings.
+    the softmax without a value. tiles: other than what serves on this GPU, one of `forest_plan.variants`.
+    Raises ValueError for other shapes, dtypes, strides, devices and settings, and for tiles that do not fit the
+    summary's lists.
     """
     _validate(query, key, value, sinks, scaling, softcap)
-    if summary is None:
-        summary = summarise(position_ids, subtree_end, sliding_window=sliding_window, query_index=query_index)
-    _validate_summary(summary, query, key, sliding_window)
     (heads, n_queries, C), (n_key_heads, n_tokens, Cv) = query.shape, value.shape
+    group = heads // n_key_heads
+    if summary is None:
+        summary = summarise(
+            position_ids,
+            subtree_end,
+            sliding_window=sliding_window,
+            query_index=query_index,
+            query_block=query_block(query, key, value, tiles),
+        )
+    _validate_summary(summary, query, key, sliding_window)
     out = torch.empty(n_queries, heads, Cv, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    tiles = tiles or choose_tiles(query.dtype, query.device, max(C, Cv))
+    tiles = _fitting(tiles, summary, query, key, value)
     log2_scale = scaling * math.log2(math.e)
     windowed = sliding_window is not None
-    values = tiles.constants(C, Cv) | dict(query=query, key=key, value=value, out=out, sinks=sinks)
+    values: dict[str, Any] = tiles.constants(C, Cv, group, summary.query_block)
+    values |= dict(query=query, key=key, value=value, out=out, sinks=sinks)
     values |= dict(key_first=summary.key_first, key_end=summary.key_end, order=summary.order)
     values |= dict(begin=summary.begin, full_end=summary.full_end, key_blocks=summary.key_blocks)
     values["key_position"] = summary.position_ids if windowed else None
     values["query_position"] = summary.query_position if windowed else None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         values[f"{name}_head"], values[f"{name}_token"] = tensor.stride()[:2]
-    values |= dict(T=n_tokens, Q=n_queries, heads=heads, group=heads // n_key_heads, window=sliding_window)
+    values |= dict(T=n_tokens, Q=n_queries, heads=heads, group=group, window=sliding_window)
     values["scale"] = 2 * softcap * math.log2(math.e) if softcap else log2_scale
     values["slope"] = -2 * log2_scale / softcap if softcap else None
-    programs = len(summary.order) * (QUERY_BLOCK // tiles.block_q) * heads
+    programs = len(summary.order) * values["QUERY_PARTS"] * (heads // values["HEADS"])
     kernel = _attention_kernel
     with torch.cuda.device_of(query):
         kernel[(programs,)](**{name: values[name] for name in kernel.arg_names}, **tiles.options())
     return out
+
+
+def query_block(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles | None = None) -> int:
+    """Queries of `summarise`'s lists for the tiles, or for those that serve; from dtype, widths and heads alone."""
+    tiles = tiles or serving(query.dtype, query.device, max(query.shape[2], value.shape[2]))
+    return tiles.query_block(query.shape[0] // key.shape[0])
+
+
+def _fitting(tiles: Tiles | None, summary: Summary, query: Tensor, key: Tensor, value: Tensor) -> Tiles:
+    """The tiles, or else those that serve, or else any variant, as the summary's lists allow."""
+    width, group = max(query.shape[2], value.shape[2]), query.shape[0] // key.shape[0]
+    every = (query.dtype, query.device, width)
+    for candidate in (tiles,) if tiles else (serving(*every), *variants(*every).values()):
+        # Offsets within a tile are 32 bits.
+        near = (candidate.heads(group) - 1) * query.stride(0) < 1 << 30
+        if near and summary.query_block % candidate.queries(group) == 0:
+            return candidate
+    raise ValueError(
+        f"no tiles fit lists of {summary.query_block} queries where {group} heads share keys: summarise with the "
+        "query_block of the tiles, and let heads lie less than 2^30 elements apart"
+    )
 
 
 def _validate(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .linear_tiles import _arch
+from . import linear_tiles
 
 # Tokens of a block in the lists; the kernel's tiles divide them. 64 keys, because responses are a few hundred tokens
 # long: of 128 keys, fewer are seen.
@@ -41,7 +41,7 @@ _MAX_INT32 = (1 << 31) - 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Summary:
-    """For each block of QUERY_BLOCK queries the blocks of KEY_BLOCK keys that it sees, and what masking the rest needs.
+    """For each block of query_block queries the blocks of KEY_BLOCK keys that it sees, and what masking the rest needs.
 
     Block b's list is `key_blocks[begin[b] : begin[b + 1]]`: up to `full_end[b]` the blocks that all its queries see in
     full, then the others, both ascending.
@@ -49,6 +49,7 @@ class Summary:
 
     n_tokens: int
     n_queries: int
+    query_block: int
     sliding_window: int | None
     key_end: Tensor  # [T] int32: a key's queries end here
     key_first: Tensor | None  # [T] int32: and begin here; None: at its own index, because every token is a query
@@ -61,16 +62,23 @@ class Summary:
 
 
 def summarise(
-    position_ids: Tensor, subtree_end: Tensor, *, sliding_window: int | None, query_index: Tensor | None = None
+    position_ids: Tensor,
+    subtree_end: Tensor,
+    *,
+    sliding_window: int | None,
+    query_index: Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
 ) -> Summary:
     """The lists of a pack under one sliding window, made on its device with one synchronisation.
 
     position_ids, subtree_end: [T] int32, contiguous. sliding_window: tokens, the query's own included, or None.
     query_index: [Q] int64, strictly ascending within [0, T), which is the caller's to check: only these tokens are
-    queries; None: every one.
+    queries; None: every one. query_block: queries of a list, `Tiles.query_block` of the tiles that are to walk them.
     Raises ValueError for other shapes, dtypes, strides, devices and windows.
     """
     _validate(position_ids, subtree_end, sliding_window, query_index)
+    if query_block < 1:
+        raise ValueError(f"query_block must be 1 at least, got {query_block}")
     n_tokens = len(subtree_end)
     token = torch.arange(n_tokens, dtype=torch.int32, device=subtree_end.device)
     if query_index is None:
@@ -87,11 +95,11 @@ def summarise(
     first_min, first_max = firsts[:, 0], firsts[:, -1]
     end_min = _blocks(end, KEY_BLOCK, 0).amin(1)
     end_max = _blocks(end.masked_fill(first >= end, 0), KEY_BLOCK, 0).amax(1)
-    query_begin = token[:n_queries:QUERY_BLOCK]
-    query_end = (query_begin + QUERY_BLOCK).clamp(max=n_queries)
+    query_begin = token[:n_queries:query_block]
+    query_end = (query_begin + query_block).clamp(max=n_queries)
     if sliding_window is not None:
-        shallowest = _blocks(query_position, QUERY_BLOCK, _MAX_INT32).amin(1)
-        deepest = _blocks(query_position, QUERY_BLOCK, 0).amax(1)
+        shallowest = _blocks(query_position, query_block, _MAX_INT32).amin(1)
+        deepest = _blocks(query_position, query_block, 0).amax(1)
         key_min = _blocks(position_ids, KEY_BLOCK, 0).amin(1)
         key_max = _blocks(position_ids, KEY_BLOCK, 0).amax(1)
 
@@ -120,6 +128,7 @@ def summarise(
     return Summary(
         n_tokens=n_tokens,
         n_queries=n_queries,
+        query_block=query_block,
         sliding_window=sliding_window,
         key_end=end,
         key_first=None if query_index is None else first,
@@ -159,23 +168,38 @@ def _validate(
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Queries of a program, keys of a step (divisors of the summary's blocks), and the compiler's options."""
+    """Rows of a program, keys of a step (a divisor of KEY_BLOCK), and the compiler's options."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    # A row is a query of one head, or grouped: of one of the heads that share their keys, which are read once for all.
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if QUERY_BLOCK % self.block_q or KEY_BLOCK % self.block_k or min(self.block_q, self.block_k) < 16:
             raise ValueError(f"tiles must divide {QUERY_BLOCK} queries and {KEY_BLOCK} keys, 16 at least: {self}")
 
-    def constants(self, C: int, Cv: int) -> dict[str, int]:
-        """The kernel's compile-time arguments."""
+    def heads(self, group: int) -> int:
+        """Heads of a program, where `group` heads share their keys: a divisor of them."""
+        return max(n for n in range(1, min(group, MAX_HEADS) + 1) if group % n == 0) if self.grouped else 1
+
+    def queries(self, group: int) -> int:
+        """Queries of a program; its rows are not all in use where they are no multiple of the heads."""
+        return self.block_q // self.heads(group)
+
+    def query_block(self, group: int) -> int:
+        """Queries of a list: a program's own where it has several heads, so that the lists are short."""
+        return self.queries(group) if self.heads(group) > 1 else QUERY_BLOCK
+
+    def constants(self, C: int, Cv: int, group: int, query_block: int) -> dict[str, int]:
+        """The kernel's compile-time arguments, for lists of query_block queries."""
         (c_first, c_rest), (cv_first, cv_rest) = _parts(C), _parts(Cv)
         return {
             "BLOCK_Q": self.block_q,
-            "QUERY_PARTS": QUERY_BLOCK // self.block_q,
+            "HEADS": self.heads(group),
+            "QUERY_PARTS": query_block // self.queries(group),
             "BLOCK_K": self.block_k,
             "KEY_PARTS": KEY_BLOCK // self.block_k,
             "C": C,
@@ -199,6 +223,8 @@ def _parts(width: int) -> tuple[int, int]:
 
 
 MAX_WIDTH = 512
+# Of a group in one program: with more, a tile of 64 rows would have fewer than four queries.
+MAX_HEADS = 16
 _TALL = Tiles(block_q=128, block_k=64, num_warps=4, num_stages=3)
 _BROAD = Tiles(block_q=128, block_k=64, num_warps=8, num_stages=3)
 _FLAT = Tiles(block_q=64, block_k=16, num_warps=4, num_stages=3)
@@ -239,14 +265,56 @@ FLOAT32_TILES = {
 }
 
 
+def _grouped(table: dict[int, Tiles]) -> dict[int, Tiles]:
+    # At 64, 4 warps spill 16 bytes with Triton 3.6.0.
+    return {
+        width: replace(tiles, grouped=True)
+        for width, tiles in ({**table, 64: _BROAD} if 64 in table else table).items()
+    }
+
+
+# Half the rows and warps: two programs a multiprocessor, one's softmax beside the other's products.
+_PAIRED = {128: Tiles(block_q=64, block_k=64, num_warps=4, num_stages=3, grouped=True)}
+# By architecture and name, what else may serve the widths up to these: "group" has the heads of a group in one tile.
+VARIANTS: dict[int, dict[str, dict[int, Tiles]]] = {
+    80: {"group": _grouped(TILES[80]), "group_64": _PAIRED},
+    90: {"group": _grouped(TILES[90]), "group_64": _PAIRED},
+    100: {"group": _grouped(TILES[100]), "group_64": _PAIRED},
+}
+# By architecture, and the largest width that it serves there: "heads" are the tiles of TILES, a program for each head.
+SERVES = {80: {512: "heads"}, 90: {512: "heads"}, 100: {512: "heads"}}
+
+
+def variants(dtype: torch.dtype, device: torch.device, width: int) -> dict[str, Tiles]:
+    """What can compute attention of a dtype and width on a device, by name: `tiles=` of `forest_attention`."""
+    heads = choose_tiles(dtype, device, width)
+    found = {"heads": heads}
+    if dtype == torch.float32 or torch.version.hip:
+        return found | {"group": replace(heads, grouped=True)}
+    for name, table in VARIANTS.get(linear_tiles.architecture(device), {"group": _grouped(OTHER_TILES)}).items():
+        if width <= max(table):
+            found[name] = _of_width(table, width)
+    return found
+
+
+def serving(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
+    """The tiles that serve where none are named. width: the larger of C and Cv."""
+    name = _of_width(SERVES.get(linear_tiles.architecture(device), {MAX_WIDTH: "heads"}), width)
+    return variants(dtype, device, width).get(name) or choose_tiles(dtype, device, width)
+
+
+def _of_width(table: dict[int, Any], width: int) -> Any:
+    return table[min(served for served in table if served >= width)]
+
+
 def choose_tiles(dtype: torch.dtype, device: torch.device, width: int) -> Tiles:
     """width: the larger of C and Cv."""
     if dtype == torch.float32:
         table = FLOAT32_TILES
-    elif device.type != "cuda" or torch.version.hip:
+    elif torch.version.hip:
         table = OTHER_TILES
     else:
-        table = TILES.get(_arch(device), OTHER_TILES)
-    tiles = table[min(served for served in table if served >= width)]
+        table = TILES.get(linear_tiles.architecture(device), OTHER_TILES)
+    tiles: Tiles = _of_width(table, width)
     # ROCm counts stages otherwise; 64 KiB are all there is.
     return replace(tiles, num_stages=2) if torch.version.hip else tiles

@@ -28,7 +28,6 @@ tensor cores, not overlapped; about twice that for all five. Partial sums: 8 byt
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_tiles import MAX_RANGES, Tiles, choose_tiles
+from .final_logits import _logits, scaling
+from .linear_pieces import linear_nll_in_pieces
+from .linear_tiles import MAX_RANGES, Pieces, Tiles, serving, why_not
 
 # The interpreter multiplies bfloat16 wrongly: there, operands become float32 first.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -149,34 +150,6 @@ def _product(
             h, w = h.to(tl.float32), w.to(tl.float32)
         product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
     return product
-
-
-@triton.jit
-def _logits(product, bias, logit_scale, softcap, slope):
-    """Logits of products. No product feeds a sum but in an fma: wherever it is compiled, the bits are the same."""
-    z = product
-    if bias is not None:
-        z = z + bias
-    if logit_scale is not None:
-        z = z * logit_scale
-    if softcap is not None:
-        z = softcap * _tanh(z * slope)
-    return z
-
-
-@triton.jit
-def _tanh(u):
-    """tanh(x) of u = -2 log2(e) x, off by 3e-7 of itself at most: (1 - t) / (1 + t), t = exp(-2 x) = 2^u."""
-    t = tl.exp2(tl.minimum(u, 60.0))
-    r = tl.rsqrt(t + 1.0)
-    inverse = r * r
-    # One Newton step, because rsqrt is approximate.
-    inverse = inverse * tl.fma(-(t + 1.0), inverse, 2.0)
-    # For |x| < 0.35, where 1 - t cancels: a polynomial in u^2, fitted to 3.5e-8.
-    v = u * u
-    p = tl.fma(tl.fma(tl.fma(v, -2.94031576e-05, 6.64801174e-04), v, -1.38756480e-02), v, 3.46573578e-01)
-    # Compared this way round, NaN goes the second way and stays NaN.
-    return tl.where(tl.abs(u) > 1.0, (1.0 - t) * inverse, -u * p)
 
 
 @triton.jit
@@ -328,14 +301,15 @@ def linear_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     all_statistics: bool = False,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Pieces | None = None,
 ) -> Tensor:
     """[1, S] float32 nll, or [5, S]: nll, entropy, varentropy, rank, collision (natural logarithms).
 
     hidden: [S, D]; weight: [V, D], same dtype (bfloat16, float16, float32); target: [S] int64, one outside [0, V) gets
     a NaN nll; bias: [V] of any float dtype, or None. All contiguous, on one device.
-    tiles: other than the table's for this GPU, for tuning.
-    Raises ValueError for tensors that are apart or not contiguous; `fastcompat.linear_nll` checks all the rest.
+    tiles: other than what serves on this GPU, one of `linear_tiles.variants`; Pieces leave the product to cuBLAS.
+    Raises ValueError for tensors that are apart or not contiguous, and for tiles that D does not suit;
+    `fastcompat.linear_nll` checks all the rest.
     """
     tensors = [hidden, weight, target] if bias is None else [hidden, weight, target, bias]
     if len({tensor.device for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
@@ -343,20 +317,32 @@ def linear_nll(
             "hidden, weight, target, bias must be contiguous and on one device: .contiguous(), .to(device)"
         )
     (S, D), V = hidden.shape, len(weight)
+    tiles = tiles or serving(hidden.dtype, hidden.device, D)
+    problem = why_not(tiles, hidden.dtype, D)
+    if problem:
+        raise ValueError(f"{problem}: leave tiles out, or name others")
     empty = partial(torch.empty, dtype=torch.float32, device=hidden.device)
     out = empty(5 if all_statistics else 1, S)
     if S == 0:
         return out
-    tiles = tiles or choose_tiles(hidden.dtype, hidden.device)
+    if isinstance(tiles, Pieces):
+        return linear_nll_in_pieces(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            all_statistics=all_statistics,
+            pieces=tiles,
+        )
     range_tiles, n_ranges = tiles.ranges(V)
     partials = empty(6 if all_statistics else 2, n_ranges, S)
     values = tiles.constants(D, V) | _MERGE_CONSTANTS | {"ALL": all_statistics}
     values |= dict(hidden=hidden, weight=weight, bias=bias, target=target)
     values |= dict(target_logit=empty(S), partials=partials, out=out)
     values |= dict(S=S, V=V, D=D, range_tiles=range_tiles, n_ranges=n_ranges)
-    values["logit_scale"] = None if logit_scale == 1.0 else float(logit_scale)
-    values["softcap"] = None if softcap is None else float(softcap)
-    values["slope"] = None if softcap is None else -2 * math.log2(math.e) / softcap
+    values |= scaling(softcap, logit_scale)
     range_values = values | tiles.operands(hidden, weight) | ({} if all_statistics else {"target_logit": None})
     with torch.cuda.device_of(hidden):
         _launch(_target_kernel, triton.cdiv(S, min(tiles.block_s, tiles.block_v)), values, tiles.options())

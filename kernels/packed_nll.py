@@ -26,14 +26,17 @@ element; the compiled loop takes 7 an element for the nll and 15 for all five.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import AotCase
+from .final_logits import _logits, scaling
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -63,28 +66,57 @@ def _exp(x):
     return tl.exp2(x * _LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column", "vocabulary", "splits", "n_splits"])
 def _split_kernel(
     logits,
     target,
+    target_product,
     partials,
+    bias,
+    logit_scale,
+    softcap,
+    slope,
+    first_column,
     n_columns,
+    vocabulary,
     row_stride,
-    SPLITS: tl.constexpr,
+    splits,
+    n_splits,
     SPLIT_COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     LOADS: tl.constexpr,
     VECTOR: tl.constexpr,
     ALL: tl.constexpr,
+    FOUND: tl.constexpr,
 ):
-    """partials [S * SPLITS, FIELDS] float64: what one split of one row adds up to."""
+    """partials [S, n_splits, FIELDS] float64: what one of this piece's splits of one row adds up to.
+
+    The rows are columns [first_column, first_column + n_columns) of the vocabulary; partials begins at their splits,
+    bias at their words. bias, logit_scale, softcap with its slope may be None. target_product [S] is what the row holds
+    at the target, before all of these: FOUND beforehand, else written by the split that it lies in.
+    """
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     program = tl.program_id(0).to(tl.int64)
-    row = logits + (program // SPLITS) * row_stride
-    target_logit = _target_logit(row, target + program // SPLITS, n_columns)
-    begin = (program % SPLITS).to(tl.int32) * SPLIT_COLUMNS
+    row_index = program // splits
+    row = logits + row_index * row_stride
+    begin = (program % splits).to(tl.int32) * SPLIT_COLUMNS
     end = tl.minimum(begin + SPLIT_COLUMNS, n_columns)
     full_end = begin + (end - begin) // TILE * TILE
+
+    word = tl.load(target + row_index)
+    column = word - first_column
+    here = (column >= begin) & (column < end)
+    # NaN for a target that is no word, so that its nll is NaN too.
+    product = tl.load(row + column, mask=(column >= 0) & (column < n_columns), other=float("nan")).to(tl.float32)
+    own = product
+    if FOUND:
+        product = tl.load(target_product + row_index)
+    else:
+        tl.store(target_product + row_index, product, mask=here | (word < 0) | (word >= vocabulary))
+    own_bias = None
+    if bias is not None:
+        own_bias = tl.load(bias + column, mask=(word >= 0) & (word < vocabulary), other=0.0).to(tl.float32)
+    target_logit = _logits(product, own_bias, logit_scale, softcap, slope)
 
     maximum = tl.full([LANES], _LOWEST, tl.float32)
     weight = tl.zeros([LANES], tl.float32)
@@ -92,13 +124,13 @@ def _split_kernel(
     second = tl.zeros([LANES], tl.float32)
     collision = tl.zeros([LANES], tl.float32)
     rank = tl.zeros([LANES], tl.int32)
-    for column in range(begin, full_end, TILE):
-        full = _load_tile(row, column, end, LANES, LOADS, VECTOR, MASKED=False)
+    for at in range(begin, full_end, TILE):
+        full = _load_tile(row, bias, logit_scale, softcap, slope, at, end, LANES, LOADS, VECTOR, MASKED=False)
         maximum, weight, first, second, collision, rank = _add_tile(
             full, target_logit, maximum, weight, first, second, collision, rank, LOADS, ALL
         )
     if full_end < end:
-        tail = _load_tile(row, full_end, end, LANES, LOADS, VECTOR, MASKED=True)
+        tail = _load_tile(row, bias, logit_scale, softcap, slope, full_end, end, LANES, LOADS, VECTOR, MASKED=True)
         maximum, weight, first, second, collision, rank = _add_tile(
             tail, target_logit, maximum, weight, first, second, collision, rank, LOADS, ALL
         )
@@ -107,25 +139,52 @@ def _split_kernel(
     mean = first.to(tl.float64) / _divisor(weight)
     spread = tl.maximum(second.to(tl.float64) - first.to(tl.float64) * mean, 0.0)
     largest, weight, mean, spread, collision = _merge(maximum, weight, mean, spread, collision.to(tl.float64), ALL)
-    out = partials + program * _FIELDS
+    out = partials + (row_index * n_splits + program % splits) * _FIELDS
     tl.store(out, largest.to(tl.float64))
     tl.store(out + 1, weight)
     if ALL:
+        above = tl.sum(rank, axis=0)
+        if FOUND:
+            # Found by another product, it may differ from itself in its last bit; it is not above itself all the same.
+            own = _logits(own, own_bias, logit_scale, softcap, slope)
+            above -= (here & (own > target_logit)).to(tl.int32)
         tl.store(out + 2, mean)
         tl.store(out + 3, spread)
         tl.store(out + 4, collision)
-        tl.store(out + 5, tl.sum(rank, axis=0).to(tl.float64))
+        tl.store(out + 5, above.to(tl.float64))
 
 
 @triton.jit
-def _load_tile(row, begin, end, LANES: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr):
+def _load_tile(
+    row,
+    bias,
+    logit_scale,
+    softcap,
+    slope,
+    begin,
+    end,
+    LANES: tl.constexpr,
+    LOADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """LOADS times [LANES, VECTOR] float32 logits, all of them requested before the first is used."""
     tile = ()
     for load in tl.static_range(LOADS):
         lane = tl.arange(0, LANES)[:, None]
         column = begin + load * LANES * VECTOR + lane * VECTOR + tl.arange(0, VECTOR)[None, :]
         z = tl.load(row + column, mask=column < end, other=float("-inf")) if MASKED else tl.load(row + column)
-        tile += (z.to(tl.float32),)
+        z = z.to(tl.float32)
+        tile_bias = None
+        if bias is not None:
+            tile_bias = (tl.load(bias + column, mask=column < end, other=0.0) if MASKED else tl.load(bias + column)).to(
+                tl.float32
+            )
+        z = _logits(z, tile_bias, logit_scale, softcap, slope)
+        # A negative scale or a soft cap would make something of minus infinity.
+        if MASKED and (logit_scale is not None or softcap is not None):
+            z = tl.where(column < end, z, float("-inf"))
+        tile += (z,)
     return tile
 
 
@@ -187,33 +246,33 @@ def _merge(maximum, weight, mean, spread, collision, ALL: tl.constexpr):
     return largest, total, mean, spread, collision
 
 
-@triton.jit
-def _target_logit(row, target, n_columns):
-    """The target's logit, float32; NaN for a target that is no column, so that its nll is NaN too."""
-    column = tl.load(target)
-    inside = (column >= 0) & (column < n_columns)
-    return tl.load(row + column, mask=inside, other=float("nan")).to(tl.float32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "n_splits"])
 def _merge_kernel(
-    logits,
     target,
+    target_product,
     partials,
+    bias,
+    logit_scale,
+    softcap,
+    slope,
     out,
-    n_columns,
-    row_stride,
-    SPLITS: tl.constexpr,
+    vocabulary,
+    n_splits,
     PADDED_SPLITS: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """out [1 or 5, S] float32: the splits of one row, merged."""
     row = tl.program_id(0).to(tl.int64)
     n_rows = tl.num_programs(0)
-    target_logit = _target_logit(logits + row * row_stride, target + row, n_columns)
+    product = tl.load(target_product + row)
+    own_bias = None
+    if bias is not None:
+        word = tl.load(target + row)
+        own_bias = tl.load(bias + word, mask=(word >= 0) & (word < vocabulary), other=0.0).to(tl.float32)
+    target_logit = _logits(product, own_bias, logit_scale, softcap, slope)
     split = tl.arange(0, PADDED_SPLITS)
-    there = split < SPLITS
-    part = partials + (row * SPLITS + split) * _FIELDS
+    there = split < n_splits
+    part = partials + (row * n_splits + split) * _FIELDS
     maximum = tl.load(part, mask=there, other=_LOWEST).to(tl.float32)
     weight = tl.load(part + 1, mask=there, other=0.0)
     mean, spread, collision = weight, weight, weight
@@ -247,42 +306,115 @@ def packed_nll(logits: Tensor, target: Tensor, *, all_statistics: bool = False, 
     out = torch.empty(5 if all_statistics else 1, n_rows, dtype=torch.float32, device=logits.device)
     if n_rows == 0:
         return out
-    target = target.contiguous()
-    splits = triton.cdiv(n_columns, tiles.split_columns)
-    partials = torch.empty(n_rows * splits, _FIELDS.value, dtype=torch.float64, device=logits.device)
-    # As Triton sees it: only what is a multiple of 16 is known to be aligned.
-    aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
-    vector, loads = _loads(tiles, logits.element_size(), aligned=aligned)
+    rows = Rows.create(target.contiguous(), n_columns, [n_columns], all_statistics=all_statistics, tiles=tiles)
     with torch.cuda.device_of(logits):
+        rows.add(logits, 0)
+        rows.merge(out)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """What rows of logits add up to, read once and piece by piece: blocks of rows, each in pieces of the vocabulary."""
+
+    target: Tensor  # [S] int64
+    vocabulary: int
+    begins: list[int]  # of the pieces, and where the last one ends: a multiple of 16 each but for that
+    splits: list[int]  # begun before each piece, and all
+    target_product: Tensor  # [S] float32: what the target's logit is made of
+    found: bool  # target_product is known beforehand
+    partials: Tensor  # [S, all splits, FIELDS] float64
+    all_statistics: bool
+    tiles: Tiles
+    head: dict[str, Any]  # bias [V], and `final_logits.scaling`
+
+    @classmethod
+    def create(
+        cls,
+        target: Tensor,
+        vocabulary: int,
+        pieces: Sequence[int],
+        *,
+        all_statistics: bool,
+        tiles: Tiles = TILES,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        target_product: Tensor | None = None,
+    ) -> Rows:
+        """pieces: columns of each, all the vocabulary together.
+
+        target_product: None: it is taken from the rows, which all statistics can only do of a single piece.
+        """
+        begins = [0, *accumulate(pieces)]
+        splits = [0, *accumulate(triton.cdiv(columns, tiles.split_columns) for columns in pieces)]
+        device = target.device
+        return cls(
+            target=target,
+            vocabulary=vocabulary,
+            begins=begins,
+            splits=splits,
+            target_product=torch.empty(len(target), dtype=torch.float32, device=device)
+            if target_product is None
+            else target_product,
+            found=target_product is not None,
+            partials=torch.empty(len(target), splits[-1], _FIELDS.value, dtype=torch.float64, device=device),
+            all_statistics=all_statistics,
+            tiles=tiles,
+            head=scaling(softcap, logit_scale) | {"bias": bias},
+        )
+
+    def add(self, logits: Tensor, begin: int, piece: int = 0) -> None:
+        """logits [rows, columns] of rows [begin, begin + rows) in one piece, before bias, scale and soft cap."""
+        n_rows, n_columns = logits.shape
+        first, splits = self.begins[piece], self.splits[piece + 1] - self.splits[piece]
+        # As Triton sees it: only what is a multiple of 16 is known to be aligned.
+        aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
+        vector, loads = _loads(self.tiles, logits.element_size(), aligned=aligned)
+        bias = self.head["bias"]
         _split_kernel[(n_rows * splits,)](
             logits,
-            target,
-            partials,
+            self.target[begin:],
+            self.target_product[begin:],
+            self.partials[begin:, self.splits[piece] :],
+            None if bias is None else bias[first:],
+            self.head["logit_scale"],
+            self.head["softcap"],
+            self.head["slope"],
+            first,
             n_columns,
+            self.vocabulary,
             logits.stride(0),
-            SPLITS=splits,
-            SPLIT_COLUMNS=tiles.split_columns,
-            LANES=tiles.lanes,
+            splits,
+            self.splits[-1],
+            SPLIT_COLUMNS=self.tiles.split_columns,
+            LANES=self.tiles.lanes,
             LOADS=loads,
             VECTOR=vector,
-            ALL=all_statistics,
-            num_warps=tiles.lanes // (64 if torch.version.hip else 32),
+            ALL=self.all_statistics,
+            FOUND=self.found,
+            num_warps=self.tiles.lanes // (64 if torch.version.hip else 32),
             **_COMPILER,
         )
-        _merge_kernel[(n_rows,)](
-            logits,
-            target,
-            partials,
+
+    def merge(self, out: Tensor) -> None:
+        """out [1 or 5, S] float32, when all rows have been added in all their pieces."""
+        _merge_kernel[(len(self.target),)](
+            self.target,
+            self.target_product,
+            self.partials,
+            self.head["bias"],
+            self.head["logit_scale"],
+            self.head["softcap"],
+            self.head["slope"],
             out,
-            n_columns,
-            logits.stride(0),
-            SPLITS=splits,
-            PADDED_SPLITS=triton.next_power_of_2(splits),
-            ALL=all_statistics,
+            self.vocabulary,
+            self.splits[-1],
+            PADDED_SPLITS=triton.next_power_of_2(self.splits[-1]),
+            ALL=self.all_statistics,
             num_warps=1,
             **_COMPILER,
         )
-    return out
 
 
 def _loads(tiles: Tiles, element_size: int, *, aligned: bool) -> tuple[int, int]:
@@ -304,47 +436,3 @@ def _validate(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"target must be [{len(logits)}] int64, got {tuple(target.shape)} {target.dtype}")
     if target.device != logits.device:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}")
-
-
-def aot_cases(arch: int) -> list[AotCase]:
-    """The kernels as the launcher starts them for V = 151,936, for the ahead-of-time report; the same on every arch."""
-    splits = triton.cdiv(151936, TILES.split_columns)
-    cases = []
-    for dtype, element_size, aligned in (
-        ("bf16", 2, True),
-        ("fp16", 2, True),
-        ("fp32", 4, True),
-        ("bf16", 2, False),
-        ("fp32", 4, False),
-    ):
-        vector, loads = _loads(TILES, element_size, aligned=aligned)
-        types = {
-            "logits": f"*{dtype}",
-            "target": "*i64",
-            "partials": "*fp64",
-            "out": "*fp32",
-            "n_columns": "i32",
-            "row_stride": "i32",
-        }
-        for all_statistics in (False, True):
-            values = {
-                "SPLITS": splits,
-                "PADDED_SPLITS": triton.next_power_of_2(splits),
-                "SPLIT_COLUMNS": TILES.split_columns,
-                "LANES": TILES.lanes,
-                "LOADS": loads,
-                "VECTOR": vector,
-                "ALL": all_statistics,
-            }
-            for name, fn, num_warps in (("split", _split_kernel, TILES.lanes // 32), ("merge", _merge_kernel, 1)):
-                cases.append(
-                    AotCase(
-                        name=f"packed_nll {name} {dtype}{' all' * all_statistics}{' unaligned' * (not aligned)}",
-                        fn=fn,
-                        signature={argument: types.get(argument, "constexpr") for argument in fn.arg_names},
-                        constexprs={argument: values[argument] for argument in fn.arg_names if argument in values},
-                        options={"num_warps": num_warps, **_COMPILER},
-                        divisible=("n_columns", "row_stride") if aligned else (),
-                    )
-                )
-    return cases

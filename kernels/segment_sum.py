@@ -19,12 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import AotCase
-
 LANES = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["value_stride"])
 def _segment_sum_kernel(values, cu_seqlens, out, value_stride, LANES: tl.constexpr):
     segment = tl.program_id(0)
     kind = tl.program_id(1)
@@ -65,23 +63,3 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
                 values, cu_seqlens, out, values.stride(0), LANES=LANES, num_warps=4
             )
     return out
-
-
-def aot_cases(arch: int) -> list[AotCase]:
-    """The kernel as the launcher starts it, for the ahead-of-time report; the same on every arch."""
-    signature = {
-        "values": "*fp32",
-        "cu_seqlens": "*i64",
-        "out": "*fp64",
-        "value_stride": "i32",
-        "LANES": "constexpr",
-    }
-    return [
-        AotCase(
-            name="segment_sum",
-            fn=_segment_sum_kernel,
-            signature=signature,
-            constexprs={"LANES": LANES},
-            options={"num_warps": 4},
-        )
-    ]

@@ -2,8 +2,11 @@
 
     python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE]
 
-Exits 1 where a kernel spills registers, needs more shared memory than the GPU has, lacks its architecture's tensor-core
-instruction though it must use it, or has its wgmma serialised (each waits for the one before).
+The cases are what the launchers ask for on real models' shapes (`kernels/ahead_of_time.py`), and every variant that can
+be chosen by name. FILE holds the results of several versions of Triton; a run replaces those of its own version that it
+has compiled anew. Exits 1 where a kernel spills registers, needs more shared memory than the GPU has, lacks its
+architecture's tensor-core instruction though it must use it, or has its wgmma serialised (each waits for the one
+before).
 """
 
 from __future__ import annotations
@@ -52,23 +55,44 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--list", action="store_true", help="names only, nothing is compiled")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     # Otherwise the seconds would be those of reading a cache.
     triton.knobs.compilation.always_compile = True
 
-    rows = [
-        report(case, arch)
-        for arch in arguments.arch or sorted(SHARED_LIMIT)
-        for case in all_cases(arch)
-        if arguments.kernel in case.name
-    ]
-    show(rows)
-    if arguments.json:
-        content = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    rows: list[Row] = []
+    for arch in arguments.arch or sorted(SHARED_LIMIT):
+        cases = all_cases(arch)
+        names = {case.name for case in cases}
+        if len(names) < len(cases):
+            raise RuntimeError("two cases have one name")
+        wanted = [case for case in cases if arguments.kernel in case.name]
+        if arguments.list:
+            print(*(f"sm_{arch} {case.name}" for case in wanted), sep="\n")
+            continue
+        for case in wanted:
+            rows.append(report(case, arch))
+            if arguments.json:
+                write(arguments.json, rows, arch, names)
+    if not arguments.list:
+        show(rows)
     return any(row.problems for row in rows)
+
+
+def write(path: Path, rows: list[Row], arch: int, names: set[str]) -> None:
+    """Put rows of one architecture in the place of its older ones; what is no longer a case goes."""
+    versions: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["versions"] if path.exists() else {}
+    before = {(row["arch"], row["kernel"]): row for row in versions.get(triton.__version__, [])}
+    before |= {(row.arch, row.kernel): asdict(row) for row in rows}
+    kept = [row for key, row in sorted(before.items()) if row["arch"] != arch or key[1] in names]
+    # A row a line: what changed shows.
+    lines = [
+        f' "{version}": [\n  ' + ",\n  ".join(map(json.dumps, found)) + "\n ]"
+        for version, found in sorted((versions | {triton.__version__: kept}).items())
+    ]
+    path.write_text('{"versions": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def all_cases(arch: int) -> list[AotCase]:
@@ -117,7 +141,7 @@ def compiled(case: AotCase, arch: int) -> Any:
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, (name, kind) in enumerate(case.signature.items())
-        if kind.startswith("*") or name in case.divisible
+        if (kind.startswith("*") and name not in case.unaligned) or name in case.divisible
     }
     constants = {(names.index(name),): value for name, value in case.constexprs.items()}
     source = ASTSource(fn=case.fn, signature=dict(case.signature), constexprs=constants, attrs=attributes)

@@ -150,6 +150,8 @@ def test_what_would_be_waited_for_is_counted():
 
 
 def test_a_plan_is_laid_out_for_loads_of_sixteen_bytes():
+    from fastcompat.kernels.forest_plan import QUERY_BLOCK
+
     plan = AttentionPlan.create(torch.arange(5), torch.full((5,), 5, dtype=torch.int32))
     plan.summary(None)
     structure = {"plan": plan, "needed": plan.for_queries(torch.tensor([1, 3])), "else": "as it is"}
@@ -161,7 +163,7 @@ def test_a_plan_is_laid_out_for_loads_of_sixteen_bytes():
     assert torch.equal(moved.position_ids.values, plan.position_ids)
     assert needed.query_index.values.tolist() == [1, 3]
     assert needed.position_ids is moved.position_ids, "what is there once is copied once"
-    assert moved.summaries[None].key_end is moved.subtree_end
-    tensors = [moved.position_ids, moved.subtree_end, moved.cu_seqlens, moved.summaries[None].begin]
+    assert moved.summaries[None, QUERY_BLOCK].key_end is moved.subtree_end
+    tensors = [moved.position_ids, moved.subtree_end, moved.summaries[None, QUERY_BLOCK].begin]
     assert all(tensor.storage_offset() * tensor.itemsize % 16 == 0 for tensor in tensors)
-    assert torch.equal(moved.summaries[None].order.values, plan.summaries[None].order)
+    assert torch.equal(moved.summaries[None, QUERY_BLOCK].order.values, plan.summaries[None, QUERY_BLOCK].order)

@@ -44,13 +44,15 @@ def plan_pack(
     *,
     prunes: bool,
     windows: Sequence[int | None],
+    query_blocks: Sequence[int] = (),
     device: torch.device,
 ) -> PackPlan:
     """The plan of a pack, on the CPU.
 
     positions: [P] packed tokens whose last hidden states are read, in any order, any of them several times; None: all.
     prunes: whether the model's last layer can be computed for some tokens only. windows: the sliding window of each
-    attention layer, None where it has none; what is not listed is made when a layer asks. device: where the pack will
+    attention layer, None where it has none; what is not listed is made when a layer asks. query_blocks: of how many
+    queries the lists are that its layers read, where that was seen. device: where the pack will
     be computed, which says what attention will read.
     """
     position_ids = torch.from_numpy(forest.position_ids)
@@ -65,7 +67,8 @@ def plan_pack(
         of_layers = [attention] * len(windows)
         of_layers[-1:] = [last_attention or attention]
         for own, window in zip(of_layers, windows, strict=False):
-            own.summary(window)
+            for query_block in query_blocks or (None,):
+                own.summary(window, query_block)
     if reads_flash_plans(device):
         for window in dict.fromkeys(windows):
             attention.flash_plan(window)

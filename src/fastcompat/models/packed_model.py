@@ -53,6 +53,7 @@ class PackedModel:
     fusions: tuple[Fusion, ...]  # what of the modules was replaced by fused ones
     prunes: bool  # the last layer can be computed for some tokens only
     windows: tuple[int | None, ...]  # the sliding window of each attention layer in tokens, in the order of their calls
+    query_blocks: tuple[int, ...]  # queries of the lists that Triton's attention reads; none where it does not serve
     deterministic: bool = False  # on a GPU no product is divided along what it sums over
 
     @property
@@ -80,7 +81,14 @@ class PackedModel:
         positions: [P] packed tokens whose last hidden states are wanted, in any order, any of them several times; None:
         all T. What nobody reads of the last layer is then not computed.
         """
-        plan = plan_pack(forest, positions, prunes=self.prunes, windows=self.windows, device=self.device)
+        plan = plan_pack(
+            forest,
+            positions,
+            prunes=self.prunes,
+            windows=self.windows,
+            query_blocks=self.query_blocks,
+            device=self.device,
+        )
         return OneCopy(plan, self.device)
 
     @torch.no_grad()
@@ -159,7 +167,7 @@ def packed(name: str, full: Any) -> PackedModel:
     context_length, rope_boundary = model_lengths(config)
     device = full.get_input_embeddings().weight.device
     with exact_products(device):
-        fusions, prunes, seen_windows = _fuse(full, context_length)
+        fusions, prunes, seen = _fuse(full, context_length)
     if device.type == "cuda":
         # The weights as they were before they were joined; each lay in a segment that the joined ones do not fit into.
         torch.cuda.empty_cache()
@@ -173,7 +181,8 @@ def packed(name: str, full: Any) -> PackedModel:
         n_windowed_layers=n_windowed_layers(config),
         fusions=fusions,
         prunes=prunes,
-        windows=seen_windows,
+        windows=tuple(seen.windows),
+        query_blocks=tuple(sorted({query_block for _, query_block in seen.plan.summaries})),
     )
 
 
@@ -193,8 +202,8 @@ def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor,
 
 
 @torch.no_grad()
-def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool, tuple[int | None, ...]]:
-    """Fuse what can be fused, try whether the last layer can do with the needed tokens, and see the layers' windows.
+def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
+    """Fuse what can be fused, try whether the last layer can do with the needed tokens, and see what attention reads.
 
     Nothing where the model cannot run a pack at all, which its probe will say.
     """
@@ -211,7 +220,7 @@ def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bo
         fusions = fuse(body, run, ForwardPass(plan=plan.attention))
     except Exception as error:
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
-        return (), False, ()
+        return (), False, ForwardPass(plan=plan.attention)
     every_layer = ForwardPass(plan=plan.attention)
     try:
         # A body may do more with its layers' output than normalise it.
@@ -220,9 +229,9 @@ def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bo
         some = run(ForwardPass(plan=plan.attention, needed=plan.attention.for_queries(needed)))
     except Exception as error:
         logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
-        return fusions, False, tuple(every_layer.windows)
+        return fusions, False, every_layer
     near = some.shape == every[needed].shape and torch.allclose(some, every[needed], rtol=0.05, atol=0.05)
-    return fusions, near, tuple(every_layer.windows)
+    return fusions, near, every_layer
 
 
 def settings_of(model: PackedModel) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcompat.ops import attention_torch, flash_choice
 from fastcompat.ops.attention_flash import flash_attention
-from fastcompat.ops.backends import FASTEST, NATIVE_DTYPES, choose, native, native_level, why_not
+from fastcompat.ops.backends import FASTEST, NATIVE_DTYPES, choose, native, native_level, triton_variant, why_not
 from fastcompat.ops.flash_plan import FlashPlan, flash_plan
 
 # Wider heads do not fit into a GPU's registers.
@@ -33,8 +33,9 @@ class AttentionPlan:
     max_position: int
     query_index: Tensor | None  # [Q] int32, ascending: the packed tokens whose attention is wanted; None: all
     blocks: attention_torch.Blocks = field(repr=False)
-    summaries: dict[int | None, Any] = field(default_factory=dict, repr=False)  # Triton's, by sliding window
-    flash_plans: dict[int | None, FlashPlan | None] = field(default_factory=dict, repr=False)  # likewise
+    # Triton's, by sliding window and queries of a list.
+    summaries: dict[tuple[int | None, int], Any] = field(default_factory=dict, repr=False)
+    flash_plans: dict[int | None, FlashPlan | None] = field(default_factory=dict, repr=False)  # by sliding window
 
     @classmethod
     def create(cls, position_ids: Tensor, subtree_end: Tensor) -> AttentionPlan:
@@ -57,17 +58,23 @@ class AttentionPlan:
             blocks=self.blocks,
         )
 
-    def summary(self, sliding_window: int | None) -> Any:
-        """What Triton reads of the plan under a window; made when it is first asked for, on a GPU by waiting for it."""
-        window = self.reaching(sliding_window)
-        if window not in self.summaries:
-            self.summaries[window] = import_module("fastcompat.kernels.forest_attention").summarise(
+    def summary(self, sliding_window: int | None, query_block: int | None = None) -> Any:
+        """What Triton reads of the plan under a window, in lists of `query_block` queries (None: what most tiles read).
+
+        Made when it is first asked for, on a GPU by waiting for it.
+        """
+        if query_block is None:
+            query_block = import_module("fastcompat.kernels.forest_plan").QUERY_BLOCK
+        lists = self.reaching(sliding_window), query_block
+        if lists not in self.summaries:
+            self.summaries[lists] = import_module("fastcompat.kernels.forest_attention").summarise(
                 self.position_ids,
                 self.subtree_end,
-                sliding_window=window,
+                sliding_window=lists[0],
                 query_index=None if self.query_index is None else self.query_index.long(),
+                query_block=query_block,
             )
-        return self.summaries[window]
+        return self.summaries[lists]
 
     def reaching(self, sliding_window: int | None) -> int | None:
         """The window, None where no position of the pack reaches beyond it."""
@@ -102,9 +109,10 @@ def forest_attention(
 
     query [H, Q, C], of the plan's `query_index` or of all T tokens; key, value [K, T, C], not repeated, K divides H (C
     of value may differ). The definition in plain torch is `reference.forest_attention`.
-    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch", or
-    another library's: "flash" (flash-attn; "flash:3" and the like for one version), "varlen" (torch's own). Raises
-    ArgumentError where one that is named does not serve these tensors.
+    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton" ("triton:group"
+    and the like for one variant: docs/kernels.md), "torch", or another library's: "flash" (flash-attn; "flash:3" and
+    the like for one version), "varlen" (torch's own). Raises ArgumentError where one that is named does not serve these
+    tensors.
     """
     sliding_window = plan.reaching(sliding_window)
     # Heads and tokens may lie any distance apart; a head's elements adjoin.
@@ -135,24 +143,27 @@ def forest_attention(
                 softcap=softcap,
                 sinks=sinks,
             )
-    backend = choose(backend, query)
-    if backend == "triton" and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
+    backend = choose(backend, query, variants=True)
+    if backend.startswith("triton") and max(query.shape[2], value.shape[2]) > TRITON_WIDTH:
         backend = "torch"
     if backend.startswith("native"):
         return _native_attention(query, key, value, plan, scaling, sliding_window, softcap, sinks, backend)
-    if backend == "triton":
+    if backend.startswith("triton"):
         kernel = import_module("fastcompat.kernels.forest_attention")
+        width = max(query.shape[2], value.shape[2])
+        tiles = triton_variant(backend, kernel.variants(query.dtype, query.device, width))
         attended: Tensor = kernel.forest_attention(
             query,
             key,
             value,
             plan.position_ids,
             plan.subtree_end,
-            plan.summary(sliding_window),
+            plan.summary(sliding_window, kernel.query_block(query, key, value, tiles)),
             scaling=scaling,
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            tiles=tiles,
         )
         return attended
     every = query

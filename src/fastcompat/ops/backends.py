@@ -4,6 +4,7 @@ torch            plain torch, on every device
 native           the C++ extension, for CPU tensors, at the fastest level that the processor offers
 native:avx2 ...  one level of it: avx512_bf16, avx512, avx2 or portable
 triton           the Triton kernels, for CUDA tensors (on a CPU only under Triton's interpreter, for tests)
+triton:NAME      one of their variants, where a kernel has any (`kernels/linear_tiles.py`, `kernels/forest_plan.py`)
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import functools
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +29,10 @@ FASTEST = {"cpu": "native", "cuda": "triton"}
 NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
-def choose(backend: str | None, values: Tensor) -> str:
+def choose(backend: str | None, values: Tensor, *, variants: bool = False) -> str:
     """The back end that computes on `values`: the one that is named, else the fastest that the device has.
+
+    variants: the caller has some of Triton's, and looks their names up (`triton_variant`).
 
     Raises ArgumentError where the one that is named does not serve these tensors. A slower one that steps in for the
     fastest is announced once.
@@ -38,6 +43,10 @@ def choose(backend: str | None, values: Tensor) -> str:
         if problem:
             here = ", ".join(available(device))
             raise ArgumentError(f"backend {backend!r}: {problem}. For {device} tensors this machine has: {here}")
+        if backend.startswith("triton:") and not variants:
+            raise ArgumentError(
+                f"backend {backend!r}: only linear_nll and forest_attention have variants: use 'triton'"
+            )
         if values.dtype == torch.float64 and backend != "torch":
             raise ArgumentError(
                 f"backend {backend!r} computes in float32: use .float(), or backend='torch' for float64"
@@ -74,9 +83,19 @@ def why_not(backend: str, device: str) -> str | None:
         if level and level not in native_levels():
             return f"this processor offers no level {level!r}"
         return None if level or ":" not in backend else "no level is named after the colon"
-    if backend == "triton":
+    if name == "triton":
         return _why_not_triton(device)
     return "there is no such back end"
+
+
+def triton_variant(backend: str, variants: Mapping[str, Any]) -> Any:
+    """What `variants` has under the name in triton:NAME, else ArgumentError; None for triton itself."""
+    _, colon, name = backend.partition(":")
+    if colon and name not in variants:
+        raise ArgumentError(
+            f"backend {backend!r}: there is no such variant for these tensors, but {', '.join(variants)}"
+        )
+    return variants[name] if colon else None
 
 
 def native() -> ModuleType:

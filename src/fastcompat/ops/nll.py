@@ -10,6 +10,7 @@ Dimension key: S scored tokens, D hidden size, V vocabulary, N responses, K stat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Literal, overload
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastcompat.errors import ArgumentError
 from fastcompat.ops import nll_torch
-from fastcompat.ops.backends import NATIVE_DTYPES, choose, native, native_level
+from fastcompat.ops.backends import NATIVE_DTYPES, choose, native, native_level, triton_variant
 
 Statistic = Literal["nll", "entropy", "varentropy", "rank", "collision"]
 
@@ -98,7 +99,8 @@ def linear_nll(
     cu_seqlens: [N + 1] int32 or int64, from 0 to S, non-decreasing: response n holds the tokens from cu_seqlens[n] up
     to cu_seqlens[n + 1]. Then [N] float64 sums over each response's tokens are returned instead, 0 where it has none.
     check_target: False where the caller knows that every target lies in [0, V): of a GPU the question costs a wait.
-    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton", "torch".
+    backend: None, or one by name: "native" (C++; "native:avx2" and the like for one level), "triton" ("triton:cublas"
+    and the like for one variant: docs/kernels.md), "torch".
 
     A bias of -inf bars a word (with a positive logit_scale, and unless a softcap makes it finite): it adds nothing, and
     as a target it has NLL inf. NaN in hidden states gives NaN, inf a non-finite NLL unless a softcap makes it finite.
@@ -230,6 +232,8 @@ def _pick(
         picked = [token[row].to(torch.int64) if row == RANK else token[row] for row in rows]
     else:
         wanted = token if len(rows) == len(token) and rows == tuple(range(len(token))) else token[list(rows)]
+        if backend is not None and backend.startswith("triton"):
+            backend = "triton"  # whatever variant
         picked = list(_segment_sum(wanted, cu_seqlens, backend).unbind())
     return picked[0] if len(picked) == 1 else tuple(picked)
 
@@ -247,7 +251,7 @@ def _linear_nll(
     check_target: bool = True,
 ) -> Tensor:
     """[1 or 5, S] float32."""
-    backend = choose(backend, hidden)
+    backend = choose(backend, hidden, variants=True)
     if check_target:
         _check_range(target, len(weight))
     target = target.contiguous()
@@ -255,7 +259,7 @@ def _linear_nll(
     if not len(target):
         return out
     if not backend.startswith("native"):
-        kernel = nll_torch.linear_nll if backend == "torch" else _triton("linear_nll")
+        kernel = nll_torch.linear_nll if backend == "torch" else _triton_head(backend, hidden)
         # A caller's autocast would round float32 products to bfloat16.
         with torch.autocast(hidden.device.type, enabled=False):
             return kernel(
@@ -371,6 +375,18 @@ def _check_range(target: Tensor, vocabulary: int) -> None:
         raise ArgumentError(
             f"target must lie in [0, {vocabulary}), got {low}..{high}: leave padding out, do not mark it with -100"
         )
+
+
+def _triton_head(backend: str, hidden: Tensor) -> Callable[..., Tensor]:
+    """Triton's launcher, by the variant that is named."""
+    table = import_module("fastcompat.kernels.linear_tiles")
+    tiles = triton_variant(backend, table.variants(hidden.dtype, hidden.device))
+    if tiles is None:
+        return _triton("linear_nll")
+    problem = table.why_not(tiles, hidden.dtype, hidden.shape[1])
+    if problem:
+        raise ArgumentError(f"backend {backend!r}: {problem}")
+    return partial(_triton("linear_nll"), tiles=tiles)
 
 
 def _triton(name: str) -> Callable[..., Tensor]:
