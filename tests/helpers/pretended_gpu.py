@@ -207,7 +207,6 @@ def pretended_gpu(*, kernels: bool) -> Iterator[PretendedGpu]:
             (JoinedLinear, "_where", lambda self: self._places),  # a pretended tensor lies nowhere
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
-        for module in ("linear_tiles", "forest_plan"):
-            patches.enter_context(mock.patch(f"fastcompat.kernels.{module}._arch", return_value=0))
+        patches.enter_context(mock.patch("fastcompat.kernels.linear_tiles._arch", return_value=0))
         patches.enter_context(gpu)
         yield gpu
