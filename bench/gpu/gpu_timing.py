@@ -13,7 +13,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -109,9 +109,21 @@ def with_bandwidth(timings: dict[str, Finding], logits: Tensor) -> None:
                 timing["of the copy's bandwidth"] = timing["TB/s"] / copy["TB/s"]
 
 
+def hardware(device: str) -> Iterator[Finding]:
+    """The machine as the CPU benchmarks record it, the GPU, and the two ceilings that every figure is held against."""
+    try:
+        from fastcompat.benchmark.machine import machine
+
+        yield {"machine": machine()}
+    except Exception as error:  # a package without metadata, a system without /proc: the timings stand without it
+        yield {"machine": None, "reason": f"{type(error).__name__}: {error}"}
+    yield {"gpu": gpu(device)}
+    yield ceilings(device)
+
+
 def gpu(device: str) -> Finding:
     """What the CPU benchmarks do not record."""
-    versions: dict[str, str | None] = dict.fromkeys(("triton", "liger_kernel", "pytest", "pyarrow"))
+    versions: dict[str, str | None] = dict.fromkeys(("triton", "liger_kernel", "flash_attn", "pytest", "pyarrow"))
     for name in versions:
         try:
             versions[name] = version(name)

@@ -1,0 +1,185 @@
+"""One full pack through a model whose weights are made on the card: where the time and the memory go.
+
+Dimension key: T packed tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import gpu_models
+import torch
+from gpu_timing import Finding
+
+from fastcompat.benchmark.measurement import release
+from fastcompat.benchmark.rounds import synchronize
+from fastcompat.benchmark.subjects import random_model
+from fastcompat.benchmark.workloads import WORKLOADS
+from fastcompat.models import wrap
+from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
+
+assert gpu_models.SHAPES
+TOP = 14
+ROUNDS = 5
+FEW_TOKENS = 300
+# Tokens of the workload's prompt with its 16 responses, roughly.
+PROMPT_TOKENS = 3900
+
+
+def qwen2_5_0_5b(device: str) -> Iterator[Finding]:
+    yield from profile("Qwen2.5-0.5B", device)
+
+
+def llama_3_1_8b(device: str) -> Iterator[Finding]:
+    yield from profile("Llama-3.1-8B", device)
+
+
+def profile(shape: str, device: str) -> Iterator[Finding]:
+    """Seconds to load and fuse, what is not fused; a full pack and a small one; kernels, gaps, memory."""
+    shape = shape if device != "cpu" else "tiny, experts" if "A3B" in shape else "tiny"
+    place = torch.device(device)
+    began = time.perf_counter()
+    full = random_model(shape, device=place)
+    synchronize(place)
+    made = time.perf_counter()
+    before = _memory(place)
+    model = wrap(shape, full)
+    synchronize(place)
+    fused = time.perf_counter()
+    after = _memory(place)
+    yield {
+        "case": f"{shape}: loaded and fused",
+        "figures": {
+            "weights made on the card": {"s": made - began, **before},
+            "fused": {"s": fused - made, **after},
+            **{
+                fusion.part: {"fused": f"{fusion.n_fused} of {fusion.n_modules}"}
+                | ({"kept as it is": fusion.why} if fusion.why else {})
+                for fusion in model.fusions
+            },
+        },
+    }
+    release()
+    budget = 200 if device == "cpu" else choose_token_budget(place, full.config, model.dtype, free_memory(place))
+    sequences = WORKLOADS["generators"].sequences(model.vocabulary, n_prompts=2 + int(1.5 * budget / PROMPT_TOKENS))
+    packs = pack_sequences(model, ResponseScores(sequences), token_budget=budget)
+    pack = max(packs, key=lambda pack: pack.n_tokens)
+    run = partial(model.token_statistics, pack, ("nll",))
+    _reset_peak(place)
+    resident = _memory(place)
+    first, *seconds = (_seconds(run, place) for _ in range(1 if device == "cpu" else 1 + ROUNDS))
+    usual = statistics.median(seconds or [first])
+    memory = _memory(place)
+    peak = memory.get("peak GiB", 0.0) - resident.get("allocated GiB", 0.0)
+    one = {"packed tokens/s": pack.n_tokens / usual, "first s": first, "peak GiB beside the weights": peak, **memory}
+    yield {
+        "case": f"{shape}: a pack of {pack.n_tokens} tokens, {len(pack.scored)} scored, budget {budget}",
+        "figures": {"fastcompat": {"ms": 1e3 * usual, **one}},
+        "all_seconds": seconds,
+    }
+    yield {"case": f"{shape}: that pack's kernels", **_kernels(run, place)}
+    few = _few(model, place)
+    yield {"case": f"{shape}: a small pack", "figures": {f"{FEW_TOKENS} tokens": {"ms": 1e3 * few}}}
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def _few(model: Any, device: torch.device) -> float:
+    """Seconds of a pass that only launches: median."""
+    sequences = WORKLOADS["unshared"].sequences(model.vocabulary, n_prompts=1, context_length=FEW_TOKENS)
+    (pack,) = pack_sequences(model, ResponseScores(sequences), token_budget=1 << 20)
+    run = partial(model.token_statistics, pack, ("nll",))
+    run()
+    return statistics.median(_seconds(run, device) for _ in range(1 if device.type == "cpu" else 10))
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    read = {
+        "allocated GiB": torch.cuda.memory_allocated,
+        "reserved GiB": torch.cuda.memory_reserved,
+        "peak GiB": torch.cuda.max_memory_allocated,
+    }
+    return {name: function() / 2**30 for name, function in read.items()}
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _kernels(run: Callable[[], object], device: torch.device) -> Finding:
+    """The TOP kernels of one pass by time, the share of the pass in which none runs, and how often the host waits."""
+    reads = _host_reads(run, device)
+    on_gpu = device.type == "cuda"
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CUDA if on_gpu else activities.CPU]) as profiler:
+        run()
+        synchronize(device)
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == wanted
+    ]
+    figures = {"one pack": {**busy(events), "host reads": reads}}
+    return {"figures": figures, "kernels": table(events)}
+
+
+def busy(events: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Of kernels (name, begin, end): the share of the time from first to last in which none runs, and who runs."""
+    if not events:
+        return {}
+    begin, end = min(event[1] for event in events), max(event[2] for event in events)
+    covered, reached = 0.0, begin
+    for _, start, stop in sorted(events, key=lambda event: event[1]):
+        covered += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    total = max(end - begin, 1e-9)
+    shares = {"no kernel runs": 1 - covered / total}
+    for kernel in ("_range_kernel", "_attention_kernel", "_gated_kernel", "_rms_norm_kernel"):
+        spent = sum(stop - start for name, start, stop in events if kernel in name)
+        shares[f"share of {kernel}"] = spent / total
+    return shares
+
+
+def table(events: list[tuple[str, float, float]]) -> list[str]:
+    """A line a kernel: share, milliseconds, calls, name."""
+    spent, calls = Counter[str](), Counter[str]()
+    for name, start, stop in events:
+        spent[name] += stop - start
+        calls[name] += 1
+    total = max(sum(spent.values()), 1e-9)
+    return [
+        f"{us / total:6.1%} {us / 1e3:9.3f} ms {calls[name]:5d} x {name[:90]}" for name, us in spent.most_common(TOP)
+    ]
+
+
+def _host_reads(run: Callable[[], object], device: torch.device) -> int:
+    """How often a pass waits for the GPU, as torch tells it."""
+    if device.type != "cuda":
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with suppress(RuntimeError):
+        torch.cuda.synchronize()
+    return sum("synchroniz" in str(warning.message) for warning in caught)
