@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from gpu_layers import CHECKED, Contender, Contenders, Layer, draw, errors, layers
 from gpu_timing import Calls, Finding, in_turn
-from gpu_variants import ATTENTION
+from gpu_variants import attention_variants
 from torch import Tensor
 
 from fastcompat.kernels.forest_attention import forest_attention, summarise
@@ -159,8 +159,9 @@ def attention_contenders(pack: Pack, device: str, *, peers: bool = True, flex: b
     contenders = {
         "forest_attention": Contender(call=partial(forest, scaling=scaling), checked=lambda out: out[pack.checked])
     }
-    for name, prepare in ATTENTION.items():
-        contenders[name] = Contender(call=_prepared(prepare, pack), checked=lambda out: out[pack.checked])
+    operands = pack.query, pack.key, pack.value, pack.position_ids, pack.subtree_end
+    for name, call in attention_variants(*operands).items():
+        contenders[name] = Contender(call=call, checked=lambda out: out[pack.checked])
     if peers:
         contenders |= whole_sequence_contenders(pack, device)
     if flex:
@@ -169,12 +170,6 @@ def attention_contenders(pack: Pack, device: str, *, peers: bool = True, flex: b
             call=attend, checked=lambda out: out[0].transpose(0, 1)[pack.checked]
         )
     return contenders
-
-
-def _prepared(prepare: Callable[[Pack], Callable[[], Tensor]], pack: Pack) -> Callable[[], Tensor]:
-    """What a variant makes once a pack is made in its first call, where a failure costs it alone."""
-    attend = cache(partial(prepare, pack))
-    return lambda: attend()()
 
 
 def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:

@@ -65,7 +65,7 @@ STEPS = {
     "engine_3b": Step(target="gpu_engine:llama_3_2_3b", seconds=35),
     "linear_nll": Step(target="gpu_head:linear_nll_beside_its_peers", seconds=50),
     "attention": Step(target="gpu_attention:attention_beside_its_peers", seconds=32),
-    "head_tiles": Step(target="gpu_head:tile_sweep", seconds=45),
+    "head_tiles": Step(target="gpu_head:tile_sweep", seconds=60),
     "mlp_pieces": Step(target="gpu_layers:mlp_in_pieces", seconds=12),
     "elementwise": Step(target="gpu_layers:elementwise_beside_its_peers", seconds=20),
     "packed_nll": Step(target="gpu_rows:packed_nll_beside_its_peers", seconds=14),

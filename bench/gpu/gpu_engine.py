@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import gpu_models
 import numpy as np
 import torch
+from gpu_models import register
 from gpu_timing import Finding
 
 from fastcompat.benchmark.flops import product_rate, up_projection, useful_flops
@@ -26,7 +26,6 @@ from fastcompat.errors import FastcompatError
 from fastcompat.models import CausalLM, wrap
 from fastcompat.scoring import choose_token_budget, free_memory
 
-assert gpu_models.SHAPES
 ROUNDS = 2
 PADDED = 16
 # Dense bf16 of an H100 and an H200, by their datasheet.
@@ -52,6 +51,7 @@ def beside_hugging_face(
     shape: str, device: str, *, n_prompts: int, workload: str = "generators", rounds: int = ROUNDS
 ) -> Iterator[Finding]:
     """Seconds, tokens a second and shares of the card's rates; losses against float32."""
+    register()
     if device == "cpu":
         shape, n_prompts, rounds = "tiny", 1, 1
     subject = shape_subject(shape, device=device, dtype="bfloat16")

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import gpu_models
 import torch
 from gpu_attention import attention_beside_its_peers
 from gpu_engine import workloads
 from gpu_layers import elementwise_beside_its_peers
+from gpu_models import register
 from gpu_profile import profile
 from gpu_timing import Finding
 
@@ -24,7 +24,6 @@ from fastcompat.benchmark.workloads import WORKLOADS
 from fastcompat.models import wrap
 from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
 
-assert gpu_models.SHAPES
 N_PACKS = 24
 
 
@@ -32,6 +31,7 @@ def rewards(device: str) -> Iterator[Finding]:
     """A 0.5B reward model beside transformers' pipeline."""
     from reward_measurement import RewardSettings, classifier_subject, measure_rewards, save_random_classifier
 
+    register()
     shape, n_prompts, sizes = ("tiny", 1, (2,)) if device == "cpu" else ("Qwen2.5-0.5B", 24, (16, 64))
     with tempfile.TemporaryDirectory() as directory:
         save_random_classifier(shape, Path(directory), device=device)
@@ -74,6 +74,7 @@ def experts(device: str) -> Iterator[Finding]:
 def segments(device: str) -> Iterator[Finding]:
     """Packs of ever other sizes through an 8B shape: whether the allocator's segments fit them; the setting's is the
     environment's."""
+    register()
     shape, place = ("tiny" if device == "cpu" else "Llama-3.1-8B"), torch.device(device)
     model = wrap(shape, random_model(shape, device=place))
     budget = 300 if device == "cpu" else choose_token_budget(place, model.full.config, model.dtype, free_memory(place))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import gpu_models
 import torch
-from gpu_timing import Finding
+from gpu_models import register
+from gpu_timing import Finding, busy, kernel_table
 
 from fastcompat.benchmark.measurement import release
 from fastcompat.benchmark.rounds import synchronize
@@ -25,8 +24,6 @@ from fastcompat.benchmark.workloads import WORKLOADS
 from fastcompat.models import wrap
 from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
 
-assert gpu_models.SHAPES
-TOP = 14
 ROUNDS = 5
 FEW_TOKENS = 300
 # Tokens of the workload's prompt with its 16 responses, roughly.
@@ -43,6 +40,7 @@ def llama_3_1_8b(device: str) -> Iterator[Finding]:
 
 def profile(shape: str, device: str) -> Iterator[Finding]:
     """Seconds to load and fuse, what is not fused; a full pack and a small one; kernels, gaps, memory."""
+    register()
     shape = shape if device != "cpu" else "tiny, experts" if "A3B" in shape else "tiny"
     place = torch.device(device)
     began = time.perf_counter()
@@ -137,36 +135,7 @@ def _kernels(run: Callable[[], object], device: torch.device) -> Finding:
         if event.device_type == wanted
     ]
     figures = {"one pack": {**busy(events), "host reads": reads}}
-    return {"figures": figures, "kernels": table(events)}
-
-
-def busy(events: list[tuple[str, float, float]]) -> dict[str, float]:
-    """Of kernels (name, begin, end): the share of the time from first to last in which none runs, and who runs."""
-    if not events:
-        return {}
-    begin, end = min(event[1] for event in events), max(event[2] for event in events)
-    covered, reached = 0.0, begin
-    for _, start, stop in sorted(events, key=lambda event: event[1]):
-        covered += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    total = max(end - begin, 1e-9)
-    shares = {"no kernel runs": 1 - covered / total}
-    for kernel in ("_range_kernel", "_attention_kernel", "_gated_kernel", "_rms_norm_kernel"):
-        spent = sum(stop - start for name, start, stop in events if kernel in name)
-        shares[f"share of {kernel}"] = spent / total
-    return shares
-
-
-def table(events: list[tuple[str, float, float]]) -> list[str]:
-    """A line a kernel: share, milliseconds, calls, name."""
-    spent, calls = Counter[str](), Counter[str]()
-    for name, start, stop in events:
-        spent[name] += stop - start
-        calls[name] += 1
-    total = max(sum(spent.values()), 1e-9)
-    return [
-        f"{us / total:6.1%} {us / 1e3:9.3f} ms {calls[name]:5d} x {name[:90]}" for name, us in spent.most_common(TOP)
-    ]
+    return {"figures": figures, "kernels": kernel_table(events)}
 
 
 def _host_reads(run: Callable[[], object], device: torch.device) -> int:

@@ -16,7 +16,7 @@ from gpu_attention import Pack, attention_contenders, packs
 from gpu_head import Head, draw, heads
 from gpu_layers import Contender, gated_case, head_norm_case, layers, rms_norm_case, rotate_case
 from gpu_timing import STATISTICS, Finding, off_by
-from gpu_variants import HEAD
+from gpu_variants import head_variants, is_of_cublas
 from torch import Tensor
 
 from fastcompat.kernels.linear_nll import linear_nll
@@ -50,14 +50,15 @@ def tried(case: str, check: Callable[[], Finding]) -> Finding:
 
 @torch.no_grad()
 def head(device: str) -> Iterator[Finding]:
-    """nll and all five of a few tokens, by the table's tiles and by every variant; bits in another batch."""
+    """nll and all five of a few tokens, by what serves and by variants that take no minutes; bits in another batch."""
     for shape in heads(device):
         shape = replace(shape, n_tokens=min(N_TOKENS, shape.n_tokens))
         hidden, weight, target = draw(shape, device)
         logits = _logits(shape, hidden, weight)
-        contenders = {"linear_nll": linear_nll, **HEAD}
-        for name, function in contenders.items():
-            call = partial(function, softcap=shape.softcap)
+        variants = head_variants(hidden.dtype, hidden.device, shape.width)
+        tried_here = {"linear_nll": None} | {name: tiles for name, tiles in variants.items() if is_of_cublas(tiles)}
+        for name, tiles in tried_here.items():
+            call = partial(linear_nll, softcap=shape.softcap, tiles=tiles)
             check = partial(_check_head, call, hidden, weight, target, logits)
             yield tried(f"{name}, {shape}", check) | {"head": asdict(shape)}
 
