@@ -9,7 +9,7 @@ Dimension key: N sequences.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -132,10 +132,3 @@ def _float32_losses(subject: Subject[CausalLM], sequences: Sequences) -> tuple[L
     ours: CausalLM = wrap(subject.name, model)
     losses = packed_loop(ours, sequences, 1 << 14)
     return losses, check_losses(subject.name, losses, plain)
-
-
-def workloads(shape: str, device: str, chosen: Sequence[tuple[str, int]]) -> Iterator[Finding]:
-    """Other workloads, each with its number of prompts."""
-    for workload, n_prompts in chosen:
-        yield from beside_hugging_face(shape, device, n_prompts=n_prompts, workload=workload)
-        release()

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from gpu_attention import attention_beside_its_peers
-from gpu_engine import workloads
+from gpu_engine import beside_hugging_face
 from gpu_layers import elementwise_beside_its_peers
 from gpu_models import register
 from gpu_profile import profile
 from gpu_timing import Finding
 
+from fastcompat.benchmark.measurement import release
 from fastcompat.benchmark.rounds import synchronize
 from fastcompat.benchmark.subjects import random_model
 from fastcompat.benchmark.workloads import WORKLOADS
@@ -55,14 +56,18 @@ def rewards(device: str) -> Iterator[Finding]:
 
 def context(device: str) -> Iterator[Finding]:
     """Long prompts, short answers."""
-    yield from workloads("Qwen2.5-0.5B", device, [("context", 48)])
-    yield from workloads("Llama-3.2-3B", device, [("context", 16)])
+    yield from beside_hugging_face("Qwen2.5-0.5B", device, n_prompts=48, workload="context")
+    if device != "cpu":
+        release()
+        yield from beside_hugging_face("Llama-3.2-3B", device, n_prompts=16, workload="context")
 
 
 def reasoning(device: str) -> Iterator[Finding]:
     """Short prompts, long answers."""
-    yield from workloads("Qwen2.5-0.5B", device, [("reasoning", 24)])
-    yield from workloads("Llama-3.2-3B", device, [("reasoning", 6)])
+    yield from beside_hugging_face("Qwen2.5-0.5B", device, n_prompts=24, workload="reasoning")
+    if device != "cpu":
+        release()
+        yield from beside_hugging_face("Llama-3.2-3B", device, n_prompts=6, workload="reasoning")
 
 
 def experts(device: str) -> Iterator[Finding]:

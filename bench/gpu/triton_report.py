@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what a compiler alone can show of it.
 
-    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE]
+    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE | --list]
 
 Exits 1 where a kernel spills registers, needs more shared memory than the GPU has, lacks its architecture's tensor-core
 instruction though it must use it, or has its wgmma serialised (each waits for the one before).
@@ -52,9 +52,15 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--list", action="store_true", help="names only, nothing is compiled")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    if arguments.list:
+        for arch in arguments.arch or sorted(SHARED_LIMIT):
+            names = [case.name for case in all_cases(arch) if arguments.kernel in case.name]
+            print(*(f"sm_{arch} {name}" for name in names), sep="\n")
+        return 0
     # Otherwise the seconds would be those of reading a cache.
     triton.knobs.compilation.always_compile = True
 
