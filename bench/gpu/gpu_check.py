@@ -39,7 +39,8 @@ from gpu_steps import Step, allowance, problem, run_side_by_side
 from gpu_summary import summary
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "gpu-check"
+# The package as put together, findings and logs, by device: a dry run disturbs no check.
+BUILD = {"cuda": ROOT / "build" / "gpu-check", "cpu": ROOT / "build" / "gpu-check-dry-run"}
 CARRIED = ROOT / ".gpu-check" / "tcache.tgz"
 CACHE_BYTES = 15 << 20  # of the archive
 # What a cached kernel is started from; the rest of it is text for people.
@@ -139,27 +140,27 @@ CALLS = {
 }
 
 
-def assemble() -> None:
-    """build/gpu-check/fastcompat: src/fastcompat, kernels/ as its subpackage, and the metadata that names a version."""
-    shutil.rmtree(BUILD, ignore_errors=True)
+def assemble(build: Path) -> None:
+    """fastcompat in a folder: src/fastcompat, kernels/ as its subpackage, and the metadata that names a version."""
+    shutil.rmtree(build, ignore_errors=True)
     source, ignored = ROOT / "src" / "fastcompat", shutil.ignore_patterns("__pycache__", "*.so")
 
     def left_out(directory: str, names: list[str]) -> set[str]:
         # An editable installation links kernels/ there.
         return ignored(directory, names) | ({"kernels"} if Path(directory) == source else set())
 
-    shutil.copytree(source, BUILD / "fastcompat", ignore=left_out)
-    shutil.copytree(ROOT / "kernels", BUILD / "fastcompat" / "kernels", ignore=ignored)
-    found = re.search(r'__version__ = "(.+)"', (BUILD / "fastcompat" / "version.py").read_text())
+    shutil.copytree(source, build / "fastcompat", ignore=left_out)
+    shutil.copytree(ROOT / "kernels", build / "fastcompat" / "kernels", ignore=ignored)
+    found = re.search(r'__version__ = "(.+)"', (build / "fastcompat" / "version.py").read_text())
     assert found, "src/fastcompat/version.py names no version"
-    metadata = BUILD / f"fastcompat-{found[1]}.dist-info" / "METADATA"
+    metadata = build / f"fastcompat-{found[1]}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: fastcompat\nVersion: {found[1]}\n")
 
 
 def environment_of(device: str) -> dict[str, str]:
     """Of every step: the package as put together, the folders of the scripts, Triton's cache."""
-    folders = (BUILD, ROOT / "bench" / "gpu", ROOT / "bench")
+    folders = (BUILD[device], ROOT / "bench" / "gpu", ROOT / "bench")
     path = os.pathsep.join(filter(None, (*map(str, folders), os.environ.get("PYTHONPATH"))))
     environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
@@ -233,7 +234,7 @@ class Check:
                 {name: self._steps[name] for name in group},
                 seconds=limit,
                 device=self._device,
-                folder=BUILD,
+                folder=BUILD[self._device],
                 environment=environment_of(self._device),
                 keep=self._keep,
             )
@@ -264,7 +265,7 @@ def run_call(name: str, only: Sequence[str] | None, device: str, output: Path, s
         return True
     began = time.monotonic()
     seconds = seconds or (DRY_RUN_SECONDS if device == "cpu" else call.seconds)
-    assemble()
+    assemble(BUILD[device])
     where = "cpu-dry-run" if device == "cpu" else _gpu_name()
     path = output / f"gpu_check-{where}-{name}.json"
     check = Check(path, device)
@@ -316,7 +317,7 @@ def main() -> int:
         print("gpu_check needs a GPU, and finds none (--dry-run tries the steps on the CPU)")
         return 2
     calls = arguments.call or (list(CALLS) if arguments.dry_run or arguments.only else ["first", "second"])
-    output = arguments.output or (BUILD.parent if arguments.dry_run else ROOT / "bench" / "results")
+    output = arguments.output or (ROOT / "build" if arguments.dry_run else ROOT / "bench" / "results")
     done = [run_call(name, arguments.only, device, output, arguments.seconds) for name in calls]
     return 0 if all(done) else 1
 

@@ -171,9 +171,9 @@ import gpu_check, gpu_steps
 from gpu_steps import Step
 
 gpu_steps.INTERIM = 0.1
-gpu_check.BUILD = Path(sys.argv[1])
+gpu_check.BUILD["none"] = Path(sys.argv[1])
 gpu_check.CARRIED = gpu_check.ROOT / "there-is-none"
-gpu_check.assemble = lambda: None
+gpu_check.assemble = lambda build: None
 gpu_check._gpu_name = lambda: "fake"
 gpu_check.environment_of = lambda device: {}
 gpu_check.STEPS.update({name: Step(target=f"fake_steps:{name}", seconds=30) for name in ("well", "hangs")})
@@ -376,9 +376,8 @@ def test_a_peer_that_lacks_its_options_is_left_out(monkeypatch):
     assert "F.linear_cross_entropy, chunked" not in names
 
 
-def test_the_package_that_is_put_together_names_its_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "BUILD", tmp_path / "build")
-    gpu_check.assemble()
+def test_the_package_that_is_put_together_names_its_version(tmp_path):
+    gpu_check.assemble(tmp_path / "build")
     code = "import fastcompat, importlib.metadata as m; print(fastcompat.__file__, m.version('fastcompat'))"
     result = subprocess.run(
         [sys.executable, "-c", code],
