@@ -8,6 +8,8 @@
 Needs a GPU, and a Python with torch, triton, transformers, numpy, pyarrow and pytest (pytest-xdist where it is there).
 fastcompat need not be installed: the package is put together under build/gpu-check. `--only STEP ...` runs these alone.
 
+Where something else limits the time of a call, let it leave ten seconds more.
+
 Every step is a process with its own limit, so that what fails, hangs or is killed costs itself only; what one does not
 need of the time goes to the others. Where nothing is timed, steps run side by side. The JSON is whole at any time:
 gpu_check-GPU-CALL.json. The last lines printed are the summary, at most 12,000 characters of it.
@@ -49,14 +51,11 @@ DRY_RUN_SECONDS = 1800.0
 AT_THE_END = 8.0  # seconds for the archive and the summary
 LEAST = 5.0  # seconds with which a group is begun
 
-# Side by side, nobody may keep what only its largest case needed.
-SHARED_MEMORY = {"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.5"}
-
 STEPS = {
     "hardware": Step(target="gpu_timing:hardware", seconds=14),
-    "smoke_head": Step(target="gpu_smoke:head", seconds=112, environment=SHARED_MEMORY),
-    "smoke_layers": Step(target="gpu_smoke:layers_and_rows", seconds=112, environment=SHARED_MEMORY),
-    "tests": Step(target="gpu_tests:tests", seconds=112, environment=SHARED_MEMORY),
+    "smoke_head": Step(target="gpu_smoke:head", seconds=112),
+    "smoke_layers": Step(target="gpu_smoke:layers_and_rows", seconds=112),
+    "tests": Step(target="gpu_tests:tests", seconds=112),
     "profile_0_5b": Step(target="gpu_profile:qwen2_5_0_5b", seconds=28),
     "profile_8b": Step(target="gpu_profile:llama_3_1_8b", seconds=36),
     "pipeline": Step(target="gpu_pipeline:pipeline", seconds=30),

@@ -25,7 +25,7 @@ from fastcompat.kernels.packed_nll import packed_nll
 
 CHUNK = 1024  # tokens whose logits the chunked peers hold
 CHECKED = 64  # tokens compared with float64
-VARIANTS_APART = 2e-4  # nats, two float32 sums of logits up to 35
+VARIANTS_APART = 2e-3  # nats: tensor cores cut off, each product of a variant in its own order
 COMPILE_SECONDS = 30.0
 PRODUCT = "cuBLAS product alone"
 

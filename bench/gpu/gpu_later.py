@@ -23,7 +23,7 @@ from fastcompat.benchmark.rounds import synchronize
 from fastcompat.benchmark.subjects import random_model
 from fastcompat.benchmark.workloads import WORKLOADS
 from fastcompat.models import wrap
-from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
+from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences, score_sequences
 
 N_PACKS = 24
 
@@ -88,7 +88,7 @@ def segments(device: str) -> Iterator[Finding]:
     for number, size in enumerate(sizes):
         sequences = WORKLOADS["generators"].sequences(model.vocabulary, n_prompts=2 + size // 3000, seed=number)
         pack = pack_sequences(model, ResponseScores(sequences), token_budget=size)[0]
-        run = partial(model.token_statistics, pack, ("nll",))
+        run = partial(score_sequences, model, [sequences[n] for n in pack.sequences], token_budget=size)
         synchronize(place)
         began = time.perf_counter()
         run()

@@ -77,7 +77,7 @@ PREDICTIONS = (
     _figure("profile_0_5b", "", "one pack", "share of _range_kernel", 0.27, 0.33),
     _figure("profile_0_5b", "", "one pack", "share of _attention_kernel", 0, 0.10),
     _figure("profile_8b", "", "one pack", "peak GiB beside the weights", 6, 8),
-    _figure("profile_", "", "one pack", "host reads", 1, 1),
+    _figure("profile_", "", "one pack", "host reads", 0, 1.5),
     _figure("profile_0_5b", "", "300 tokens", "ms", 8, 20),
     _figure("pipeline", "", "score", "waiting for units", 0, 0.05),
     _figure("tests", "", "pytest", "seconds", 85, 110),

@@ -32,7 +32,21 @@ def tests(device: str) -> Iterator[Finding]:
     """Of all patterns, those that run on a GPU; compiling takes the time, so that they run in many processes."""
     files = [str(path.relative_to(ROOT)) for name in PATTERNS for path in sorted((ROOT / "tests").glob(name))]
     files, chosen = (DRY_RUN, "") if device == "cpu" else (files, "cuda or triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "gpu_tests", "-k", chosen, *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-p",
+        "gpu_tests",
+        "-k",
+        chosen,
+        *files,
+    ]
     if device != "cpu" and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     began = time.monotonic()

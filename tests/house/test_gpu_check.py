@@ -403,7 +403,7 @@ def test_a_wrong_kernel_is_a_problem_and_a_right_one_is_none(monkeypatch):
             known[key] = right(hidden, weight, target, **options)
         if tiles == "raises":
             raise ZeroDivisionError("no such tiles")
-        return known[key] + {None: 0.0, "off": 3e-4, "NaN": float("nan"), "by batch": 1e-6 * len(hidden)}[tiles]
+        return known[key] + {None: 0.0, "off": 2e-3, "NaN": float("nan"), "by batch": 1e-6 * len(hidden)}[tiles]
 
     monkeypatch.setattr(gpu_smoke, "linear_nll", remembered)
     monkeypatch.setattr(
