@@ -54,7 +54,8 @@ LEAST = 5.0  # seconds with which a group is begun
 STEPS = {
     "hardware": Step(target="gpu_timing:hardware", seconds=14),
     "smoke_head": Step(target="gpu_smoke:head", seconds=112),
-    "smoke_layers": Step(target="gpu_smoke:layers_and_rows", seconds=112),
+    "smoke_attention": Step(target="gpu_smoke:attention", seconds=112),
+    "smoke_rest": Step(target="gpu_smoke:elementwise_and_rows", seconds=112),
     "tests": Step(target="gpu_tests:tests", seconds=112),
     "profile_0_5b": Step(target="gpu_profile:qwen2_5_0_5b", seconds=28),
     "profile_8b": Step(target="gpu_profile:llama_3_1_8b", seconds=36),
@@ -97,7 +98,7 @@ CALLS = {
         seconds=245,
         groups=(
             ("hardware",),
-            ("smoke_head", "smoke_layers", "tests"),
+            ("smoke_head", "smoke_attention", "smoke_rest", "tests"),
             ("profile_0_5b",),
             ("profile_8b",),
             ("pipeline",),
@@ -290,7 +291,7 @@ def _gpu_name() -> str:
         [sys.executable, "-c", code],
     ):
         try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            found = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             continue
         if found.returncode == 0 and found.stdout.strip():

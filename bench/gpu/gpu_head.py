@@ -77,21 +77,6 @@ def in_chunks(hidden: Tensor, weight: Tensor, target: Tensor, row_kernel: Callab
     return torch.cat(parts)
 
 
-def in_float32_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """[S] nll: the same with float32 logits out of bf16 operands; the last chunk is as high as the others.
-
-    A GPU only: there torch's product has an output of another dtype.
-    """
-    buffer = hidden.new_empty(CHUNK, len(weight), dtype=torch.float32)
-    h = F.pad(hidden, (0, 0, 0, -len(hidden) % CHUNK))
-    t = F.pad(target, (0, -len(target) % CHUNK))
-    parts = []
-    for k in range(0, len(h), CHUNK):
-        logits = torch.mm(h[k : k + CHUNK], weight.T, out_dtype=torch.float32, out=buffer)
-        parts.append(packed_nll(logits, t[k : k + CHUNK])[0])
-    return torch.cat(parts)[: len(hidden)]
-
-
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target, reduction="none")
 
@@ -102,8 +87,6 @@ def peers(head: Head, hidden: Tensor, weight: Tensor, target: Tensor) -> Calls:
         "cuBLAS in chunks + packed_nll": lambda: in_chunks(hidden, weight, target, lambda z, t: packed_nll(z, t)[0]),
         "cuBLAS in chunks + F.cross_entropy, float32": lambda: in_chunks(hidden, weight, target, cross_entropy),
     }
-    if hidden.is_cuda:
-        calls["cuBLAS, float32 logits in chunks + packed_nll"] = partial(in_float32_chunks, hidden, weight, target)
     # One may come without the other.
     if hasattr(F, "linear_cross_entropy"):
         fused = partial(F.linear_cross_entropy, hidden, weight, target, reduction="none")

@@ -57,7 +57,7 @@ PREDICTIONS = (
     _rate("linear_nll", "soft cap", "linear_nll, all five", 297, 357),
     _rate("linear_nll", " 4096 ->", "linear_nll", 500, 560),
     _rate("linear_nll", " 4096 ->", "linear_nll, all five", 425, 476),
-    _rate("linear_nll", " 4096 ->", "cublas|cublas_rows|cuBLAS, float32 logits in chunks.*", 600, 690),
+    _rate("linear_nll", " 4096 ->", "cublas|cublas_rows", 600, 690),
     _rate("linear_nll", " 4096 ->", "cuBLAS product alone", 700, 800),
     _share("packed_nll", "", "packed_nll", 0.87, 0.97),
     _share("packed_nll", "", "packed_nll, all five", 0.73, 0.87),

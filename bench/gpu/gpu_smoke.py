@@ -109,8 +109,8 @@ def _wrong_statistics(got: Tensor, logits: Tensor, target: Tensor, *, width: int
 
 
 @torch.no_grad()
-def layers_and_rows(device: str) -> Iterator[Finding]:
-    """Norms, rotation, gate and attention of three models' layers, then the row kernel and the segment sum."""
+def elementwise_and_rows(device: str) -> Iterator[Finding]:
+    """Norms, rotation and gate of three models' layers, then the row kernel and the segment sum."""
     n_tokens = 20 if device == "cpu" else 1000
     for layer in layers(device):
         torch.manual_seed(0)
@@ -124,14 +124,19 @@ def layers_and_rows(device: str) -> Iterator[Finding]:
         ):
             name, _, contenders, want = make(layer, n_tokens, device)
             yield tried(f"{name} ({layer.model})", partial(_check_rows, next(iter(contenders.values())), want))
+    yield tried("packed_nll", partial(_check_packed_nll, device))
+    yield tried("segment_sum", partial(_check_segment_sum, device))
+
+
+@torch.no_grad()
+def attention(device: str) -> Iterator[Finding]:
+    """Every variant on four packs with three models' heads."""
+    for layer in layers(device):
         for name, sequences in packs(device).items():
             pack = Pack.create(sequences, layer, device)
             want = pack.exact()
-            contenders = attention_contenders(pack, device, peers=False)
-            for call, contender in contenders.items():
+            for call, contender in attention_contenders(pack, device, peers=False).items():
                 yield tried(f"{call}, {name} ({layer.model})", partial(_check_rows, contender, want))
-    yield tried("packed_nll", partial(_check_packed_nll, device))
-    yield tried("segment_sum", partial(_check_segment_sum, device))
 
 
 def _check_rows(contender: Contender, want: Tensor) -> Finding:
