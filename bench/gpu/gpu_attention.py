@@ -173,7 +173,7 @@ def attention_contenders(pack: Pack, device: str, *, peers: bool = True, flex: b
 
 
 def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
-    """Causal attention over each sequence from its first token."""
+    """Causal attention over each sequence from its first token: whole."""
     # Where in the sequences, one after the other, a checked token first comes.
     first_place = np.unique(pack.whole.cpu().numpy(), return_index=True)[1]
     places = torch.tensor(first_place, device=device)[pack.checked]
@@ -190,7 +190,7 @@ def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
         return [F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True) for batch in batches]
 
     contenders = {
-        "scaled_dot_product_attention, every sequence whole": Contender(
+        "SDPA, whole": Contender(
             call=per_batch,
             checked=lambda found: torch.cat([out.transpose(1, 2).flatten(0, 1) for out in found])[places],
         )
@@ -203,7 +203,7 @@ def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
     # torch's own is FlashAttention-2; the others are that, 3 and 4.
     for module in ("torch.nn.attention.varlen", "flash_attn", "flash_attn_interface", "flash_attn.cute"):
         if _installed(module):
-            contenders[f"{module}, every sequence whole"] = Contender(
+            contenders[f"{module}, whole"] = Contender(
                 call=partial(_varlen, module, rows, limits),
                 checked=lambda out: (out[0] if isinstance(out, tuple) else out)[places],
             )

@@ -8,11 +8,10 @@
 Needs a GPU, and a Python with torch, triton, transformers, numpy, pyarrow and pytest (pytest-xdist where it is there).
 fastcompat need not be installed: the package is put together under build/gpu-check. `--only STEP ...` runs these alone.
 
-Where something else limits the time of a call, let it leave ten seconds more.
-
 Every step is a process with its own limit, so that what fails, hangs or is killed costs itself only; what one does not
 need of the time goes to the others. Where nothing is timed, steps run side by side. The JSON is whole at any time:
-gpu_check-GPU-CALL.json. The last lines printed are the summary, at most 12,000 characters of it.
+gpu_check-GPU-CALL.json. The last lines printed are the summary, at most 12,000 characters of it. What else limits the
+time of a call should leave it ten seconds more.
 
 What Triton compiled in one call spares the next one a minute. The first leaves it beside its JSON as tcache.tgz; put
 into .gpu-check/ at the root of the tree in which the second call runs, it is unpacked there. Git ignores that folder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fastcompat.benchmark.loops import Loop, Losses, Sequences, fastcompat_loop,
 from fastcompat.benchmark.measurement import Problem, check_losses, plain_losses, release
 from fastcompat.benchmark.rounds import timed
 from fastcompat.benchmark.subjects import Subject, shape_subject
+from fastcompat.benchmark.table import MARKED_NATS
 from fastcompat.errors import FastcompatError
 from fastcompat.models import CausalLM, wrap
 from fastcompat.scoring import choose_token_budget, free_memory
@@ -76,49 +77,62 @@ def beside_hugging_face(
     weight = up_projection(full)
     needed = useful_flops(ours, problem.packs(ours, 1 << 40))
     packed_tokens = sum(pack.n_tokens for pack in problem.packs(ours, budget))
-    seconds: dict[str, list[float]] = {}
-    failed: dict[str, str] = {}
-    off: dict[str, float] = {}
-    rates = []
+    case = f"{shape}, {problem.described()}, {packed_tokens} packed, budget {budget}"
+    measured = _Measured(n_tokens=problem.n_tokens, packed_tokens=packed_tokens, useful_flops=needed)
     for number in range(-1, rounds):  # the first only warms up
-        rates.append(product_rate(weight))
+        measured.product_rates.append(product_rate(weight))
         for name, loop in loops.items():
-            if name in failed:
+            if name in measured.failed:
                 continue
             try:
                 losses, spent = _run(loop, problem.sequences, subject.device, warm_up=number < 0)
             except (RuntimeError, MemoryError) as error:  # out of memory, mostly: the others go on
-                failed[name] = f"{type(error).__name__}: {error}"[:300]
+                measured.failed[name] = f"{type(error).__name__}: {error}"[:300]
                 release()
                 continue
             if number >= 0:
-                seconds.setdefault(name, []).append(spent)
-                off[name] = float(np.abs(losses[:n_checked] - exact).max())
-    product = statistics.median(rates)
-    timings: dict[str, Finding] = {name: {"failed": why} for name, why in failed.items()}
-    figures: dict[str, Finding] = {}
-    for name, all_seconds in seconds.items():
-        if name in failed:
-            continue
-        usual = statistics.median(all_seconds)
-        timings[name] = {"ms": 1e3 * usual, "rounds": all_seconds, "TFLOP/s": needed / usual / 1e12}
-        timings[name]["of the product's rate"] = needed / usual / product
-        figures[name] = {"MFU": needed / usual / PEAK_FLOPS, "tokens/s": problem.n_tokens / usual}
-        figures[name]["nats off float32 at most"] = off[name]
-    if "fastcompat" in figures:
-        ms = timings["fastcompat"]["ms"]
-        figures["fastcompat"]["packed tokens/s"] = packed_tokens / (1e-3 * ms)
-        for name in ("padded", "length-sorted"):
-            if "ms" in timings.get(name, {}):
-                figures["fastcompat"][f"times {name}"] = timings[name]["ms"] / ms
-    yield {
-        "case": f"{shape}, {problem.described()}, {packed_tokens} packed, budget {budget}, product "
-        f"{product / 1e12:.0f} TFLOP/s",
-        "timings": timings,
-        "figures": figures,
-        "useful_tflop": needed / 1e12,
-        "product_tflop_per_s": [rate / 1e12 for rate in rates],
-    }
+                measured.seconds.setdefault(name, []).append(spent)
+                measured.off[name] = float(np.abs(losses[:n_checked] - exact).max())
+        if number >= 0:
+            yield {"case": case} | measured.finding()
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """What there is after some rounds, by loop."""
+
+    n_tokens: int
+    packed_tokens: int
+    useful_flops: float
+    product_rates: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    off: dict[str, float] = field(default_factory=dict)  # nats from float32 at most
+
+    def finding(self) -> Finding:
+        product = statistics.median(self.product_rates)
+        timings: dict[str, Finding] = {name: {"failed": why} for name, why in self.failed.items()}
+        figures: dict[str, Finding] = {"product": {"TFLOP/s": product / 1e12}}
+        for name, all_seconds in self.seconds.items():
+            if name in self.failed:
+                continue
+            usual = statistics.median(all_seconds)
+            rate = self.useful_flops / usual
+            timings[name] = {"ms": 1e3 * usual, "rounds": all_seconds, "TFLOP/s": rate / 1e12}
+            timings[name]["of the product's rate"] = rate / product
+            figures[name] = {"MFU": rate / PEAK_FLOPS, "tokens/s": self.n_tokens / usual}
+            figures[name]["nats off float32 at most"] = self.off[name]
+        found: Finding = {"timings": timings, "figures": figures, "useful_tflop": self.useful_flops / 1e12}
+        found["product_tflop_per_s"] = [rate / 1e12 for rate in self.product_rates]
+        if "fastcompat" in figures:
+            ms = timings["fastcompat"]["ms"]
+            figures["fastcompat"]["packed tokens/s"] = self.packed_tokens / (1e-3 * ms)
+            for name in ("padded", "length-sorted"):
+                if "ms" in timings.get(name, {}):
+                    figures["fastcompat"][f"times {name}"] = timings[name]["ms"] / ms
+            if self.off["fastcompat"] > MARKED_NATS:
+                found["problem"] = f"losses are {self.off['fastcompat']:.2g} nats off float32"
+        return found
 
 
 def _run(loop: Loop, sequences: Sequences, device: torch.device, *, warm_up: bool) -> tuple[Losses, float]:

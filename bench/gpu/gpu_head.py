@@ -185,7 +185,8 @@ def tile_sweep(device: str) -> Iterator[Finding]:
             hidden, weight, target = draw(head, device)
             usual = linear_nll(hidden, weight, target, softcap=head.softcap)
             product = partial(torch.mm, hidden, weight.T, out=hidden.new_empty(head.n_tokens, head.vocabulary))
-        finding: Finding = {"case": f"linear_nll {head}: {name}", "tiles": asdict(tiles), **outcome}
+        finding: Finding = {"case": f"linear_nll {head}: {name}", "sweep": str(head), "variant": name}
+        finding |= {"tiles": asdict(tiles), **outcome}
         if "timings" not in outcome:
             fused = partial(linear_nll, hidden, weight, target, softcap=head.softcap, tiles=tiles)
             every = partial(fused, all_statistics=True)

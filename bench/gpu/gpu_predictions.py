@@ -22,11 +22,12 @@ class Prediction:
 
     def __str__(self) -> str:
         if self.low == 0:
-            return f"under {self.high:g}"
+            return f"up to {self.high:g}"
         return f"{self.low:g} to {self.high:g}" if self.high < LARGE else f"over {self.low:g}"
 
     def verdict(self, value: float) -> str:
-        return "as predicted" if self.low <= value <= self.high else "below" if value < self.low else "above"
+        """=, or on which side of it."""
+        return "=" if self.low <= value <= self.high else "<" if value < self.low else ">"
 
 
 LARGE = 1e12

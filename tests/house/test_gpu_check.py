@@ -20,7 +20,7 @@ from gpu_check import CALLS, STEPS
 from gpu_interpreter import mend
 from gpu_predictions import PREDICTIONS, predicted
 from gpu_steps import FINDINGS, PATIENCE, Step, allowance, run_side_by_side
-from gpu_summary import summary
+from gpu_summary import shares, summary
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "bench" / "gpu"
@@ -160,7 +160,7 @@ def test_predictions_are_of_steps_and_say_how_a_figure_stands():
     found = predicted("linear_nll", "linear_nll 8192 x 4096 -> 128256, bf16 (Llama-3.1-8B)", "linear_nll", "TFLOP/s")
     assert found is not None
     assert str(found) == "500 to 560"
-    assert [found.verdict(value) for value in (499, 500, 561)] == ["below", "as predicted", "above"]
+    assert [found.verdict(value) for value in (499, 500, 561)] == ["<", "=", ">"]
     assert predicted("linear_nll", " 4096 ->", "linear_nll", "ms") is None
 
 
@@ -249,18 +249,53 @@ def test_the_summary_says_failures_first_and_figures_beside_their_predictions():
     assert lines[2] == "! smoke_head: a wrong kernel, 8192 x 4096: nll of 3 of 64 tokens off by 0.5"
     assert lines[3].startswith("! tests: test_0: m m m")
     assert "Liger: ImportError" in lines[4]
-    assert " 1 failed, 1 passed" in lines
-    assert "  linear_nll: 12.300 ms, 530 TFLOP/s [500 to 560: as predicted], 0.7 of the product's rate" in lines
+    assert "tests: killed by 9, 9.0 s, 1 failed, 1 passed" in lines
+    assert (
+        " linear_nll 8192 x 4096 -> 128256, bf16 (Llama-3.1-8B): linear_nll 12.3 ms 530 TFLOP/s [500 to 560 =] x0.7"
+        in lines
+    )
     assert summary({"steps": {"well": {"status": "ok", "seconds": 1.0, "findings": []}}}).startswith("nothing failed")
+
+
+def test_of_a_sweep_the_fastest_comes_first():
+    findings = [
+        {
+            "case": f"case {ms}",
+            "sweep": "D 1536",
+            "variant": f"v{ms}",
+            "timings": {"cuBLAS product alone": {"ms": 1.0}, "nll": {"ms": ms, "TFLOP/s": 1000 / ms}},
+        }
+        for ms in (3.0, 2.0, 4.0)
+    ]
+    text = summary({"steps": {"head_tiles": {"status": "ok", "seconds": 1.0, "findings": findings}}})
+    assert " D 1536: v2.0 500, v3.0 333, v4.0 250" in text.splitlines()
+
+
+def test_what_is_told_after_each_round_is_shown_once():
+    rounds = [{"case": "a", "problem": "off", "timings": {"call": {"ms": float(n)}}} for n in range(3)]
+    text = summary({"steps": {"engine": {"status": "ok", "seconds": 1.0, "findings": rounds}}})
+    assert text.count("! engine: a: off") == 1
+    assert re.findall(r"call .*", text) == ["call 2 ms"]
+
+
+def test_space_is_shared_so_that_the_short_are_whole():
+    assert shares([10, 5, 100, 200], 1000) == [10, 5, 100, 200]
+    assert shares([10, 500, 100, 500], 400) == [10, 145, 100, 145]
+    assert shares([], 400) == []
 
 
 @pytest.mark.parametrize("n", [0, 10, 2000])
 def test_the_summary_fits_what_is_seen_of_the_output(n):
-    text = summary(result_of(n))
+    result = result_of(n)
+    result["steps"] |= {f"step {k}": result["steps"]["linear_nll"] for k in range(20)}
+    text = summary(result)
     assert len(text) < SEEN - 400
+    assert "FAILED" in text
+    assert text.count("530 TFLOP/s") >= 20
+    # Of the last step too.
+    assert "step 19: ok, 2.0 s" in text
     if n == 2000:
-        assert text.count("more lines in the JSON") == 2
-        assert "530 TFLOP/s" in text
+        assert "more lines in the JSON" in text
 
 
 def test_what_was_compiled_travels(tmp_path, monkeypatch):
