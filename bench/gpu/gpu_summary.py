@@ -109,11 +109,10 @@ def _sweeps(findings: list[Finding]) -> Iterator[str]:
     for finding in findings:
         timings = [(call, timing) for call, timing in finding.get("timings", {}).items() if call not in YARDSTICKS]
         if "sweep" in finding and timings and "ms" in timings[0][1]:
-            rates = [
-                f"{timing[unit]:.3g}" for _, timing in timings for unit in RATES if "ms" in timing and unit in timing
-            ]
-            ms = timings[0][1]["ms"]
-            swept.setdefault(finding["sweep"], []).append((ms, f"{finding['variant']} {'/'.join(rates)}"))
+            (unit,) = [unit for unit in RATES if unit in timings[0][1]]
+            rates = [f"{timing[unit]:.3g}" for _, timing in timings if "ms" in timing]
+            sweep = f"{finding['sweep']}, {unit} of {' / '.join(call for call, _ in timings)}"
+            swept.setdefault(sweep, []).append((timings[0][1]["ms"], f"{finding['variant']} {'/'.join(rates)}"))
     for sweep, variants in swept.items():
         yield _line(f" {sweep}: {', '.join(text for _, text in sorted(variants))}", CASE_LENGTH)
 

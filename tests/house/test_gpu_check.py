@@ -268,7 +268,7 @@ def test_of_a_sweep_the_fastest_comes_first():
         for ms in (3.0, 2.0, 4.0)
     ]
     text = summary({"steps": {"head_tiles": {"status": "ok", "seconds": 1.0, "findings": findings}}})
-    assert " D 1536: v2.0 500, v3.0 333, v4.0 250" in text.splitlines()
+    assert " D 1536, TFLOP/s of nll: v2.0 500, v3.0 333, v4.0 250" in text.splitlines()
 
 
 def test_what_is_told_after_each_round_is_shown_once():
