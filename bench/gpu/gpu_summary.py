@@ -8,7 +8,8 @@ of findings of one case the last is shown. Everything else is for the JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from gpu_predictions import predicted
@@ -27,13 +28,24 @@ YARDSTICKS = ("cuBLAS product alone", "device copy")
 
 def summary(result: dict[str, Any]) -> str:
     """Of the whole check, as long as its JSON is long."""
-    failures = list(dict.fromkeys(failure_lines(result)))
+    failures = list(dict.fromkeys(_all(partial(failure_lines, result))))
     heading = f"FAILED: {len(failures)}" if failures else "nothing failed"
     head = "\n".join([heading, *cut(failures, FAILURES_LENGTH), LEGEND])
-    blocks = [list(step_lines(name, entry)) for name, entry in result["steps"].items()]
+    blocks = [_all(partial(step_lines, name, entry)) for name, entry in result["steps"].items()]
     lengths = shares([sum(len(line) + 1 for line in block) for block in blocks], LENGTH - len(head))
     kept = [line for block, length in zip(blocks, lengths, strict=True) for line in cut(block, length)]
     return "\n".join([head, *kept])
+
+
+def _all(lines: Callable[[], Iterator[str]]) -> list[str]:
+    """What can be said, whatever a step has written."""
+    said = []
+    try:
+        for line in lines():
+            said.append(line)
+    except Exception as error:  # the rest of the summary must not be lost over it
+        said.append(f" the rest cannot be shown: {type(error).__name__}: {error}"[:FAILURE_LENGTH])
+    return said
 
 
 def shares(wanted: list[int], length: int) -> list[int]:
