@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real triton-report gpu-check clean
+.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real triton-report gpu-check gpu-check-dry-run clean
 
 install: $(INSTALLED)
 
@@ -96,9 +96,14 @@ real: install
 triton-report: install
 	$(BIN)/python bench/gpu/triton_report.py
 
-# On a machine with a GPU, torch and triton; installs nothing. One JSON, in $OUT or bench/results.
+# On a machine with a GPU, torch and triton; installs nothing. A JSON a call, in $OUT or bench/results. CALL=first is
+# whether it is right and where the time goes (245 s), CALL=second how fast it is (365 s), CALL=third what can wait.
 gpu-check:
-	$(PYTHON) bench/gpu/gpu_check.py --output $${OUT:-bench/results}
+	$(PYTHON) bench/gpu/gpu_check.py $(if $(CALL),--call $(CALL)) --output $${OUT:-bench/results}
+
+# Every step of all calls on tiny shapes, on a CPU.
+gpu-check-dry-run: install
+	OMP_NUM_THREADS=1 $(BIN)/python bench/gpu/gpu_check.py --dry-run
 
 clean:
 	rm -rf .venv .venv-peers build *.egg-info src/*.egg-info

@@ -6,8 +6,8 @@ Dimension key: T packed tokens, H query heads, K key heads, C head width.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from gpu_layers import CHECKED, Contender, Contenders, Layer, draw, errors, layers
 from gpu_timing import Calls, Finding, in_turn
+from gpu_variants import attention_variants
 from torch import Tensor
 
 from fastcompat.kernels.forest_attention import forest_attention, summarise
@@ -42,21 +43,19 @@ def _forest_module() -> ModuleType:
 
 
 FOREST = _forest_module()
-FLEX_SECONDS = 70.0  # after these FlexAttention, which compiles for each case anew, is left out
 
 
 @torch.no_grad()
-def attention_beside_its_peers(device: str) -> Iterator[Finding]:
+def attention_beside_its_peers(device: str, *, flex: bool = False) -> Iterator[Finding]:
     """bf16. Where a pack shares beginnings, peers that cannot are given every sequence whole.
 
-    TFLOP/s count 4 C H for each pair of a query and a key that it sees in the pack, for everybody.
+    TFLOP/s count 4 C H for each pair of a query and a key that it sees in the pack, for everybody. flex: also
+    FlexAttention, which compiles for some ten seconds for each case.
     """
-    began = time.monotonic()
     for layer in layers(device):
         for name, sequences in packs(device).items():
             pack = Pack.create(sequences, layer, device)
-            flex = device != "cpu" and time.monotonic() - began < FLEX_SECONDS
-            contenders = attention_contenders(pack, device, flex=flex)
+            contenders = attention_contenders(pack, device, flex=flex and device != "cpu")
             calls: Calls = {name: contender.call for name, contender in contenders.items()}
             calls["summarise, once a pack"] = pack.summarise
             timings = in_turn(calls, device)
@@ -152,14 +151,19 @@ class Pack:
         return (z.softmax(dim=-1) @ value).transpose(0, 1)
 
 
-def attention_contenders(pack: Pack, device: str, *, flex: bool) -> Contenders:
+def attention_contenders(pack: Pack, device: str, *, peers: bool = True, flex: bool = False) -> Contenders:
+    """The kernel and its variants; peers: also what others offer."""
     scaling = pack.query.shape[2] ** -0.5
     summary = pack.summarise()
     forest = partial(forest_attention, pack.query, pack.key, pack.value, pack.position_ids, pack.subtree_end, summary)
     contenders = {
         "forest_attention": Contender(call=partial(forest, scaling=scaling), checked=lambda out: out[pack.checked])
     }
-    contenders |= whole_sequence_contenders(pack, device)
+    operands = pack.query, pack.key, pack.value, pack.position_ids, pack.subtree_end
+    for name, call in attention_variants(*operands).items():
+        contenders[name] = Contender(call=call, checked=lambda out: out[pack.checked])
+    if peers:
+        contenders |= whole_sequence_contenders(pack, device)
     if flex:
         attend = flex_attention(pack)
         contenders["FlexAttention, compiled"] = Contender(
@@ -169,7 +173,7 @@ def attention_contenders(pack: Pack, device: str, *, flex: bool) -> Contenders:
 
 
 def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
-    """Causal attention over each sequence from its first token."""
+    """Causal attention over each sequence from its first token: whole."""
     # Where in the sequences, one after the other, a checked token first comes.
     first_place = np.unique(pack.whole.cpu().numpy(), return_index=True)[1]
     places = torch.tensor(first_place, device=device)[pack.checked]
@@ -186,7 +190,7 @@ def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
         return [F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True) for batch in batches]
 
     contenders = {
-        "scaled_dot_product_attention, every sequence whole": Contender(
+        "SDPA, whole": Contender(
             call=per_batch,
             checked=lambda found: torch.cat([out.transpose(1, 2).flatten(0, 1) for out in found])[places],
         )
@@ -196,16 +200,11 @@ def whole_sequence_contenders(pack: Pack, device: str) -> Contenders:
     rows = tuple(x.contiguous() for x in (query, key, value))
     ends = torch.tensor([0, *np.cumsum(pack.lengths)], dtype=torch.int32, device=device)
     limits = (ends, ends, pack.lengths[-1], pack.lengths[-1])
-    options: dict[str, dict[str, Any]] = {
-        "torch.nn.attention.varlen": {"window_size": (-1, 0), "enable_gqa": True},
-        "flash_attn": {"causal": True},
-        "flash_attn_interface": {"causal": True},  # flash-attn 3
-        "flash_attn.cute": {"causal": True},  # flash-attn 4
-    }
-    for module, values in options.items():
+    # torch's own is FlashAttention-2; the others are that, 3 and 4.
+    for module in ("torch.nn.attention.varlen", "flash_attn", "flash_attn_interface", "flash_attn.cute"):
         if _installed(module):
-            contenders[f"{module}, every sequence whole"] = Contender(
-                call=partial(_varlen, module, rows, limits, values),
+            contenders[f"{module}, whole"] = Contender(
+                call=partial(_varlen, module, rows, limits),
                 checked=lambda out: (out[0] if isinstance(out, tuple) else out)[places],
             )
     return contenders
@@ -218,10 +217,19 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _varlen(module: str, rows: tuple[Tensor, ...], limits: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _varlen(module: str, rows: tuple[Tensor, ...], limits: tuple[Any, ...]) -> Any:
     found = importlib.import_module(module)
     function = found.varlen_attn if hasattr(found, "varlen_attn") else found.flash_attn_varlen_func
-    return function(*rows, *limits, **options)
+    return function(*rows, *limits, **causal_options(function))
+
+
+def causal_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Causal, with grouped heads, in the words of this version: torch 2.11 groups heads without being told."""
+    offered = inspect.signature(function).parameters
+    causal = {"causal": True} if "causal" in offered else {"window_size": (-1, 0)}
+    if not causal.keys() <= offered.keys():
+        causal = {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in offered else {})
 
 
 def flex_attention(pack: Pack) -> Callable[[], Tensor]:

@@ -6,11 +6,10 @@ Dimension key: S scored tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_timing import Calls, Finding, in_turn, off_by, peak_mib
+from gpu_variants import head_variants, is_of_cublas
 from torch import Tensor
 
 from fastcompat.kernels.linear_nll import linear_nll
-from fastcompat.kernels.linear_tiles import Tiles, choose_tiles
 from fastcompat.kernels.packed_nll import packed_nll
 
 CHUNK = 1024  # tokens whose logits the chunked peers hold
 CHECKED = 64  # tokens compared with float64
-COMPILE_SECONDS = 80.0
+VARIANTS_APART = 2e-3  # nats: tensor cores cut off, each product of a variant in its own order
+COMPILE_SECONDS = 30.0
 PRODUCT = "cuBLAS product alone"
 
 
@@ -87,11 +87,13 @@ def peers(head: Head, hidden: Tensor, weight: Tensor, target: Tensor) -> Calls:
         "cuBLAS in chunks + packed_nll": lambda: in_chunks(hidden, weight, target, lambda z, t: packed_nll(z, t)[0]),
         "cuBLAS in chunks + F.cross_entropy, float32": lambda: in_chunks(hidden, weight, target, cross_entropy),
     }
+    # One may come without the other.
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
         fused = partial(F.linear_cross_entropy, hidden, weight, target, reduction="none")
         calls["F.linear_cross_entropy"] = fused
-        calls["F.linear_cross_entropy, chunked"] = partial(fused, options=options)
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            chunked = partial(fused, options=torch.nn.LinearCrossEntropyOptions())
+            calls["F.linear_cross_entropy, chunked"] = chunked
     try:
         module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
         loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=head.softcap)
@@ -109,30 +111,27 @@ def peers(head: Head, hidden: Tensor, weight: Tensor, target: Tensor) -> Calls:
 
 @torch.no_grad()
 def linear_nll_beside_its_peers(device: str) -> Iterator[Finding]:
-    yield {"compiled": compile_ahead([(head, None) for head in heads(device)], device)}
+    compile_ahead([(head, None) for head in heads(device)], device)
     for head in heads(device):
         hidden, weight, target = draw(head, device)
         fused = partial(linear_nll, hidden, weight, target, softcap=head.softcap)
         logits = hidden.new_empty(head.n_tokens, head.vocabulary)
+        ours: Calls = {"linear_nll": fused, "linear_nll, all five": partial(fused, all_statistics=True)}
+        for name, tiles in head_variants(hidden.dtype, hidden.device, head.width).items():
+            if is_of_cublas(tiles):
+                call = partial(fused, tiles=tiles)
+                ours |= {name: call, f"{name}, all five": partial(call, all_statistics=True)}
         others = peers(head, hidden, weight, target)
-        timings = in_turn(
-            {
-                PRODUCT: lambda h=hidden, w=weight, z=logits: torch.mm(h, w.T, out=z),
-                "linear_nll": fused,
-                "linear_nll, all five": partial(fused, all_statistics=True),
-                **others,
-            },
-            device,
-        )
+        product = {PRODUCT: lambda h=hidden, w=weight, z=logits: torch.mm(h, w.T, out=z)}
+        timings = in_turn({**product, **ours, **others}, device, rounds=9)
         with_rates(timings, head)
         yield {"case": f"linear_nll {head}", "head": asdict(head), "timings": timings}
         del logits
+        measured = {name: call for name, call in {**ours, **others}.items() if "ms" in timings[name]}
+        peaks = {name: {"peak MiB": peak_mib(call, device)} for name, call in measured.items()}
         yield {
-            "case": f"linear_nll {head}",
-            "peak_mib": {
-                "linear_nll": peak_mib(fused, device),
-                "linear_nll, all five": peak_mib(partial(fused, all_statistics=True), device),
-            },
+            "case": f"linear_nll {head}: memory beside the arguments",
+            "figures": peaks,
             **head_errors(head, hidden, weight, target, others),
         }
 
@@ -168,51 +167,41 @@ def head_errors(head: Head, hidden: Tensor, weight: Tensor, target: Tensor, othe
     return {"errors": errors, "same_bits_in_another_batch": torch.equal(alone, among_all)}
 
 
-# Changes to the table's tiles that are tried: first stages and pipeline, then how a tile is folded, then its shape.
-CHANGES: list[dict[str, Any]] = [
-    {},
-    {"num_stages": 3},
-    {"flatten": False},
-    {"flatten": False, "num_stages": 3},
-    {"descriptors": True},
-    {"descriptors": True, "flatten": False},
-    {"slices": 2},
-    {"slices": 8},
-    {"block_d": 32, "num_stages": 6},
-    {"block_d": 128, "num_stages": 2},
-    {"block_v": 128, "slices": 2},
-    {"block_v": 128, "slices": 2, "num_warps": 4},
-    {"block_s": 64, "num_warps": 4},
-    {"block_s": 256, "block_v": 128, "slices": 4},
-]
-
-
 @torch.no_grad()
 def tile_sweep(device: str) -> Iterator[Finding]:
-    """Other tiles than the table's, each beside the plain product; what does not compile or fit says so."""
-    head = heads(device)[0]
-    table = choose_tiles(torch.bfloat16, torch.device(device))
-    swept, seen = {}, set()
-    for change in CHANGES[:2] if device == "cpu" else CHANGES:
-        tiles = replace(table, **change)
-        if tiles not in seen:
-            seen.add(tiles)
-            swept[json.dumps(change)] = tiles
-    outcomes = compile_ahead([(head, tiles) for tiles in swept.values()], device)
-    hidden, weight, target = draw(head, device)
-    product = partial(torch.mm, hidden, weight.T, out=hidden.new_empty(head.n_tokens, head.vocabulary))
-    for (changed, tiles), outcome in zip(swept.items(), outcomes, strict=True):
-        finding: Finding = {"case": f"linear_nll {head}: {changed}", "tiles": asdict(tiles), **outcome}
-        if "failed" not in outcome:
-            fused = partial(linear_nll, hidden, weight, target, tiles=tiles)
+    """Every variant of the head beside the plain product, on the smallest and the largest D; what does not compile or
+    fit says so, and what is compiled too late is left out."""
+    chosen = heads(device)[:: 1 if device == "cpu" else 2]
+    place = torch.device(device)
+    jobs: list[tuple[Head, str, Any]] = []
+    for head in chosen:
+        variants = list(head_variants(torch.bfloat16, place, head.width).items())
+        jobs += [(head, name, tiles) for name, tiles in (variants[:2] if device == "cpu" else variants)]
+    outcomes = compile_ahead([(head, tiles) for head, _, tiles in jobs], device)
+    drawn: Head | None = None
+    for (head, name, tiles), outcome in zip(jobs, outcomes, strict=True):
+        if head != drawn:
+            drawn = head
+            hidden, weight, target = draw(head, device)
+            usual = linear_nll(hidden, weight, target, softcap=head.softcap)
+            product = partial(torch.mm, hidden, weight.T, out=hidden.new_empty(head.n_tokens, head.vocabulary))
+        finding: Finding = {"case": f"linear_nll {head}: {name}", "sweep": str(head), "variant": name}
+        finding |= {"tiles": asdict(tiles), **outcome}
+        if "timings" not in outcome:
+            fused = partial(linear_nll, hidden, weight, target, softcap=head.softcap, tiles=tiles)
             every = partial(fused, all_statistics=True)
             calls: Calls = {PRODUCT: product, "linear_nll": fused, "linear_nll, all five": every}
             finding["timings"] = in_turn(calls, device, rounds=5)
             with_rates(finding["timings"], head)
+            if "ms" in finding["timings"]["linear_nll"]:
+                off = float((fused() - usual).abs().max())
+                finding["errors"] = {"from what serves": off}
+                if not off < VARIANTS_APART:
+                    finding["problem"] = f"nll off by {off:.2g} from what serves"
         yield finding
 
 
-def compile_ahead(jobs: list[tuple[Head, Tiles | None]], device: str) -> list[Finding]:
+def compile_ahead(jobs: list[tuple[Head, Any]], device: str) -> list[Finding]:
     """Fill Triton's cache in parallel processes; seconds for each, or why there are none."""
     n_processes = 1 if device == "cpu" else max(1, min(8, len(jobs), (os.cpu_count() or 2) // 2))
     deadline = time.monotonic() + COMPILE_SECONDS
@@ -222,11 +211,12 @@ def compile_ahead(jobs: list[tuple[Head, Tiles | None]], device: str) -> list[Fi
             try:
                 outcomes.append({"compile_seconds": result.get(max(0.1, deadline - time.monotonic()))})
             except Exception as error:  # what a compiler or a launch raises, or the deadline
-                outcomes.append({"failed": f"{type(error).__name__}: {error}"[:500]})
+                failed = f"not compiled: {type(error).__name__}: {error}"[:500]
+                outcomes.append({"timings": {"linear_nll": {"failed": failed}}})
     return outcomes
 
 
-def _compile(head: Head, tiles: Tiles | None, device: str) -> float:
+def _compile(head: Head, tiles: Any, device: str) -> float:
     """Start every kernel that a head needs once, on few tokens; seconds."""
     began = time.monotonic()
     n_tokens = 16 if device == "cpu" else 512

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_timing import COPY, Calls, Finding, in_turn
+from gpu_variants import MLP_PIECES
 from torch import Tensor
 
 from fastcompat.kernels.elementwise import gated, rms_norm, rotate_
@@ -68,27 +69,29 @@ def errors(contenders: Contenders, want: Tensor) -> Finding:
     return found
 
 
-def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any] | None:
-    """torch.compile for the shapes that it is called with and no others; None on a CPU."""
-    return None if device == "cpu" else torch.compile(function, dynamic=False)
+def compiled(function: Callable[..., Any], device: str, wanted: bool) -> Callable[..., Any] | None:
+    """torch.compile for the shapes that it is called with and no others; None on a CPU, or where it is not wanted."""
+    return torch.compile(function, dynamic=False) if wanted and device != "cpu" else None
 
 
 @torch.no_grad()
-def elementwise_beside_its_peers(device: str) -> Iterator[Finding]:
+def elementwise_beside_its_peers(device: str, *, compiling: bool = False) -> Iterator[Finding]:
+    """compiling: also torch.compile, which takes some seconds a case."""
     n_tokens = 20 if device == "cpu" else 16_384
     for layer in layers(device):
         torch.manual_seed(0)
         cases = (
-            rms_norm_case(layer, n_tokens, device, with_residual=False),
-            rms_norm_case(layer, n_tokens, device, with_residual=True),
-            head_norm_case(layer, n_tokens, device),
-            rotate_case(layer, n_tokens, device),
-            gated_case(layer, n_tokens, device, "silu"),
-            gated_case(layer, n_tokens, device, "gelu_tanh"),
+            rms_norm_case(layer, n_tokens, device, with_residual=False, compiling=compiling),
+            rms_norm_case(layer, n_tokens, device, with_residual=True, compiling=compiling),
+            head_norm_case(layer, n_tokens, device, compiling=compiling),
+            rotate_case(layer, n_tokens, device, compiling=compiling),
+            gated_case(layer, n_tokens, device, activation="silu", compiling=compiling),
+            gated_case(layer, n_tokens, device, activation="gelu_tanh", compiling=compiling),
         )
         for name, n_bytes, contenders, want in cases:
-            # What was compiled for other widths would make it compile for any width.
-            torch.compiler.reset()
+            if compiling:
+                # What was compiled for other widths would make it compile for any width.
+                torch.compiler.reset()
             source = torch.empty(n_bytes // 2, dtype=torch.uint8, device=device)
             calls: Calls = {COPY: partial(torch.empty_like(source).copy_, source)}
             timings = in_turn(calls | {key: contender.call for key, contender in contenders.items()}, device)
@@ -117,10 +120,10 @@ def contenders_of(calls: dict[str, Callable[[], Any] | None], checked: Callable[
     return {name: Contender(call=call, checked=checked) for name, call in calls.items() if call}
 
 
-def rms_norm_case(layer: Layer, n_tokens: int, device: str, *, with_residual: bool) -> Case:
+def rms_norm_case(layer: Layer, n_tokens: int, device: str, *, with_residual: bool, compiling: bool = False) -> Case:
     x, weight = draw(n_tokens, layer.hidden, device=device), draw(layer.hidden, device=device)
     residual = draw(n_tokens, layer.hidden, device=device) if with_residual else None
-    of_reference = compiled(reference.rms_norm, device)
+    of_reference = compiled(reference.rms_norm, device, compiling)
 
     def eager() -> Any:
         s = x if residual is None else x + residual
@@ -142,11 +145,11 @@ def rms_norm_case(layer: Layer, n_tokens: int, device: str, *, with_residual: bo
     return f"rms_norm of {layer.hidden}{' with a residual' * with_residual}", n_bytes, contenders, want
 
 
-def head_norm_case(layer: Layer, n_tokens: int, device: str) -> Case:
+def head_norm_case(layer: Layer, n_tokens: int, device: str, *, compiling: bool = False) -> Case:
     """The queries of a joined product, normalised head by head, as Qwen3 does."""
     joined = draw(n_tokens, layer.heads + 2 * layer.key_heads, layer.head_width, device=device)
     x, weight = joined[:, : layer.heads], draw(layer.head_width, device=device)
-    of_reference = compiled(reference.rms_norm, device)
+    of_reference = compiled(reference.rms_norm, device, compiling)
     want = reference.rms_norm(first(x).double(), weight.double(), eps=EPS)
     assert isinstance(want, Tensor)
     contenders = contenders_of(
@@ -170,7 +173,7 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
 
-def rotate_case(layer: Layer, n_tokens: int, device: str) -> Case:
+def rotate_case(layer: Layer, n_tokens: int, device: str, *, compiling: bool = False) -> Case:
     n_heads = layer.heads + layer.key_heads
     joined = draw(n_tokens, n_heads + layer.key_heads, layer.head_width, device=device)
     x = joined[:, :n_heads]
@@ -178,7 +181,7 @@ def rotate_case(layer: Layer, n_tokens: int, device: str) -> Case:
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     want = reference.rotate(first(x).double(), first(cos).double(), first(sin).double())
     query, key = x.clone().transpose(0, 1).split([layer.heads, layer.key_heads])
-    expression = compiled(rotated, device)
+    expression = compiled(rotated, device, compiling)
     hugging_face = {
         "Hugging Face's expression": partial(rotated, query, key, cos, sin),
         "torch.compile of it": expression and partial(expression, query, key, cos, sin),
@@ -193,13 +196,13 @@ def rotate_case(layer: Layer, n_tokens: int, device: str) -> Case:
     return f"rotate_ {n_heads} heads of {layer.head_width}", n_bytes, {"rotate_": ours, **contenders}, want
 
 
-def gated_case(layer: Layer, n_tokens: int, device: str, activation: str) -> Case:
+def gated_case(layer: Layer, n_tokens: int, device: str, *, activation: str, compiling: bool = False) -> Case:
     gate, up = draw(n_tokens, 2 * layer.inner, device=device).chunk(2, dim=1)
 
     def eager(gate: Tensor, up: Tensor) -> Tensor:
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
-    expression = compiled(eager, device)
+    expression = compiled(eager, device, compiling)
     contenders = contenders_of(
         {
             "gated": partial(gated, gate, up, activation),
@@ -209,3 +212,32 @@ def gated_case(layer: Layer, n_tokens: int, device: str, activation: str) -> Cas
     )
     want = reference.gated(first(gate).double(), first(up).double(), activation)
     return f"gated {activation} of {layer.inner}", 3 * gate.numel() * gate.element_size(), contenders, want
+
+
+@torch.no_grad()
+def mlp_in_pieces(device: str) -> Iterator[Finding]:
+    """A whole pack through an MLP at once and in pieces, whose gate and up stay nearer to the processors."""
+    shapes = {"Qwen2.5-0.5B": (896, 4864), "Llama-3.1-8B": (4096, 14336)}
+    n_tokens, shapes = (20, {"tiny": (48, 40)}) if device == "cpu" else (65_536, shapes)
+    for model, (hidden, inner) in shapes.items():
+        torch.manual_seed(0)
+        x, gate_up = draw(n_tokens, hidden, device=device), draw(2 * inner, hidden, device=device)
+        down = draw(hidden, inner, device=device)
+        gate_up *= hidden**-0.5
+        down *= inner**-0.5
+        out = torch.empty_like(x)
+        calls: Calls = {}
+        for size in MLP_PIECES:
+            name = "all at once" if size is None else f"{size} tokens a piece"
+            calls[name] = partial(_mlp, x, gate_up, down, out, size or n_tokens)
+        timings = in_turn(calls, device, rounds=5)
+        for timing in timings.values():
+            if "ms" in timing:
+                timing["TFLOP/s"] = 6e-12 * n_tokens * hidden * inner / (1e-3 * timing["ms"])
+        yield {"case": f"MLP {hidden} -> {inner}, {n_tokens} tokens, bf16 ({model})", "timings": timings}
+
+
+def _mlp(x: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, size: int) -> None:
+    for piece, to in zip(x.split(size), out.split(size), strict=True):
+        gate, up = F.linear(piece, gate_up).chunk(2, dim=1)
+        torch.mm(gated(gate, up, "silu"), down.T, out=to)

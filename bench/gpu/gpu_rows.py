@@ -72,7 +72,9 @@ def tile_sweep(device: str) -> Iterator[Finding]:
         }
         timings = in_turn(calls, device, rounds=5)
         with_bandwidth(timings, logits)
-        yield {"case": f"packed_nll {n_tokens} x {vocabulary}: {tiles}", "tiles": asdict(tiles), "timings": timings}
+        sweep, variant = f"packed_nll {n_tokens} x {vocabulary}", f"{lanes} x {loads} of {split_columns}"
+        found = {"case": f"{sweep}: {variant}", "sweep": sweep, "variant": variant}
+        yield found | {"tiles": asdict(tiles), "timings": timings}
 
 
 @torch.no_grad()

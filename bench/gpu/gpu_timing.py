@@ -13,7 +13,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -30,6 +31,7 @@ ROUNDS = 15
 LARGER_THAN_L2 = 256 * 2**20
 STATISTICS = ("nll", "entropy", "varentropy", "rank", "collision")
 COPY = "device copy"
+TOP = 14  # kernels of a table
 
 
 @cache
@@ -109,9 +111,21 @@ def with_bandwidth(timings: dict[str, Finding], logits: Tensor) -> None:
                 timing["of the copy's bandwidth"] = timing["TB/s"] / copy["TB/s"]
 
 
+def hardware(device: str) -> Iterator[Finding]:
+    """The machine as the CPU benchmarks record it, the GPU, and the two ceilings that every figure is held against."""
+    try:
+        from fastcompat.benchmark.machine import machine
+
+        yield {"machine": machine()}
+    except Exception as error:  # a package without metadata, a system without /proc: the timings stand without it
+        yield {"machine": None, "reason": f"{type(error).__name__}: {error}"}
+    yield {"gpu": gpu(device)}
+    yield ceilings(device)
+
+
 def gpu(device: str) -> Finding:
     """What the CPU benchmarks do not record."""
-    versions: dict[str, str | None] = dict.fromkeys(("triton", "liger_kernel", "pytest", "pyarrow"))
+    versions: dict[str, str | None] = dict.fromkeys(("triton", "liger_kernel", "flash_attn", "pytest", "pyarrow"))
     for name in versions:
         try:
             versions[name] = version(name)
@@ -144,3 +158,32 @@ def ceilings(device: str) -> Finding:
     timings["product"]["TFLOP/s"] = 2e-12 * size**3 / (1e-3 * timings["product"]["ms"])
     with_bandwidth({COPY: timings[COPY]}, source)
     return {"case": f"ceilings: {size}^3 in bf16, {n_bytes} bytes", "timings": timings}
+
+
+def busy(events: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Of kernels (name, begin, end): the share of the time from first to last in which none runs, and who runs."""
+    if not events:
+        return {}
+    begin, end = min(event[1] for event in events), max(event[2] for event in events)
+    covered, reached = 0.0, begin
+    for _, start, stop in sorted(events, key=lambda event: event[1]):
+        covered += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    total = max(end - begin, 1e-9)
+    shares = {"no kernel runs": 1 - covered / total}
+    for kernel in ("_range_kernel", "_attention_kernel", "_gated_kernel", "_rms_norm_kernel"):
+        spent = sum(stop - start for name, start, stop in events if kernel in name)
+        shares[f"share of {kernel}"] = spent / total
+    return shares
+
+
+def kernel_table(events: list[tuple[str, float, float]]) -> list[str]:
+    """A line a kernel: share, milliseconds, calls, name."""
+    spent, calls = Counter[str](), Counter[str]()
+    for name, start, stop in events:
+        spent[name] += stop - start
+        calls[name] += 1
+    total = max(sum(spent.values()), 1e-9)
+    return [
+        f"{us / total:6.1%} {us / 1e3:9.3f} ms {calls[name]:5d} x {name[:90]}" for name, us in spent.most_common(TOP)
+    ]

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what a compiler alone can show of it.
 
-    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE]
+    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE | --list]
 
 The cases are what the launchers ask for on real models' shapes (`kernels/ahead_of_time.py`), and every variant that can
 be chosen by name. FILE holds the results of several versions of Triton; a run replaces those of its own version that it
@@ -59,6 +59,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    if arguments.list:
+        for arch in arguments.arch or sorted(SHARED_LIMIT):
+            names = [case.name for case in all_cases(arch) if arguments.kernel in case.name]
+            print(*(f"sm_{arch} {name}" for name in names), sep="\n")
+        return 0
     # Otherwise the seconds would be those of reading a cache.
     triton.knobs.compilation.always_compile = True
 

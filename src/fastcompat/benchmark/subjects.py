@@ -21,9 +21,11 @@ from fastcompat.models import (
     PackedModel,
     load_causal_lm,
     load_config,
+    read,
     refuse_unsupported,
     resolve_device,
     resolve_dtype,
+    text_config,
     weight_files,
     wrap,
 )
@@ -180,7 +182,7 @@ class Subject(Generic[Packed]):
     def plain(self) -> Any:
         """The transformers model, with the library's own attention: sdpa, or eager where sdpa cannot compute it."""
         model = self.load_plain()
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.set_attn_implementation(plain_attention(model))
         return model
 
     def float32(self) -> Any:
@@ -209,6 +211,15 @@ class Subject(Generic[Packed]):
                 f"float32: {needed / 2**30:.1f} GiB, where {free / 2**30:.1f} GiB of memory are free on "
                 f"{self.device}; choose a smaller model or --shape, or another --device"
             )
+
+
+def plain_attention(model: Any) -> str:
+    """transformers' name of the attention that computes what `model` is: sdpa where it does, else eager.
+
+    Some versions say that Gemma-2 goes with sdpa, which leaves the soft cap of its attention out without a word.
+    """
+    capped = read(text_config(model.config), "attn_logit_softcapping")
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
 
 
 def shape_subject(shape: str, *, device: str = "auto", dtype: str = "auto") -> Subject[CausalLM]:

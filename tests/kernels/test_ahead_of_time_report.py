@@ -1,0 +1,64 @@
+"""The committed report of the ahead-of-time compilation holds every kernel, and what is said of it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "bench" / "results" / "triton_report.json"
+TENSOR_CORES = ("linear_nll", "forest_attention")
+
+
+def versions() -> dict[str, list[dict]]:
+    """The rows by version of Triton."""
+    content = json.loads(REPORT.read_text())
+    return content["versions"] if "versions" in content else {content["triton"]: content["kernels"]}
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[str]:
+    """As the compiler is asked, so not in the interpreter, where kernels know less of themselves."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    listed = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu" / "triton_report.py", "--list"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return listed.stdout.splitlines()
+
+
+@pytest.mark.parametrize("version", versions())
+def test_every_kernel_is_in_it(cases, version):
+    rows = [f"sm_{row['arch']} {row['kernel']}" for row in versions()[version]]
+    assert len(cases) > 200
+    assert sorted(rows) == sorted(cases), "python bench/gpu/triton_report.py --json bench/results/triton_report.json"
+
+
+@pytest.mark.parametrize("version", versions())
+def test_what_readme_and_docs_say_of_it_is_so(version):
+    rows = versions()[version]
+    assert [row for row in rows if row["problems"] or row["stack_bytes"]] == []
+    of_halves = [row for row in rows if row["kernel"].startswith(TENSOR_CORES) and not row["kernel"].endswith("fp32")]
+    assert of_halves
+    with_tensor_cores = {row["kernel"].partition(" ")[0] for row in of_halves if row["tensor_core_instruction"]}
+    assert with_tensor_cores == set(TENSOR_CORES)
+    compiled_for = {f"sm_{row['arch']}" for row in rows}
+    for name in ("README.md", "docs/speed.md"):
+        text = (ROOT / name).read_text()
+        assert "compiled ahead of time" in text.replace("\n", " ")
+        assert set(re.findall(r"sm_\d+", text)) == compiled_for, name
+    said = (ROOT / "docs" / "kernels.md").read_text()
+    assert "bench/results/triton_report.json" in said
+    # What docs/kernels.md says that it shows.
+    assert {"registers", "stack_bytes", "shared_bytes", "tensor_core_instruction"} <= rows[0].keys()
