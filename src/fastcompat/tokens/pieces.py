@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ import numpy.typing as npt
 # Pieces that are kept, some 150 bytes each: the words of a few languages. Longer ones hardly come twice, but in one batch.
 _MOST_KEPT = 1 << 18
 _LONGEST_KEPT = 48
+_WORDS_PER_TEXT = 64
 
 _PUNCTUATION = "!\"#$%&()*+,-./:;<=>?@[\\]^_`{|}~"
 _WORD = re.compile(r"[A-Za-z0-9]")
@@ -189,21 +190,36 @@ class Pieces:
 
     def __call__(self, texts: Sequence[str]) -> list[PiecedAlignment]:
         """The tokens of each text. Raises what the backend raises."""
-        pieces = [self._pattern.findall(text) for text in texts]
         if len(self._kept) > _MOST_KEPT:
-            self._kept = {}  # a new one: another thread may be reading
-        kept = self._kept
-        once: dict[str, bytes] = {}
-        new = [piece for piece in set(chain.from_iterable(pieces)) if piece not in kept]
-        for piece, encoding in zip(new, self._backend.encode_batch(new, add_special_tokens=False), strict=True):
-            of = kept if len(piece) <= _LONGEST_KEPT else once
-            of[piece] = np.array(encoding.ids, np.int32).tobytes()
-        return [PiecedAlignment(self, own, self._ids(own, once)) for own in pieces]
+            self._kept = {}
+        kept = self._kept  # as it is: another thread may begin a new one
+        pieces = [self._pattern.findall(text) for text in texts]
+        ids: list[list[bytes]] = [list(map(kept.get, own)) for own in pieces]  # type: ignore[arg-type]  # None for new
+        new = {piece for own, found in zip(pieces, ids, strict=True) if None in found for piece in _new(own, found)}
+        encoded = self._encoded(new)
+        for own, found in zip(pieces, ids, strict=True):
+            if None in found:
+                found[:] = [encoded[piece] if known is None else known for piece, known in zip(own, found, strict=True)]
+        kept.update((piece, own) for piece, own in encoded.items() if len(piece) <= _LONGEST_KEPT)
+        return [PiecedAlignment(self, *own) for own in zip(texts, pieces, ids, strict=True)]
 
-    def _ids(self, pieces: list[str], once: dict[str, bytes]) -> list[bytes]:
-        found = list(map(self._kept.get, pieces))
-        if None in found:
-            return [once[piece] if ids is None else ids for piece, ids in zip(pieces, found, strict=True)]
+    def _encoded(self, new: set[str]) -> dict[str, bytes]:
+        """The ids of each piece, int32."""
+        # A call takes the backend longer than a word. Where one begins with a blank and the one before it does not end
+        # with one, there is a cut between them.
+        words = [piece for piece in new if piece[:1] == " " and not piece[-1].isspace()]
+        groups = [words[begin : begin + _WORDS_PER_TEXT] for begin in range(0, len(words), _WORDS_PER_TEXT)]
+        others = list(new.difference(words))
+        encodings = self._backend.encode_batch(["".join(group) for group in groups] + others, add_special_tokens=False)
+        found: dict[str, bytes] = {}
+        for group, encoding in zip(groups, encodings, strict=False):
+            ids = np.array(encoding.ids, np.int32)
+            starts = np.array([start for start, _ in encoding.offsets], np.int64)
+            bounds = np.searchsorted(starts, [0, *accumulate(map(len, group))]).tolist()
+            for piece, (begin, end) in zip(group, pairwise(bounds), strict=True):
+                found[piece] = ids[begin:end].tobytes()
+        for piece, encoding in zip(others, encodings[len(groups) :], strict=True):
+            found[piece] = np.array(encoding.ids, np.int32).tobytes()
         return found
 
     def extents(self, piece: str) -> list[tuple[int, int]]:
@@ -220,25 +236,49 @@ class Pieces:
 class PiecedAlignment:
     """The tokens of a text, and where they lie, by those of its pieces."""
 
-    __slots__ = ("_counts", "_ends", "_pieces", "_texts", "ids")
+    __slots__ = ("_encoded", "_found", "_n_characters", "_pieces", "_texts", "ids")
 
-    def __init__(self, pieces: Pieces, texts: Sequence[str], ids: Sequence[bytes]) -> None:
-        self.ids: npt.NDArray[np.int32] = np.frombuffer(b"".join(ids), np.int32)
+    def __init__(self, pieces: Pieces, text: str, texts: Sequence[str], encoded: Sequence[bytes]) -> None:
+        self.ids: npt.NDArray[np.int32] = np.frombuffer(b"".join(encoded), np.int32)
         self._pieces = pieces
+        self._n_characters = len(text)
         self._texts = texts
-        self._ends = [0, *accumulate(map(len, texts))]  # in characters
-        self._counts = [0, *accumulate(map(len, ids))]  # in bytes of ids
+        self._encoded = encoded
+        self._found = (0, 0, 0)  # a piece, its first token and its first character
 
     def extent(self, index: int) -> tuple[int, int]:
         """Characters [start, end) of token `index`."""
-        piece = bisect_right(self._counts, 4 * index) - 1
-        start, end = self._pieces.extents(self._texts[piece])[index - self._counts[piece] // 4]
-        return self._ends[piece] + start, self._ends[piece] + end
+        piece, first, begin = self._found
+        if not 0 <= index - first < len(self._encoded[piece]) // 4:
+            counts = [0, *accumulate(len(ids) // 4 for ids in self._encoded)]
+            piece = bisect_right(counts, index) - 1
+            first, begin = counts[piece], sum(map(len, self._texts[:piece]))
+            self._found = piece, first, begin
+        start, end = self._pieces.extents(self._texts[piece])[index - first]
+        return begin + start, begin + end
 
     def around(self, character: int) -> tuple[int, int]:
         """Tokens [low, high) of the piece in which `character` stands, none where a piece begins with it."""
-        piece = bisect_left(self._ends, character)
-        if piece == len(self._ends) or self._ends[piece] == character:
-            piece = min(piece, len(self._texts))
-            return self._counts[piece] // 4, self._counts[piece] // 4
-        return self._counts[piece - 1] // 4, self._counts[piece] // 4
+        texts, encoded = self._texts, self._encoded
+        if 2 * character < self._n_characters:
+            piece, begin = 0, 0
+            while piece < len(texts) and begin + len(texts[piece]) <= character:
+                begin += len(texts[piece])
+                piece += 1
+            first = sum(map(len, encoded[:piece])) // 4
+        else:
+            piece, begin = len(texts), self._n_characters
+            while piece and begin > character:
+                piece -= 1
+                begin -= len(texts[piece])
+            first = len(self.ids) - sum(map(len, encoded[piece:])) // 4
+        if begin >= character:
+            return first, first
+        if piece == len(texts):
+            return len(self.ids), len(self.ids)
+        self._found = piece, first, begin
+        return first, first + len(encoded[piece]) // 4
+
+
+def _new(pieces: Sequence[str], ids: Sequence[bytes | None]) -> Iterator[str]:
+    return (piece for piece, known in zip(pieces, ids, strict=True) if known is None)
