@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastcompat.tokens.pieces import PiecedAlignment, Pieces, piece_pattern
+from fastcompat.tokens.pieces import Pieces, piece_pattern
 
 # Encodings of a batch live at once, at some 200 bytes a token: a batch of characters that keeps them near 100 MB.
 _CHARACTERS_PER_CALL = 1_000_000

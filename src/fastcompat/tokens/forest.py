@@ -211,7 +211,7 @@ def _runs(mask: BoolArray) -> list[tuple[int, int]]:
 def _ranges(
     runs: Sequence[tuple[int, int, int]], is_scored: BoolArray, n_sequences: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each sequence's packed tokens as ranges of positions among all scored ones, [R, 2], and their offsets, [N + 1]."""
+    """Each sequence's runs as ranges of positions among all scored tokens, [R, 2], and their offsets, [N + 1]."""
     owner, first, last = np.array(runs, np.int64).reshape(-1, 3).T
     rank = np.concatenate([[0], np.cumsum(is_scored)])  # scored tokens before each packed one
     begin, end = rank[first], rank[last]

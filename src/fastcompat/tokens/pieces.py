@@ -4,17 +4,17 @@ A tokenizer with a byte-level vocabulary splits a text by a pattern before it lo
 the pattern is made of a few alternatives that are known here (GPT-2, Llama 3, Qwen, DeepSeek, gpt-oss, Mistral), and
 what these can match says where a split is certain:
 
-    before a blank that follows no white space       white space only begins a match, or is all of it, or, as line
-                                                     breaks, ends it after punctuation
-    after ASCII letters and digits, before ASCII     what holds a letter or a digit ends with it, but for 's and the like
+    before a blank that follows no white space     white space begins a match, or is all of it, or, as line breaks, ends
+                                                   it after punctuation
+    after ASCII letters and digits, before ASCII   what holds a letter or a digit ends with one, but for 's and the like
     punctuation but ', a blank or a line break
-    after a line break, before what is neither       where line breaks have an alternative of their own, which reaches to
-    white space nor /                                the last of them
+    after a line break, before what is neither     where line breaks have an alternative of their own, which reaches to
+    white space nor /                              the last of them
 
-The only alternative that looks ahead, `\\s+(?!\\S)`, looks from white space to what follows it, and none of these cuts lies
-behind white space, but for the last, in which it never has its turn. So what is left of a cut is encoded the same
-whatever is right of it, and the other way round. NFC composes nothing across a cut, and an added token that could lie
-across one, or looks at its neighbours, forbids that cut or all.
+The only alternative that looks ahead, `\\s+(?!\\S)`, looks from white space to what follows it. Only the last of these
+cuts lies behind white space, and there it never has its turn. So what is left of a cut is encoded the same whatever is
+right of it, and the other way round. NFC composes nothing across a cut, and an added token that could lie across one, or
+looks at its neighbours, forbids that cut, or all.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Pieces that are kept, some 150 bytes each: the words of a few languages. Longer ones hardly come twice, but in one batch.
+# Pieces that are kept, some 150 bytes each: the words of a few languages. Longer ones hardly come again.
 _MOST_KEPT = 1 << 18
 _LONGEST_KEPT = 48
 _WORDS_PER_TEXT = 64
 
-_PUNCTUATION = "!\"#$%&()*+,-./:;<=>?@[\\]^_`{|}~"
+_PUNCTUATION = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~'
 _WORD = re.compile(r"[A-Za-z0-9]")
 
 # The alternatives of patterns that may split a text. \r and \n are written out, whatever the file has.
@@ -66,7 +66,7 @@ _BLANKS, _BUT_THE_LAST = r"\s+", r"\s+(?!\S)"
 _KNOWN = _SHORT | _LETTERS | _AFTER_PUNCTUATION | _DIGITS | _OTHERS | _LINES | {_BLANKS, _BUT_THE_LAST}
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Patterns that isolate runs of characters among which no cut lies.
-_RUNS = {r"\p{N}{1,3}", r"\p{N}", r"\p{N}+", "[一-龥぀-ゟ゠-ヿ]+"}  # noqa: RUF001  # as DeepSeek has it
+_RUNS = {r"\p{N}{1,3}", r"\p{N}", r"\p{N}+", "[一-龥぀-ゟ゠-ヿ]+"}  # as DeepSeek has it
 
 
 def piece_pattern(backend: Any) -> re.Pattern[str] | None:
@@ -119,8 +119,8 @@ def _flat(content: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def _cuts_lines(stages: Sequence[dict[str, Any]]) -> bool | None:
     """Whether cuts after line breaks are certain too; None where none is.
 
-    A stage works on each part that the one before it has made, alone. So it is enough that one of them cuts for certain,
-    and that those before it cut nothing otherwise on one side of a cut because of what is on the other.
+    A stage works on each part that the one before it has made, alone. So it is enough that one of them cuts for
+    certain, and that those before it split nothing otherwise on one side of a cut because of what is on the other.
     """
     isolates_digits = False
     for number, stage in enumerate(stages):

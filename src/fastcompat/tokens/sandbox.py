@@ -1,4 +1,4 @@
-"""jinja's sandbox with short ways to what every chat template reads: a message's fields, a text's methods, a loop's state.
+"""jinja's sandbox with short ways to what chat templates read: a message's fields, a text's methods, a loop's state.
 
 The sandbox asks of each attribute whether it is safe, which takes half of the time of a render. For plain dicts and
 texts, loops and namespaces the answer follows from the name alone; all else goes the sandbox's own way.
@@ -11,10 +11,11 @@ from inspect import signature
 from typing import Any
 
 # Methods that every text has, which give texts, lists of texts, numbers or truth values and change nothing.
-_OF_TEXTS = frozenset(
-    "startswith endswith strip lstrip rstrip split rsplit splitlines partition rpartition replace removeprefix "
-    "removesuffix upper lower title capitalize find rfind index count isdigit isalpha isspace join".split()
-)
+_OF_TEXTS = {
+    *("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "partition"),
+    *("rpartition", "replace", "removeprefix", "removesuffix", "upper", "lower", "title", "capitalize", "find"),
+    *("rfind", "index", "count", "isdigit", "isalpha", "isspace", "join"),
+}
 _OF_DICTS = frozenset(dir(dict))
 _PLAIN = frozenset({str, int, bool, float, type(None), list, dict, tuple})
 _ABSENT = object()
