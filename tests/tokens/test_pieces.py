@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_makers import BACKENDS, make_tokenizer, row
+from tokenizer_makers import BACKENDS, FAMILIES, ODD_TEXTS, row
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -101,7 +101,7 @@ def test_what_is_remembered_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     pattern = piece_pattern(made)
     assert pattern is not None
     expected = [made.encode(own, add_special_tokens=False).ids for own in texts]
-    for most in (1 << 18, 3):
+    for most in (1 << 17, 3):
         monkeypatch.setattr(pieces_module, "_MOST_KEPT", most)
         pieces = Pieces(made, pattern)
         for _ in range(3):
@@ -114,9 +114,8 @@ def test_lines_words_and_punctuation_are_pieces() -> None:
     text = "<|im_start|>user\nIt's  so, isn't it?\n\nA\n b\t c<|im_end|>\n"
     assert "".join(pattern.findall(text)) == text
     found = [piece for piece in pattern.findall(text) if piece]
-    assert found == [
-        *("<|im_start|>user", "\n", "It's", "  so", ",", " isn't", " it", "?\n\n", "A", "\n b\t c", "<|im_end|>\n")
-    ]
+    words = ["It's", "  so", ",", " isn't", " it", "?\n\n", "A"]
+    assert found == ["<|im_start|>user\n", *words, "\n b\t c<|im_end|>\n"]
     # Here blank lines are no split: what follows them decides.
     gpt2 = piece_pattern(backend(GPT2))
     assert gpt2 is not None
@@ -176,18 +175,39 @@ def test_dropout_is_refused() -> None:
 def test_a_pattern_that_claims_too_much_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last net: what is taken for certain is tried on texts when a tokenizer is loaded."""
     monkeypatch.setattr("fastcompat.tokens.alignment.piece_pattern", lambda _: re.compile(r".{1,3}|\n"))
-    assert FastAligner(make_tokenizer()).pieces is None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend(SPLITTINGS["qwen"]))
+    assert FastAligner(tokenizer).pieces is None
 
 
-def test_a_row_that_cannot_be_encoded_is_not_its_neighbours_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = ConversationTokenizer(make_tokenizer(), TokenizationSettings(template="plain"), context_length=None)
+def conversations(family: str, **choices: Any) -> Any:
+    """Rows of this family's template, with a splitting that is known."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    own = PreTrainedTokenizerFast(tokenizer_object=backend(SPLITTINGS["qwen"]), **special)
+    own.chat_template = FAMILIES[family][0]
+    return ConversationTokenizer(own, TokenizationSettings(**choices), context_length=None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_have_the_tokens_and_the_scored_part_that_they_have_whole(family: str) -> None:
+    rows = [row(f"Say it, {n} times:\n", text) for n, text in enumerate([*ODD_TEXTS.values(), " two  blanks\n", "x"])]
+    for choices in ({}, {"score_eos": False}, {"max_length": 24}):
+        tokenizer = conversations(family, **choices)
+        assert tokenizer._align.pieces is not None
+        found = tokenizer(rows)
+        tokenizer._align.pieces = None
+        for own, whole in zip(found, tokenizer(rows), strict=True):
+            assert (own.status, own.detail) == (whole.status, whole.detail)
+            assert own.input_ids.tolist() == whole.input_ids.tolist()
+            assert own.scored.tolist() == whole.scored.tolist()
+
+
+def test_where_pieces_fail_each_row_is_encoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = conversations("chatml")
     rows = [row("Q", "one"), row("Q", "two, three")]
     expected = [sequence.input_ids.tolist() for sequence in tokenizer(rows)]
 
     def fails(_: Any) -> Any:
         raise RuntimeError("no such piece")
 
-    aligner: Any = tokenizer._align
-    monkeypatch.setattr(type(aligner.pieces), "_encoded", lambda *_: fails(None))
-    aligner.pieces._kept.clear()
+    monkeypatch.setattr(tokenizer._align, "pieces", fails)
     assert [sequence.input_ids.tolist() for sequence in tokenizer(rows)] == expected

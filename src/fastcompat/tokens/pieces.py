@@ -13,8 +13,8 @@ what these can match says where a split is certain:
 
 The only alternative that looks ahead, `\\s+(?!\\S)`, looks from white space to what follows it. Only the last of these
 cuts lies behind white space, and there it never has its turn. So what is left of a cut is encoded the same whatever is
-right of it, and the other way round. NFC composes nothing across a cut, and an added token that could lie across one, or
-looks at its neighbours, forbids that cut, or all.
+right of it, and the other way round. NFC composes nothing across a cut, and an added token that could lie across one,
+or looks at its neighbours, forbids that cut, or all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Pieces that are kept, some 150 bytes each: the words of a few languages. Longer ones hardly come again.
-_MOST_KEPT = 1 << 18
+_MOST_KEPT = 1 << 17
 _LONGEST_KEPT = 48
 _WORDS_PER_TEXT = 64
 
