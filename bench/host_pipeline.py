@@ -1,6 +1,6 @@
 """What the host does for each token, without a model: rows read, rendered, encoded, packed, written; and what waits.
 
-    python bench/host_pipeline.py [--responses DIR] [--tokenizer DIR] [--rounds 3] [--shared-machine]
+    python bench/host_pipeline.py [--responses DIR] [--prompts N] [--tokenizer DIR] [--rounds 3] [--shared-machine]
 
 Steps are measured in seconds of the CPU (`time.thread_time`, one thread, tokenizers without threads of their own), as
 the loop calls them, one unit after the other. Tokens are those of sequences, as packing without sharing would compute
@@ -14,6 +14,7 @@ fetches it). The demo's corpus with the demo's tokenizer comes second. Writes be
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +174,19 @@ def waiting(run: Run, directory: Path, rate: float, name: str) -> dict[str, Any]
     }
 
 
+def first_prompts(files: Sequence[Path], n_prompts: int | None, folder: Path) -> list[Path]:
+    """The files, or the first lines of each in `folder`."""
+    if n_prompts is None:
+        return list(files)
+    for file in files:
+        with (
+            gzip.open(file, "rt", encoding="utf-8") as whole,
+            gzip.open(folder / file.name, "wt", encoding="utf-8") as some,
+        ):
+            some.writelines(islice(whole, n_prompts))
+    return [folder / file.name for file in files]
+
+
 @contextmanager
 def without_threads_of_tokenizers() -> Any:
     """As the loop sets it where the model computes on the same cores."""
@@ -222,6 +237,7 @@ def main() -> None:
     """Measure, write the result and print it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--responses", type=Path, help="20 generators' answers to AlpacaEval; default: the demo's only")
+    parser.add_argument("--prompts", type=int, help="of each file the responses to its first N prompts only")
     parser.add_argument("--tokenizer", type=Path, default=material_directory() / "tokenizers" / "qwen3")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shared-machine", action="store_true", help="say that others were at work on the machine")
@@ -229,17 +245,18 @@ def main() -> None:
     load = os.getloadavg()[0]
     results = {}
     if options.responses:
-        files = sorted(options.responses.glob("*.jsonl.gz"))
         named = f"AlpacaEval, {options.tokenizer.name}"
-        results[named] = measured(named, files, options.tokenizer, options.rounds, RATES)
+        with tempfile.TemporaryDirectory() as folder:
+            files = first_prompts(sorted(options.responses.glob("*.jsonl.gz")), options.prompts, Path(folder))
+            results[named] = measured(named, files, options.tokenizer, options.rounds, RATES)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus"
-        files = write_corpus(corpus)
+        files = write_corpus(Path(folder), n_prompts=options.prompts or 500)
         results["demo"] = measured("demo", files, model_directory(), options.rounds, RATES[-1:])
     report = {
         "machine": machine() | {"tokenizers": version("tokenizers")},
         "shared_machine": options.shared_machine,
         "load_before": round(load, 2),
+        "prompts": options.prompts,
         "bars": {"tokens_per_cpu_second": LEAST_TOKENS_PER_CPU_SECOND, "waited": MOST_WAITED},
         "results": results,
     }
