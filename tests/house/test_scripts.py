@@ -15,6 +15,7 @@ SCRIPTS = [
     "bench/end_to_end.py",
     "bench/every_model.py",
     "bench/fused_head.py",
+    "bench/host_pipeline.py",
     "bench/preparation_scale.py",
     "bench/racing.py",
     "bench/ranking_scale.py",

@@ -98,7 +98,7 @@ class ResponseScores(OneFigure):
     def to_pack(self, n: int, rope_boundary: int | None) -> tuple[IntArray, BoolArray]:
         """What follows the last scored token predicts nothing that counts."""
         sequence: TokenSequence = self._every[n]
-        length = int(np.flatnonzero(sequence.scored)[-1]) + 1
+        length = len(sequence.scored) - int(sequence.scored[::-1].argmax())
         if rope_boundary is not None and len(sequence.input_ids) > rope_boundary:
             length = len(sequence.input_ids)  # there the whole length decides which rotary frequencies count
         return sequence.input_ids[:length], sequence.scored[:length]
@@ -298,7 +298,8 @@ class Scorer(ModelScorer):
 
     def begin(self, rows: list[Response]) -> ResponseScores:
         """Tokenise responses; nothing of them is scored yet."""
-        n_bytes = [_bytes_of(row, self.tokenizer.settings) for row in rows]
+        wanted = "n_bytes" in self.extras.columns
+        n_bytes = [_bytes_of(row, self.tokenizer.settings) if wanted else None for row in rows]
         return self._begin(self.tokenizer(rows), n_bytes)
 
     def _begin(self, sequences: list[TokenSequence], n_bytes: Sequence[int | None]) -> ResponseScores:

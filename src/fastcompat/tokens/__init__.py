@@ -3,11 +3,13 @@
 settings            every choice that changes a token
 templates           a conversation -> one string, and which characters of it count
 built_in_templates  templates for models that have none
+sandbox             jinja's sandbox, with short ways to what every template reads
 dates               today's date in a template, pinned to one
 spellings           how a template wants calls, answers and tools to be written
 omissions           what a template leaves out of what a conversation says
 loading             tokenizer.json, and the tokenizer with its ids
 differences         where a tokenizer's class gives other ids than its tokenizer.json
+pieces              a text cut where a tokenizer cuts it for certain, so that each piece is encoded once
 alignment           which characters each token stands for
 conversations       the string -> ids and scored mask; the only home of BOS and EOS
 reward              the same for a reward model: whole conversations, and where a head reads

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastcompat.tokens.pieces import Pieces, piece_pattern
+
 # Encodings of a batch live at once, at some 200 bytes a token: a batch of characters that keeps them near 100 MB.
 _CHARACTERS_PER_CALL = 1_000_000
 
@@ -32,11 +34,15 @@ class Alignment(Protocol):
     """The tokens of one text. Extents are monotone: neither starts nor ends ever decrease."""
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> Sequence[int] | npt.NDArray[np.int32]:
         """Token ids, [n]."""
 
     def extent(self, index: int) -> tuple[int, int]:
         """Characters [start, end) of token `index`; start == end for a token without characters of its own."""
+
+    def around(self, character: int) -> tuple[int, int]:
+        """Tokens [low, high): those before low end where `character` begins or before, those from high on begin there
+        or behind it. What lies between has to be looked at."""
 
 
 class Aligner(Protocol):
@@ -69,17 +75,33 @@ def covering(alignment: Alignment, start: int, end: int) -> tuple[int, int]:
         token_start, token_end = alignment.extent(index)
         return token_end > start or token_start >= start
 
-    first = bisect_left(tokens, True, key=reaches)
-    stop = bisect_left(tokens, True, lo=first, key=lambda index: alignment.extent(index)[0] >= end)
+    low, high = alignment.around(start)
+    first = bisect_left(tokens, True, lo=low, hi=high, key=reaches)
+    low, high = alignment.around(end)
+    stop = bisect_left(
+        tokens, True, lo=max(first, low), hi=max(first, high), key=lambda index: alignment.extent(index)[0] >= end
+    )
     return first, stop
 
 
-class _FastAlignment:
-    __slots__ = ("_encoding", "ids")
+class _Whole:
+    """An alignment of which any token may lie anywhere."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def around(self, character: int) -> tuple[int, int]:
+        return 0, len(self.ids)
+
+
+class _FastAlignment(_Whole):
+    __slots__ = ("_encoding",)
 
     def __init__(self, encoding: Any) -> None:
+        super().__init__(encoding.ids)
         self._encoding = encoding
-        self.ids: list[int] = encoding.ids
 
     def extent(self, index: int) -> tuple[int, int]:
         start, end = self._encoding.token_to_chars(index)
@@ -99,15 +121,31 @@ class FastAligner:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = tokenizer.split_special_tokens
+        pattern = piece_pattern(self.backend)
+        self.pieces = None if pattern is None else Pieces(self.backend, pattern)
+        if self.pieces is not None and not self._is_exact(self.pieces):
+            self.pieces = None
 
     def __call__(self, texts: Sequence[str]) -> Iterator[Alignment | AlignmentError]:
         for batch in _batches(texts):
+            found: Sequence[Alignment]
             try:
-                encodings = self.backend.encode_batch(batch, add_special_tokens=False)
+                found = self._batch(batch) if self.pieces is None else self.pieces(batch)
             except Exception:
                 yield from map(self._one, batch)  # one row's fault is not its neighbours'
                 continue
-            yield from map(_FastAlignment, encodings)
+            yield from found
+
+    def _batch(self, texts: Sequence[str]) -> list[_FastAlignment]:
+        return [_FastAlignment(encoding) for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def _is_exact(self, pieces: Pieces) -> bool:
+        """Whether the pieces of texts on which tokenizers differ give what the whole texts give."""
+        texts = [PROBE, PROBE * 2]
+        try:
+            return all(_alike(own, whole) for own, whole in zip(pieces(texts), self._batch(texts), strict=True))
+        except Exception:
+            return False
 
     def _one(self, text: str) -> Alignment | AlignmentError:
         try:
@@ -116,13 +154,19 @@ class FastAligner:
             return _failure(error)
 
 
-class _DecodedAlignment:
+def _alike(one: Alignment, other: Alignment) -> bool:
+    if list(one.ids) != list(other.ids):
+        return False
+    return all(one.extent(index) == other.extent(index) for index in range(len(one.ids)))
+
+
+class _DecodedAlignment(_Whole):
     """Tokens placed by the length of the text that their prefix decodes to; found by bisection, so few are decoded."""
 
-    __slots__ = ("_n_complete", "_text", "_tokenizer", "ids")
+    __slots__ = ("_n_complete", "_text", "_tokenizer")
 
     def __init__(self, tokenizer: Any, ids: list[int], text: str) -> None:
-        self.ids = ids
+        super().__init__(ids)
         self._tokenizer = tokenizer
         self._text = text
         self._n_complete = {0: 0}
@@ -146,13 +190,13 @@ class _DecodedAlignment:
         raise AlignmentError("the tokenizer gives no offsets, and a prefix of its tokens decodes to another text")
 
 
-class _SurfaceAlignment:
+class _SurfaceAlignment(_Whole):
     """Tokens placed one after the other where their surfaces stand in the text; only blanks may lie between."""
 
-    __slots__ = ("_extents", "ids")
+    __slots__ = ("_extents",)
 
     def __init__(self, ids: list[int], extents: npt.NDArray[np.int64]) -> None:
-        self.ids = ids
+        super().__init__(ids)
         self._extents = extents
 
     def extent(self, index: int) -> tuple[int, int]:

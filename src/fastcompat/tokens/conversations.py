@@ -258,7 +258,7 @@ class ConversationTokenizer:
             first, second = self._align([text[:size], text[: size + 101]])
             if isinstance(first, AlignmentError) or isinstance(second, AlignmentError):
                 break  # the whole may fail too, and says why
-            if len(first.ids) >= n_needed and first.ids[:n_checked] == second.ids[:n_checked]:
+            if len(first.ids) >= n_needed and np.array_equal(first.ids[:n_checked], second.ids[:n_checked]):
                 return self._sequence(RenderedConversation(text=text[:size], spans=conversation.spans), first)
             size *= 4
             if size > max(_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN**2 * n_needed):
@@ -303,12 +303,12 @@ class ConversationTokenizer:
         if not self._stripping or first == stop:
             return first, stop
         token_start, token_end = alignment.extent(first)
-        _, strips_right = self._stripping.get(alignment.ids[first], (False, False))
+        _, strips_right = self._stripping.get(int(alignment.ids[first]), (False, False))
         if strips_right and token_start + len(text[token_start:token_end].rstrip()) <= start:
             first += 1
         if first < stop:
             token_start, token_end = alignment.extent(stop - 1)
-            strips_left, _ = self._stripping.get(alignment.ids[stop - 1], (False, False))
+            strips_left, _ = self._stripping.get(int(alignment.ids[stop - 1]), (False, False))
             if strips_left and token_end - len(text[token_start:token_end].lstrip()) >= end:
                 stop -= 1
         return first, stop

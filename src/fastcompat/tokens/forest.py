@@ -155,57 +155,73 @@ def _lay_out(
 ) -> PrefixForest:
     """One pack from sequences in sorted order; shared[k] tokens of sequence k are those of the one before."""
     lengths = [len(input_ids[n]) for n in group]
-    n_tokens = int(sum(lengths) - shared.sum())
-    ids = np.empty(n_tokens, np.int64)
-    position = np.empty(n_tokens, np.int64)
-    parent = np.empty(n_tokens, np.int32)
+    keeps: list[int] = shared.tolist()
+    news = np.array(lengths, np.int64) - shared  # [N] tokens of each that no sequence before it has
+    offsets = np.cumsum(news) - news
+    n_tokens = int(news.sum())
+    parent = np.arange(-1, n_tokens - 1, dtype=np.int32)
     subtree_end = np.empty(n_tokens, np.int32)
     is_scored = np.zeros(n_tokens, np.bool_)
-    path = np.empty(max(lengths), np.int32)  # packed index at each depth of the current sequence
-    open_depth = 0
-    offset = 0
-    own: list[NDArray[np.int32]] = []  # per sequence, the packed tokens that it scores
+    path: list[tuple[int, int, int]] = []  # of the current sequence: stretches from one depth to another, packed at
+    runs: list[tuple[int, int, int]] = []  # sequence, packed tokens [begin, end) that it scores
     path_end: list[int] = []
-    for n, keep, length in zip(group, shared.tolist(), lengths, strict=True):
-        subtree_end[path[keep:open_depth]] = offset
-        new = length - keep
-        ids[offset : offset + new] = input_ids[n][keep:]
-        position[offset : offset + new] = np.arange(keep, length)
-        path[keep:length] = np.arange(offset, offset + new)
-        parent[offset : offset + new] = np.arange(offset - 1, offset + new - 1)
-        if new:
-            parent[offset] = path[keep - 1] if keep else -1
-        own.append(path[:length][scored[n]])
-        is_scored[own[-1]] = True
-        path_end.append(int(path[length - 1]))
-        offset += new
-        open_depth = length
-    subtree_end[path[:open_depth]] = offset
-    assert offset == n_tokens
-    rank = np.cumsum(is_scored, dtype=np.int32) - 1  # packed index -> position in `scored`
-    ranges = [_runs(rank[tokens]) for tokens in own]
+    for k, (n, keep, offset) in enumerate(zip(group, keeps, offsets.tolist(), strict=True)):
+        while path and path[-1][1] > keep:
+            top, bottom, packed = path.pop()
+            kept = max(keep - top, 0)
+            subtree_end[packed + kept : packed + bottom - top] = offset
+            if kept:
+                path.append((top, keep, packed))
+        if lengths[k] > keep:
+            parent[offset] = path[-1][2] + path[-1][1] - path[-1][0] - 1 if path else -1
+            path.append((keep, lengths[k], offset))
+        path_end.append(path[-1][2] + path[-1][1] - path[-1][0] - 1)
+        for begin, end in _runs(scored[n]):
+            for top, bottom, packed in path:
+                if begin < bottom and top < end:
+                    first, last = packed + max(begin - top, 0), packed + min(end, bottom) - top
+                    is_scored[first:last] = True
+                    runs.append((k, first, last))
+    for top, bottom, packed in path:
+        subtree_end[packed : packed + bottom - top] = n_tokens
+    ranges, range_offsets = _ranges(runs, is_scored, len(group))
     return PrefixForest(
-        input_ids=ids,
-        position_ids=position,
+        input_ids=np.concatenate([input_ids[n][keep:] for n, keep in zip(group, keeps, strict=True)], dtype=np.int64),
+        position_ids=np.arange(n_tokens) - np.repeat(offsets - shared, news),
         parent=parent,
         subtree_end=subtree_end,
         scored=np.flatnonzero(is_scored).astype(np.int32),
         sequences=np.array(group, np.int64),
-        ranges=np.concatenate(ranges) if ranges else np.empty((0, 2), np.int32),
-        range_offsets=np.cumsum([0, *(len(r) for r in ranges)], dtype=np.int32),
+        ranges=ranges,
+        range_offsets=range_offsets,
         path_end=np.array(path_end, np.int32),
         n_unshared_tokens=sum(lengths),
     )
 
 
-def _runs(positions: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Ascending integers as half-open ranges [R, 2]."""
-    if not len(positions):
-        return np.empty((0, 2), np.int32)
-    breaks = np.flatnonzero(np.diff(positions) != 1)
-    begin = positions[np.concatenate([[0], breaks + 1])]
-    end = positions[np.concatenate([breaks, [len(positions) - 1]])] + 1
-    return np.stack([begin, end], axis=1).astype(np.int32)
+def _runs(mask: BoolArray) -> list[tuple[int, int]]:
+    """Where a mask is True, as half-open ranges."""
+    begin = int(mask.argmax()) if len(mask) else 0
+    if len(mask) and mask[begin] and mask[begin:].all():
+        return [(begin, len(mask))]
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _ranges(
+    runs: Sequence[tuple[int, int, int]], is_scored: BoolArray, n_sequences: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Each sequence's runs as ranges of positions among all scored tokens, [R, 2], and their offsets, [N + 1]."""
+    owner, first, last = np.array(runs, np.int64).reshape(-1, 3).T
+    rank = np.concatenate([[0], np.cumsum(is_scored)])  # scored tokens before each packed one
+    begin, end = rank[first], rank[last]
+    # What lies between two runs of a sequence may be scored by nobody.
+    begins = np.ones(len(owner), np.bool_)
+    begins[1:] = (begin[1:] != end[:-1]) | (owner[1:] != owner[:-1])
+    ends = np.append(begins[1:], True)[: len(owner)]
+    ranges = np.stack([begin[begins], end[ends]], axis=1).astype(np.int32)
+    counts = np.bincount(owner[begins], minlength=n_sequences)
+    return ranges, np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def scored_positions(forest: PrefixForest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

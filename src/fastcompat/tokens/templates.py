@@ -27,6 +27,7 @@ from fastcompat.rows import REASONING_KEYS, Message, Status, reasoning_of
 from fastcompat.tokens.built_in_templates import IDENTITIES
 from fastcompat.tokens.dates import with_pinned_dates
 from fastcompat.tokens.omissions import find_omission, structure
+from fastcompat.tokens.sandbox import compiled
 from fastcompat.tokens.spellings import Spellings
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -98,7 +99,10 @@ class ChatTemplate:
         self._whole: set[object] = set()
         self._has_generation_blocks = _GENERATION_BLOCK.search(source) is not None
         self._render_jinja: Callable[..., tuple[list[str], list[list[Span]]]] = render_jinja_template
+        self._compiled: Any = None
         self._check_syntax()
+        if not self._has_generation_blocks:
+            self._compiled = compiled(self.source, self._variables)
 
     def render(self, messages: Sequence[Message], *, tools: str = "", add_generation_prompt: bool = False) -> str:
         """The text that `apply_chat_template(tokenize=False, tools=...)` gives. Raises what the template raises.
@@ -288,6 +292,11 @@ class ChatTemplate:
         return self._end_markers[after]
 
     def _render(self, messages: Sequence[Message], tools: str, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        if self._compiled is not None and not tools and not any(message.extra for message in messages):
+            # As below, without its copies of what is text already.
+            turns = [self._fields(message) for message in messages]
+            own = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+            return self._compiled.render(messages=turns, **own, **self._variables), []
         with _RECORDING_BLOCKS if self._has_generation_blocks else nullcontext():
             texts, blocks = self._render_jinja(
                 conversations=[[self._fields(message) for message in messages]],
@@ -348,7 +357,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"{self.description}: line {error.lineno}: {error.message}") from error
         except Exception:
-            return  # a template may refuse this conversation; whether it refuses a row's is told with the row
+            pass  # a template may refuse this conversation; whether it refuses a row's is told with the row
 
 
 @dataclass(frozen=True, slots=True)
