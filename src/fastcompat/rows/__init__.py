@@ -5,11 +5,13 @@ response    the row: a conversation whose last message is the response
 status      what became of it
 columns     every column: its type, its meaning, what computes it; the tables that are made of them
 frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
+batches     anybody's batch, to read, and the same with columns added
 arrays      arrays of figures, by the type of their values
 pairing     loss and reward of one response in one row
 """
 
 from fastcompat.rows.arrays import BoolArray, FloatArray, IntArray
+from fastcompat.rows.batches import Batch, batch_of, with_columns
 from fastcompat.rows.columns import (
     COLUMNS,
     EXTRAS,
@@ -61,6 +63,7 @@ __all__ = [
     "SAID_KEYS",
     "SCORED_STATUSES",
     "SCORES_SCHEMA",
+    "Batch",
     "BoolArray",
     "Extras",
     "FloatArray",
@@ -70,6 +73,7 @@ __all__ = [
     "Status",
     "as_scores",
     "as_table",
+    "batch_of",
     "by_pair",
     "carrying",
     "dumped",
@@ -91,6 +95,7 @@ __all__ = [
     "says_something",
     "spoken",
     "to_table",
+    "with_columns",
     "with_later_columns",
     "with_reward",
     "without_reasoning",

@@ -24,7 +24,8 @@ from fastcompat.models import (
 )
 from fastcompat.rows import REWARD_SCHEMA, SCORED_STATUSES, Response
 from fastcompat.scoring.packs import score_all
-from fastcompat.scoring.scorer import ModelScorer, versions
+from fastcompat.scoring.portable import versions
+from fastcompat.scoring.scorer import ModelScorer
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import BoolArray, IntArray, PrefixForest, RewardSequence, RewardTokenizer, packed_reads
 
@@ -94,6 +95,7 @@ class RewardScorer(ModelScorer):
 
     kind = "reward_model"
     what = "rewards"
+    figure = "reward"
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class RewardScorer(ModelScorer):
             read_out=read_out,  # type: ignore[arg-type]  # checked there
         )
         self.head = self._described.head
+        self._asked = {"output": output, "read_out": read_out, "token_ids": token_ids}
         context_length, _ = model_lengths(self.config)
         self.tokenizer = RewardTokenizer.from_pretrained(
             self.source,
@@ -156,6 +159,26 @@ class RewardScorer(ModelScorer):
     def identity(self) -> dict[str, Any]:
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
         return self._identity(self.tokenizer.fingerprint(), head=self.head.kind.name, output=self.head.output)
+
+    @property
+    def batch_columns(self) -> tuple[str, ...]:
+        return ("reward", "status", "detail")
+
+    def given(self) -> dict[str, Any]:
+        """The settings, as this class takes them."""
+        tokenization = self.tokenizer.settings
+        return {
+            **self._asked,
+            "bos": tokenization.bos,
+            "max_length": tokenization.max_length,
+            "truncate": self.tokenizer.truncate,
+            "reasoning": tokenization.reasoning,
+            "tools": tokenization.tools,
+            "device": self.settings.device,
+            "dtype": self.settings.dtype,
+            "revision": self.settings.revision,
+            "token_budget": self._given_token_budget,
+        }
 
     def begin(self, rows: list[Response]) -> RewardScores:
         """Tokenise conversations; nothing of them is scored yet."""
