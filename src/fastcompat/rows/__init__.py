@@ -6,6 +6,7 @@ status      what became of it
 columns     every column: its type, its meaning, what computes it; the tables that are made of them
 frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
 batches     anybody's batch, to read, and the same with columns added
+notebook    tables of scores and rankings as a notebook shows them
 arrays      arrays of figures, by the type of their values
 pairing     loss and reward of one response in one row
 """
@@ -38,6 +39,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
+from fastcompat.rows.notebook import as_html, show_tables
 from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, pair, paired, refuse_absent
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
@@ -71,6 +73,7 @@ __all__ = [
     "Message",
     "Response",
     "Status",
+    "as_html",
     "as_scores",
     "as_table",
     "batch_of",
@@ -93,6 +96,7 @@ __all__ = [
     "records",
     "refuse_absent",
     "says_something",
+    "show_tables",
     "spoken",
     "to_table",
     "with_columns",
@@ -100,3 +104,5 @@ __all__ = [
     "with_reward",
     "without_reasoning",
 ]
+
+show_tables()
