@@ -49,7 +49,7 @@ def scores(n_rows: int) -> pa.Table:
 def test_a_table_of_scores_shows_few_rows_and_says_how_many_there_are():
     shown = as_html(scores(2000))
     cells = Cells(shown)
-    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "p", "small"}
+    assert cells.tags == {"div", "table", "thead", "tbody", "tr", "th", "td", "p", "small"}
     assert shown.count("<tr>") == 11
     assert "2,000 rows; the first 10 are shown" in shown
     assert "without a value: " in shown

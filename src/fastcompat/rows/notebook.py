@@ -50,8 +50,9 @@ def as_html(table: pa.Table) -> str | None:
         said.append(f"the first {limit} are shown")
     if silent:
         said.append(f"without a value: {', '.join(silent)}")
+    grid = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return (
-        f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'<div style="overflow-x:auto"><table style="border-collapse:collapse">{grid}</table></div>'
         f"<p><small>{_text('; '.join(said))}</small></p>"
     )
 

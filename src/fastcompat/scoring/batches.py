@@ -11,6 +11,8 @@ from fastcompat.rows import Batch, Response
 
 # Below it a batch has little to share and a pass little to do.
 SMALL_BATCH = 256
+# So many of them may be all that somebody has.
+_FEW = 3
 # Prompts of earlier batches that are remembered.
 _MAX_PROMPTS = 1 << 16
 _WHY = ("status", "detail")
@@ -43,7 +45,7 @@ class Batches:
     def __init__(self) -> None:
         self._readers: dict[object, BatchReader] = {}
         self._prompts: set[str] = set()
-        self._last: int | None = None
+        self._small: list[int] = []  # sizes of small batches
         self._has_warned = False
 
     def read(self, batch: Batch, mapping: Mapping[str, str] | None) -> list[Response]:
@@ -51,7 +53,7 @@ class Batches:
         key = (batch.names, tuple(sorted((mapping or {}).items())))
         if key not in self._readers:
             self._readers = {key: BatchReader(mapping)}  # of the corpus that comes now
-            self._prompts, self._last = set(), None
+            self._prompts, self._small = set(), []
         rows = self._readers[key].read(batch)
         if not self._has_warned and rows:
             self._look(rows)
@@ -60,12 +62,12 @@ class Batches:
     def _look(self, rows: Sequence[Response]) -> None:
         prompts = {row.prompt_id for row in rows}
         known = len(prompts & self._prompts)
-        # The last batch of a corpus is what is left.
-        if self._last is not None and self._last < SMALL_BATCH:
-            self._warn(f"batches of {self._last} rows: few of them share a prompt, and passes are small")
+        if len(self._small) >= _FEW:
+            self._warn(f"batches of {max(self._small)} rows: few of them share a prompt, and passes are small")
         elif len(prompts) == len(rows) and 2 * known >= len(rows):
             self._warn("no two rows of a batch share a prompt, but batches do: sort the rows by prompt")
-        self._last = len(rows)
+        if len(rows) < SMALL_BATCH:
+            self._small.append(len(rows))
         if len(self._prompts) < _MAX_PROMPTS:
             self._prompts |= prompts
 
