@@ -25,6 +25,7 @@ from fastcompat.models import (
 from fastcompat.rows import REWARD_SCHEMA, SCORED_STATUSES, Response
 from fastcompat.scoring.packs import score_all
 from fastcompat.scoring.portable import versions
+from fastcompat.scoring.reward_function import RewardFunction
 from fastcompat.scoring.scorer import ModelScorer
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import BoolArray, IntArray, PrefixForest, RewardSequence, RewardTokenizer, packed_reads
@@ -183,6 +184,16 @@ class RewardScorer(ModelScorer):
     def begin(self, rows: list[Response]) -> RewardScores:
         """Tokenise conversations; nothing of them is scored yet."""
         return RewardScores(self.tokenizer(rows))
+
+    def as_reward(self, name: str | None = None) -> RewardFunction:
+        """The reward function of a GRPOTrainer or an RLOOTrainer of TRL.
+
+            trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B", reward_funcs=[scorer.as_reward()], ...)
+
+        name: what its metrics are called, the model's name if not given. Completions that share a prompt share its
+        computation; what cannot be judged gets None, which the trainer leaves out.
+        """
+        return RewardFunction(self, name or self.name.split("/")[-1])
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""
