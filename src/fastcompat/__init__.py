@@ -27,6 +27,7 @@ _HOMES = {
     "open_run": "fastcompat.store",
     "packed_nll": "fastcompat.ops",
     "rank": "fastcompat.decisions",
+    "report": "fastcompat.report",
     "score": "fastcompat.scoring",
     "select": "fastcompat.decisions",
     "write_selection": "fastcompat.decisions",
@@ -44,6 +45,7 @@ __all__ = [
     "open_run",
     "packed_nll",
     "rank",
+    "report",
     "score",
     "select",
     "write_selection",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from fastcompat.decisions import Race, rank, select, write_selection
     from fastcompat.metrics import car
     from fastcompat.ops import linear_nll, packed_nll
+    from fastcompat.report import report
     from fastcompat.scoring import RewardScorer, Scorer, score
     from fastcompat.store import Run, open_run
 

@@ -45,8 +45,8 @@ def score_in_cluster(
     """
     from fastcompat.cli.processes import Together
     from fastcompat.cli.racing import race_at
-    from fastcompat.scoring.asked_models import absolute
     from fastcompat.scoring.on_ray import work_on_ray
+    from fastcompat.scoring.portable import absolute
     from fastcompat.scoring.run_scoring import score_on_ray
 
     together = Together(run, "on Ray")

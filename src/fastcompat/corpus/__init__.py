@@ -7,7 +7,7 @@
     detection     the first records -> a mapping (sample: questions about them; shapes: one reader for each known shape;
                   rewards: the columns of the rewards that the corpus brings)
     formats       records -> rows, through the mapping (turns: whatever stands for a conversation -> messages;
-                  beside: what stands beside its texts)
+                  beside: what stands beside its texts; batches: of a batch of somebody's pipeline, one a row)
     reading       a file, or a stretch of it -> its rows (documents: a JSON document that holds the records somewhere
                   inside; accounts: what is to be said of the rows)
     preparation   rows -> shards of units, partitioned by prompt (partition: in bounded memory; summary: what was made),
@@ -16,6 +16,7 @@
 A record that cannot be read becomes a row with the reason (`rows.Status`), never an exception and never nothing.
 """
 
+from fastcompat.corpus.batches import BatchReader
 from fastcompat.corpus.containers import file_sha256
 from fastcompat.corpus.formats import rows_from_records
 from fastcompat.corpus.partition import writing
@@ -28,6 +29,7 @@ from fastcompat.corpus.summary import CorpusSummary, FileSummary, InputDifferenc
 
 __all__ = [
     "GENERATORS",
+    "BatchReader",
     "CorpusSummary",
     "FileSummary",
     "InputDifference",

@@ -291,7 +291,8 @@ class ModelSettings:
 def resolve_device(device: str) -> torch.device:
     """The device that "auto", "cpu", "cuda:1" ... names. Raises ModelError where there is no such device."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Counted, which needs no CUDA: where a process has touched it, what it forks cannot use it.
+        return torch.device("cuda" if torch.cuda.device_count() else "cpu")
     try:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda", "mps", "xpu"):

@@ -5,11 +5,14 @@ response    the row: a conversation whose last message is the response
 status      what became of it
 columns     every column: its type, its meaning, what computes it; the tables that are made of them
 frames      anybody's frame (pyarrow, pandas, polars, a list) as a table or as rows
+batches     anybody's batch, to read, and the same with columns added
+notebook    tables of scores and rankings as a notebook shows them
 arrays      arrays of figures, by the type of their values
 pairing     loss and reward of one response in one row
 """
 
 from fastcompat.rows.arrays import BoolArray, FloatArray, IntArray
+from fastcompat.rows.batches import Batch, batch_of, with_columns
 from fastcompat.rows.columns import (
     COLUMNS,
     EXTRAS,
@@ -36,6 +39,7 @@ from fastcompat.rows.message import (
     spoken,
     without_reasoning,
 )
+from fastcompat.rows.notebook import as_html, show_tables
 from fastcompat.rows.pairing import MISSING, by_pair, carrying, is_long, only, pair, paired, refuse_absent
 from fastcompat.rows.response import (
     MESSAGE_TYPE,
@@ -61,6 +65,7 @@ __all__ = [
     "SAID_KEYS",
     "SCORED_STATUSES",
     "SCORES_SCHEMA",
+    "Batch",
     "BoolArray",
     "Extras",
     "FloatArray",
@@ -68,8 +73,10 @@ __all__ = [
     "Message",
     "Response",
     "Status",
+    "as_html",
     "as_scores",
     "as_table",
+    "batch_of",
     "by_pair",
     "carrying",
     "dumped",
@@ -89,9 +96,13 @@ __all__ = [
     "records",
     "refuse_absent",
     "says_something",
+    "show_tables",
     "spoken",
     "to_table",
+    "with_columns",
     "with_later_columns",
     "with_reward",
     "without_reasoning",
 ]
+
+show_tables()

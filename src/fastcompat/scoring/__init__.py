@@ -9,8 +9,11 @@ pipeline        what runs beside it: tokenising ahead, writing behind
 token_budget    how large a pack may be
 machine_memory  how much there is for it
 scorer          a model with all its settings, and its identity
+batches         what it does with batches of somebody's pipeline: names of columns, one warning
+portable        how it travels into another process: pickled as its settings
 losses          a base model's figures
 rewards         a reward model's
+reward_function a reward model as what trainers of reinforcement learning call
 joint           both of one body in one pass
 passes          what a run still lacks, and which pass over the corpus gives it
 asked_models    which models, and how, as plain values

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from fastcompat.errors import UsageError
 from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.passes import Pass, passes_of
+from fastcompat.scoring.portable import absolute, names_a_file
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
 
@@ -63,7 +62,7 @@ class AskedModels:
     def located(self) -> AskedModels:
         """The same for a process that works in another directory."""
         base_settings = dict(self.base_settings)
-        if _names_a_file(template := base_settings.get("template", "auto")):
+        if names_a_file(template := base_settings.get("template", "auto")):
             base_settings["template"] = absolute(template)
         base, reward = ([absolute(model) for model in models] for models in (self.base, self.reward))
         return replace(self, base=base, reward=reward, base_settings=base_settings)
@@ -91,14 +90,3 @@ class AskedModels:
         if self.reward and len(refusals) == len(self.reward):
             raise refusals[0]
         return scorers
-
-
-def absolute(place: str) -> str:
-    """A path as any working directory has it; hub ids and addresses as they are."""
-    return os.path.abspath(place) if "://" not in place and Path(place).exists() else place
-
-
-def _names_a_file(template: str) -> bool:
-    from fastcompat.tokens.built_in_templates import BUILT_IN_TEMPLATES
-
-    return template not in ("auto", *BUILT_IN_TEMPLATES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +34,8 @@ from fastcompat.rows import (
     without_reasoning,
 )
 from fastcompat.scoring.packs import score_all
-from fastcompat.scoring.scorer import ModelScorer, versions
+from fastcompat.scoring.portable import versions
+from fastcompat.scoring.scorer import ModelScorer
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import (
     BoolArray,
@@ -225,6 +227,7 @@ class Scorer(ModelScorer):
 
     kind = "base_model"
     what = "losses"
+    figure = "loss"
 
     def __init__(
         self,
@@ -295,6 +298,26 @@ class Scorer(ModelScorer):
         """Compute these columns beside the loss from now on."""
         self.extras = extras
         self.__dict__.pop("identity", None)
+
+    @property
+    def batch_columns(self) -> tuple[str, ...]:
+        return ("loss", "nll_sum", "n_tokens", *self.extras.columns, "status", "detail")
+
+    def given(self) -> dict[str, Any]:
+        """The settings, as this class takes them."""
+        tokenization = {
+            field.name: getattr(self.tokenizer.settings, field.name) for field in fields(TokenizationSettings)
+        }
+        return {
+            **tokenization,
+            "template_options": dict(self.tokenizer.settings.template_options),
+            "device": self.settings.device,
+            "dtype": self.settings.dtype,
+            "revision": self.settings.revision,
+            "token_budget": self._given_token_budget,
+            "deterministic": self.settings.deterministic,
+            "extras": list(self.extras.columns),
+        }
 
     def begin(self, rows: list[Response]) -> ResponseScores:
         """Tokenise responses; nothing of them is scored yet."""

@@ -14,8 +14,9 @@ from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.joint import JointScorer, share_body
 from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.machine_memory import free_memory
+from fastcompat.scoring.portable import versions
 from fastcompat.scoring.rewards import RewardScorer
-from fastcompat.scoring.scorer import ModelScorer, versions
+from fastcompat.scoring.scorer import ModelScorer
 from fastcompat.store import TRIES, Claims, LeaveOut, Run, ScorerStore, Unit, leave_nothing_out
 
 

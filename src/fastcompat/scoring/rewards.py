@@ -26,7 +26,9 @@ from fastcompat.models import (
 )
 from fastcompat.rows import REWARD_SCHEMA, SCORED_STATUSES, Response
 from fastcompat.scoring.packs import score_all
-from fastcompat.scoring.scorer import ModelScorer, versions
+from fastcompat.scoring.portable import versions
+from fastcompat.scoring.reward_function import RewardFunction
+from fastcompat.scoring.scorer import ModelScorer
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.tokens import BoolArray, IntArray, PrefixForest, RewardSequence, RewardTokenizer, packed_reads
 
@@ -109,6 +111,7 @@ class RewardScorer(ModelScorer):
 
     kind = "reward_model"
     what = "rewards"
+    figure = "reward"
 
     def __init__(
         self,
@@ -146,6 +149,7 @@ class RewardScorer(ModelScorer):
             read_out=read_out,  # type: ignore[arg-type]  # checked there
         )
         self.head = self._described.head
+        self._asked = {"output": output, "read_out": read_out, "token_ids": token_ids}
         context_length, _ = model_lengths(self.config)
         self.tokenizer = RewardTokenizer.from_pretrained(
             self.source,
@@ -174,9 +178,40 @@ class RewardScorer(ModelScorer):
         """What makes this scorer's figures what they are: content, not paths. Equal identities, equal figures."""
         return self._identity(self.tokenizer.fingerprint(), head=self.head.kind.name, output=self.head.output)
 
+    @property
+    def batch_columns(self) -> tuple[str, ...]:
+        return ("reward", "status", "detail")
+
+    def given(self) -> dict[str, Any]:
+        """The settings, as this class takes them."""
+        tokenization = self.tokenizer.settings
+        return {
+            **self._asked,
+            "bos": tokenization.bos,
+            "max_length": tokenization.max_length,
+            "truncate": self.tokenizer.truncate,
+            "reasoning": tokenization.reasoning,
+            "tools": tokenization.tools,
+            "device": self.settings.device,
+            "dtype": self.settings.dtype,
+            "revision": self.settings.revision,
+            "token_budget": self._given_token_budget,
+            "deterministic": self.settings.deterministic,
+        }
+
     def begin(self, rows: list[Response]) -> RewardScores:
         """Tokenise conversations; nothing of them is scored yet."""
         return RewardScores(self.tokenizer(rows))
+
+    def as_reward(self, name: str | None = None) -> RewardFunction:
+        """The reward function of a GRPOTrainer or an RLOOTrainer of TRL.
+
+            trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B", reward_funcs=[scorer.as_reward()], ...)
+
+        name: what its metrics are called, the model's name if not given. Completions that share a prompt share its
+        computation; what cannot be judged gets None, which the trainer leaves out.
+        """
+        return RewardFunction(self, name or self.name.split("/")[-1])
 
     def record(self) -> dict[str, Any]:
         """Every setting, for the run's scorer.json."""

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from fastcompat.corpus import PreparationProgress
 from fastcompat.errors import Interrupted, UsageError
-from fastcompat.scoring.asked_models import AskedModels, absolute
+from fastcompat.scoring.asked_models import AskedModels
 from fastcompat.scoring.on_ray import Launch, reach, work_on_ray
 from fastcompat.scoring.passes import Worker, all_is_scored, score_passes
+from fastcompat.scoring.portable import absolute
 from fastcompat.store import (
     CorpusSettings,
     LeaveOut,

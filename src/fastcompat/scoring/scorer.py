@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import transformers
 
 from fastcompat.corpus import rows_from_records
 from fastcompat.errors import UsageError
@@ -28,31 +27,30 @@ from fastcompat.models import (
     resolve_dtype,
     weight_files,
 )
-from fastcompat.ops import library_versions
-from fastcompat.rows import Extras, Response, as_scores, is_table, records, to_table
+from fastcompat.rows import (
+    Extras,
+    Response,
+    as_scores,
+    batch_of,
+    is_table,
+    records,
+    to_table,
+    with_columns,
+)
+from fastcompat.scoring.batches import Batches, names_for
 from fastcompat.scoring.machine_memory import free_memory
 from fastcompat.scoring.packs import score_all
+from fastcompat.scoring.portable import Portable, compute_alone_where_forked
 from fastcompat.scoring.scores import OneFigure
 from fastcompat.scoring.token_budget import choose_token_budget
-from fastcompat.version import __version__
 
 
-def versions() -> dict[str, str]:
-    """Of the programs on which the last bits of a figure depend."""
-    # What follows a plus says how torch was built, which may differ from machine to machine.
-    return {
-        "fastcompat": __version__,
-        "torch": torch.__version__.partition("+")[0],
-        "transformers": transformers.__version__,
-        **library_versions(),
-    }
-
-
-class ModelScorer:
+class ModelScorer(Portable):
     """A model with all its settings; a subclass loads it and says what it scores."""
 
     kind: str  # in the identity, and the column of a table that says which model it is
     what: str  # what it computes, for people
+    figure: str  # what its columns in a batch are called after
     tokenizer: Any  # has a `description`, and says whose `token_ids` it gives
 
     def __init__(
@@ -77,6 +75,7 @@ class ModelScorer:
         weight_files(self.source, revision)
         self.device = resolve_device(device)
         self._given_token_budget = token_budget
+        self._batches = Batches()
 
     @property
     def name(self) -> str:
@@ -128,9 +127,66 @@ class ModelScorer:
         return self._score(to_table(responses), self.begin(responses))
 
     def _score(self, rows: pa.Table, scores: OneFigure) -> pa.Table:
-        score_all(self.model, scores, token_budget=self.token_budget)
+        self._compute(scores)
         (table,) = scores.tables(rows)
         return as_scores(table, self.kind, self.name)
+
+    def _compute(self, scores: OneFigure) -> None:
+        compute_alone_where_forked()
+        score_all(self.model, scores, token_budget=self.token_budget)
+
+    @property
+    def batch_columns(self) -> tuple[str, ...]:
+        """What a batch gets: the figures, what is computed beside them, and why a row has none."""
+        raise NotImplementedError
+
+    def __call__(
+        self, batch: Any, rank: int | None = None, *, mapping: Mapping[str, str] | None = None, prefix: str = ""
+    ) -> Any:
+        """Score a batch of somebody's pipeline: the same rows, with this scorer's columns behind their own.
+
+            scored = dataset.map(scorer, batched=True, batch_size=8192)    # datasets
+            table = scorer(table)                                          # pyarrow; or a pandas or polars frame
+
+        batch: a pyarrow table, a pandas or polars frame, a dict of columns: the same comes back with columns added. Of
+        another mapping, as `datasets` hands in, only the new columns, which it adds itself. A list of dictionaries is
+        scored as `score` does. rank: the number of the process, which computes on the GPU of that number (`with_rank`
+        of datasets), unless the scorer's device is a numbered one. mapping: canonical names to the batch's own, as of
+        `score`; found as in files where it is not given. prefix: what the new columns' names begin with.
+
+        Columns: `batch_columns`. Every row stays, and one that cannot be scored has a null and a `status` that says
+        why; where the batch has a `status` or a `detail`, the new ones are called after the figure (`reward_status`).
+        Only rows of one batch share what they have in common, so that batches should be large. Raises SchemaError where
+        no response can be found, or rows hold several each, and UsageError for what is no batch, and where a column of
+        a figure's name is there already.
+        """
+        if isinstance(batch, list | tuple):
+            if isinstance(rank, list):
+                raise UsageError("no input_columns: a scorer takes the whole batch, and finds prompt and response")
+            if prefix:
+                raise UsageError("a prefix is for batches; rows of dictionaries give the columns of Run.scores()")
+            return self.score(batch, mapping=mapping)
+        if rank is not None:
+            self._go_to(rank)
+        columns = batch_of(batch)
+        names = names_for(self.batch_columns, columns.names, figure=self.figure, prefix=prefix)
+        scores = self.begin(self._batches.read(columns, mapping))
+        if columns.n_rows:
+            self._compute(scores)
+        own = scores.columns()
+        return with_columns(batch, pa.table([own[name] for name in self.batch_columns], names=names))
+
+    def _go_to(self, rank: int) -> None:
+        """Compute on the GPU of this number from now on, counted round."""
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise UsageError(
+                f"rank is {rank!r}, not the number of a process: datasets' map with with_rank, not indices"
+            )
+        if self.device.type != "cuda" or ":" in self.settings.device:
+            return
+        self.unload()
+        self.device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+        self.settings = replace(self.settings, device=str(self.device))
 
     def unload(self) -> None:
         """Give the weights' memory back; they are loaded again when they are needed."""

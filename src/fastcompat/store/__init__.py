@@ -11,6 +11,7 @@ tasks         what a preparation consists of, on a disk that several workers sha
 preparers     its workers: this process, or children of it
 claims        who is at work on which unit, or on which task
 logs          what was done, when, by each process
+exports       scores in the frames of other packages
 races         races over a run, and what their looks found
 verification  how far a run is, and whether every file is what it should be
 """

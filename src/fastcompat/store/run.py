@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from fastcompat.corpus import CorpusSummary
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import FIGURES, ROW_SCHEMA, SCORES_SCHEMA, as_scores, with_later_columns, with_reward
+from fastcompat.store import exports
 from fastcompat.store.logs import Log, now
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, labels_of, leave_nothing_out
 from fastcompat.store.places import Disk, Place, place_of
@@ -276,6 +277,18 @@ class Run:
             tables.append(table.select([name for name in table.column_names if name in kept]))
         # What only some scorers tell is null for the others.
         return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+    def to_dataset(self, columns: Sequence[str] | None = None) -> Any:
+        """`scores()` as a `datasets.Dataset`. Raises UsageError where datasets is not installed."""
+        return exports.to_dataset(self.scores(columns))
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> Any:
+        """`scores()` as a pandas frame of Arrow's types, in which a null is no NaN. UsageError without pandas."""
+        return exports.to_pandas(self.scores(columns))
+
+    def to_polars(self, columns: Sequence[str] | None = None) -> Any:
+        """`scores()` as a polars frame. UsageError without polars."""
+        return exports.to_polars(self.scores(columns))
 
     def scores_by_unit(self, current: Sequence[ScorerStore] | None = None) -> pa.Table:
         """`scores()` without list columns, in the order of the units, with the column `UNIT`: the row's unit, as its
