@@ -96,7 +96,12 @@ FORGOTTEN_SECONDS = 24 * 3600
 
 def own_name(name: str) -> str:
     """A temporary name of this process's own, which says whose it is."""
-    return f".{name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f".{name}.{process_name()}-{secrets.token_hex(4)}"
+
+
+def process_name() -> str:
+    """This process, among all of all hosts."""
+    return f"{_host()}-{os.getpid()}"
 
 
 @cache
