@@ -213,6 +213,17 @@ def test_what_was_taken_over_on_the_way_is_settled_with_the_unit(tmp_path, clock
     assert os.listdir(tmp_path / "claims") == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells of those that nobody has waited for")
+def test_who_has_ended_is_gone_though_nobody_has_waited_for_it():
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    here, _, nonce = durable.own_name("").strip(".").rsplit("-", 2)
+    try:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert durable.is_gone(f"{here}-{ended.pid}-{nonce}")
+    finally:
+        ended.wait()
+
+
 def test_of_hosts_that_share_a_name_one_does_not_judge_the_others_processes(monkeypatch):
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
