@@ -190,9 +190,11 @@ def disturb(
                     os.kill(pid, signal.SIGCONT)
             stopped = set()
             continue
-        if not at_work or (faults[-1].startswith("parent") and not set(at_work) & set(children)):
+        has_children_at_work = bool(set(at_work) & set(children))
+        possible = [k for k, fault in enumerate(faults) if has_children_at_work or not fault.startswith("parent")]
+        if not at_work or not possible:
             continue
-        fault, victim = faults.pop(), draw.choice(at_work)
+        fault, victim = faults.pop(possible[-1]), draw.choice(at_work)
         done[fault] += 1
         print(f"{time.monotonic() - began:.0f} s: {fault}", file=sys.stderr)
         if fault == "stop":
