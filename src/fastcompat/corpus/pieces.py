@@ -104,7 +104,8 @@ class Plan:
     def digest(self) -> str:
         """Equal for preparations of the same corpus in the same way, whatever the pieces."""
         of = {**self.to_json(), "parts": None, "pieces": None, "instead": None, "version": __version__}
-        of["sources"] = [{**source, "path": None} for source in of["sources"]]
+        # Two servers of one name may date a file differently; its tag and size say what it is.
+        of["sources"] = [{**source, "path": None, "version": None} for source in of["sources"]]
         return hashlib.sha256(json.dumps([NORMALISATION, of], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastcompat.corpus.filenames import (
     may_be_data,
 )
 from fastcompat.corpus.remote import Stream, filesystem_of, is_remote, remote_files
+from fastcompat.corpus.web import Version, Web
 from fastcompat.errors import CorpusError
 
 
@@ -57,12 +58,15 @@ class Source:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types. How a file that is not on this machine is reached follows from its address."""
         names = ("label", "path", "generator", "size", "mtime_ns", "oid", "remote")
-        return {name: getattr(self, name) for name in names}
+        version = {"version": self.filesystem.listed} if isinstance(self.filesystem, Web) else {}
+        return {name: getattr(self, name) for name in names} | version
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:
         """The inverse of `to_json`."""
-        fields = {name: item for name, item in value.items() if name != "remote"}
+        fields = {name: item for name, item in value.items() if name not in ("remote", "version")}
+        if "version" in value:
+            return cls(**fields, filesystem=Web(Version(*value["version"])))
         return cls(**fields, filesystem=filesystem_of(value["label"]) if value["remote"] else None)
 
 

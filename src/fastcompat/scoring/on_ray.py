@@ -10,14 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from fastcompat.errors import FastcompatError, Interrupted, UsageError
+from fastcompat.errors import FastcompatError, Interrupted, RunError, UsageError
 from fastcompat.scoring.passes import figures_done
-from fastcompat.store import Run
+from fastcompat.store import Run, forget, process_name
 
 # What a worker does until nothing is left to do; it is called with what tells it to stop, and travels by pickle.
 Work: TypeAlias = Callable[[Callable[[], bool]], None]
@@ -179,8 +179,9 @@ class _Actor:
     def __init__(self) -> None:
         self._stopping = threading.Event()
 
-    def begin(self) -> None:
-        """Answers once it has a machine."""
+    def begin(self) -> str:
+        """Once it has a machine: which process it is."""
+        return process_name()
 
     def work(self, work: Work) -> None:
         work(self._stopping.is_set)
@@ -246,6 +247,7 @@ class _Actors:
                 if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
                     raise _cannot_work(error) from error
                 self._ray.kill(hired.actor)  # one that cannot be reached may still be at work
+                self._forget(hired)
                 self._count_death(error)
                 self._hire()
         self._see_who_has_begun()
@@ -276,6 +278,13 @@ class _Actors:
                 f"{len(waiting)} of {self.launch.n_workers} workers wait for a machine: each asks for {asked}, the "
                 f"cluster has {has}. They join as soon as there is room, and nobody waits for them."
             )
+
+    def _forget(self, hired: _Hired) -> None:
+        """On another machine nobody sees that it is gone: have it not waited for."""
+        with suppress(self._ray.exceptions.RayError, OSError, RunError):
+            process = self._ray.get(hired.begins, timeout=0)
+            for store in self._run.scorers():
+                forget(store.claims, process)
 
     def _count_death(self, error: Exception) -> None:
         self.launch.n_deaths += 1

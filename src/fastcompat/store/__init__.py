@@ -17,7 +17,8 @@ verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
-from fastcompat.store.claims import TRIES, Claims
+from fastcompat.store.claims import TRIES, Claims, forget
+from fastcompat.store.durable import process_name
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.places import Place, is_remote, new_file, place_of
 from fastcompat.store.preparing import CorpusSettings, prepare_run
@@ -39,6 +40,7 @@ __all__ = [
     "ScorerStore",
     "Snapshot",
     "Unit",
+    "forget",
     "is_remote",
     "leave_nothing_out",
     "n_prompts",
@@ -47,6 +49,7 @@ __all__ = [
     "pending_rows",
     "place_of",
     "prepare_run",
+    "process_name",
     "races_of",
     "start_race",
     "unscored_generators",

@@ -2,6 +2,7 @@
 
     claims/00012-0003.json              a worker's claim, whose beat changes while the worker lives
     claims/00012-0003.taken-<nonce>     whoever made this file took that claim over, when it had stopped beating
+    claims/00012-0003.dead-<nonce>      the worker of that claim is known to be dead, so nobody waits for it
     claims/00012-0003.aside.json        set aside: workers have died over it, `TRIES` of them
 
 Claims decide who computes what, and never what a figure is: a part that is there counts, whoever wrote it, and of two
@@ -72,6 +73,7 @@ class Claims:
         self._worker = own_name("").strip(".")
         self._mine: dict[str, _Own] = {}
         self._seen: dict[str, _Seen] = {}
+        self._listed: set[str] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_ended, name="fastcompat-claims", daemon=True)
@@ -104,7 +106,7 @@ class Claims:
         """Claim a unit. Which attempt at it this is, from 1; 0 where it is another's, or set aside."""
         now = self._clock()
         seen = self._seen.get(name)
-        expired = seen is not None and (now - seen.since >= self._lease or is_gone(seen.worker))
+        expired = seen is not None and (now - seen.since >= self._lease or self._is_dead(name, seen))
         if seen and not expired and now - seen.read < min(self._lease * WATCH_SHARE, self.patience):
             return 0  # it was somebody's a moment ago
         claim = {"worker": self._worker, "nonce": token_hex(8), "beat": 0, "attempt": 1}
@@ -116,8 +118,7 @@ class Claims:
         beat = there["nonce"], there["beat"]
         since = seen.since if seen and seen.beat == beat else now
         self._seen[name] = _Seen(beat=beat, since=since, read=now, worker=str(there.get("worker")))
-        # Of a worker of this host one can see that it is gone.
-        if now - since < self._lease and not is_gone(self._seen[name].worker):
+        if now - since < self._lease and not self._is_dead(name, self._seen[name]):
             return 0
         if there["attempt"] >= TRIES:
             record = {"attempts": there["attempt"], "last": there["worker"]}
@@ -144,13 +145,14 @@ class Claims:
         if own.claim["attempt"] > 1:
             # What was taken over on the way here is settled with it.
             for other in self._place.names():
-                if other.startswith(_taken(name, "")):
+                if other.startswith((_taken(name, ""), _dead(name, ""))):
                     self._place.delete(other)
 
     def set_aside(self) -> list[str]:
-        """Units that are left because workers die over them."""
+        """Units that are left because workers die over them. By the same listing it learns who is dead."""
         ending = _aside("")
-        return sorted(name.removesuffix(ending) for name in self._place.names() if name.endswith(ending))
+        self._listed = self._place.names()
+        return sorted(name.removesuffix(ending) for name in self._listed if name.endswith(ending))
 
     def settle(self) -> None:
         """Give back what has its part by now."""
@@ -176,6 +178,10 @@ class Claims:
             own.claim["beat"] += 1
             self._place.put(_claim(name), _text(own.claim), lasting=False)
             own.beaten = now
+
+    def _is_dead(self, name: str, seen: _Seen) -> bool:
+        """Whether its worker is known to be dead: one of this host is seen to be gone, of another it was said."""
+        return is_gone(seen.worker) or _dead(name, seen.beat[0]) in self._listed
 
     def _may_be_lost(self, own: _Own) -> bool:
         """Whether somebody may have taken it over: nobody does who has not watched it in silence for a lease."""
@@ -218,8 +224,25 @@ class Claims:
             return {"worker": "", "nonce": "unreadable", "beat": 0, "attempt": 1}
 
 
+def forget(place: Place, process: str) -> None:
+    """Have nobody wait for a process (`process_name`) that is known to be dead: what it has claimed in `place` may be
+    taken over as soon as somebody looks. Its deaths count as ever."""
+    for file in place.names():
+        name = file.removesuffix(".json")
+        if name == file or file.endswith(_aside("")):
+            continue
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            claim = json.loads(place.read(file))
+            if claim["worker"].startswith(f"{process}-"):
+                place.put_new(_dead(name, claim["nonce"]), b"", lasting=False)
+
+
 def _claim(name: str) -> str:
     return f"{name}.json"
+
+
+def _dead(name: str, nonce: str) -> str:
+    return f"{name}.dead-{nonce}"
 
 
 def _aside(name: str) -> str:

@@ -96,7 +96,12 @@ FORGOTTEN_SECONDS = 24 * 3600
 
 def own_name(name: str) -> str:
     """A temporary name of this process's own, which says whose it is."""
-    return f".{name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f".{name}.{process_name()}-{secrets.token_hex(4)}"
+
+
+def process_name() -> str:
+    """This process, among all of all hosts."""
+    return f"{_host()}-{os.getpid()}"
 
 
 @cache
@@ -136,6 +141,9 @@ def _alive(pid: int) -> bool:
         return False
     except OSError:  # it is another user's
         return True
+    # In a container where nobody collects the dead, one that has ended keeps its number.
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     return True
 
 
