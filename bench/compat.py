@@ -68,7 +68,12 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider")
 STEPS: dict[str, tuple[str, ...]] = {
     "parity": (*PYTEST, "tests/house/test_parity.py"),
     "engine": (*PYTEST, "tests/scoring/test_engine.py"),
-    "models": (*PYTEST, "tests/models/test_fusion.py", "tests/models/test_fake_device.py", "tests/ops/test_custom_ops.py"),
+    "models": (
+        *PYTEST,
+        "tests/models/test_fusion.py",
+        "tests/models/test_fake_device.py",
+        "tests/ops/test_custom_ops.py",
+    ),
     "triton": (
         *(*PYTEST, "tests/scoring/test_through_triton.py", "tests/kernels/test_triton_elementwise.py"),
         *("tests/kernels/test_triton_forest_plan.py", "tests/kernels/test_triton_segment_sum.py"),
