@@ -1,8 +1,8 @@
 """Every family on a GPU that is not there: fake tensors go all the way, and tell devices, dtypes and host reads apart.
 
-A fake tensor has shape, dtype and device but no values. Torch refuses to mix devices or dtypes as it would on a GPU, and
-whoever wants to see a value, which on a GPU waits for all that is queued, gets an error. Kernels are not launched: their
-launchers run and check what they are handed, and a launch checks that every tensor of it lies on the GPU.
+A fake tensor has shape, dtype and device but no values. Torch refuses to mix devices or dtypes as it would on a GPU,
+and whoever wants to see a value, which on a GPU waits for all that is queued, gets an error. Kernels are not launched:
+their launchers run and check what they are handed, and a launch checks that every tensor of it lies on the GPU.
 
 Loading may read values (does a replacement compute what its module computes?): there each comparison is answered as it
 was on the CPU. The pass over a pack may not.
@@ -65,7 +65,7 @@ def pack() -> PrefixForest:
 
 
 # Two layers where a family needs no more to show all that it has.
-FEWER = dict.fromkeys(FAMILIES, {"num_hidden_layers": 2}) | {
+FEWER = {family: {"num_hidden_layers": 2} for family in FAMILIES} | {
     "Gemma-3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "Gemma-4 (a head width per layer)": {},
     "Gemma-4 (shared keys, inputs per layer)": {},
@@ -74,7 +74,7 @@ FEWER = dict.fromkeys(FAMILIES, {"num_hidden_layers": 2}) | {
 
 
 class Answers:
-    """What comparisons of tensors answered on the CPU, in their order by shape, to be given where there are no values."""
+    """What comparisons of tensors answered on the CPU, by shape in their order; given where there are no values."""
 
     COMPARISONS = ((fusion, "_agree"), (torch, "allclose"), (torch, "equal"))
 
