@@ -207,10 +207,17 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def recorded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
+    return found
+
+
 def write(name: str, row: dict[str, Any]) -> None:
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
+    result = recorded()
     result["processor"] = platform.processor() or platform.machine()
-    result["rows"] = {key: result["rows"].get(key) for key in ROWS if key in result["rows"]} | {name: row}
+    result["rows"] = {
+        key: row if key == name else result["rows"][key] for key in ROWS if key == name or key in result["rows"]
+    }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -232,13 +239,16 @@ def try_row(name: str, steps: Sequence[str], *, keep: bool) -> bool:
         write(name, result | {"passed": False, "install": "\n".join(said)[-1500:]})
         return False
     found = versions(directory)
-    result |= {"versions": found, "install_cpu_s": round(cpu_seconds() - began), "passed": True, "steps": {}}
+    earlier = recorded()["rows"].get(name, {})
+    # Of a step that is not taken now, what came of it with the same versions.
+    taken = dict(earlier["steps"]) if earlier.get("versions") == found else {}
+    result |= {"versions": found, "install_cpu_s": round(cpu_seconds() - began), "passed": True, "steps": taken}
     say(name, ", ".join(f"{package} {version}" for package, version in found.items()))
     for step in steps:
         why = why_not(step, found)
         outcome = {"not_run": why} if why else take(step, directory)
         result["steps"][step] = outcome
-        result["passed"] &= outcome.get("passed", True)
+        result["passed"] = all(outcome.get("passed", True) for outcome in taken.values())
         say(name, f"{step}: {why or json.dumps({k: v for k, v in outcome.items() if k != 'end'})}")
         write(name, result)
     if not keep:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcompat.models import fusion, packed_model
 from fastcompat.models.base_model import wrap
@@ -48,9 +49,6 @@ GPU = torch.device("meta")
 # Where transformers or torch themselves read a value, or ask the driver, on their way through a layer.
 BEYOND = {
     "Phi-3 (LongRoPE)": "transformers reads the largest position in every pass, to choose the frequencies",
-    "Mixtral": "torch asks the driver which card it is before it multiplies the experts' groups",
-    "Qwen3-MoE": "torch asks the driver which card it is before it multiplies the experts' groups",
-    "gpt-oss (sinks)": "torch asks the driver which card it is before it multiplies the experts' groups",
 }
 
 
@@ -129,6 +127,19 @@ def in_float32(module: torch.nn.Module) -> torch.nn.Module:
     return with_tensors(copy.deepcopy(module), lambda x: x.float() if x.is_floating_point() else x)
 
 
+class ProductsOfOneDtype(TorchDispatchMode):
+    """Fake tensors do not mind what every device refuses: a product of two dtypes."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.PRODUCTS:
+            dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+            if len(dtypes) > 1:
+                raise RuntimeError(f"{func} of several dtypes: {dtypes}")
+        return func(*args, **(kwargs or {}))
+
+
 class FakeGpu:
     """Where tensors have no values, and the names of the kernels that were launched."""
 
@@ -146,7 +157,7 @@ class FakeGpu:
                     assert value.device == GPU, f"{kernel.fn.__name__}: {name} lies on {value.device}"
             self.launched.add(kernel.fn.__name__)
 
-        with pytest.MonkeyPatch.context() as patch, self.mode:
+        with pytest.MonkeyPatch.context() as patch, self.mode, ProductsOfOneDtype():
             patch.setattr(InterpretedFunction, "run", launch)
             patch.setitem(backends.FASTEST, GPU.type, "triton")
             # A module's copy stays in the mode that it was made in.
@@ -254,5 +265,5 @@ def test_what_is_read_or_lies_apart_is_found():
             values + gpu.mode.from_tensor(others)
         with pytest.raises(AssertionError, match="convert all Tensors"):
             values + others
-        with pytest.raises(RuntimeError, match="dtype"):
-            torch.nn.functional.linear(values, values[None].bfloat16())
+        with pytest.raises(RuntimeError, match="dtypes"):
+            torch.nn.functional.linear(values[None], values[None].bfloat16())
