@@ -214,9 +214,10 @@ def recorded() -> dict[str, Any]:
 
 def write(name: str, row: dict[str, Any]) -> None:
     result = recorded()
-    result["processor"] = platform.processor() or platform.machine()
-    result["rows"] = {
-        key: row if key == name else result["rows"][key] for key in ROWS if key == name or key in result["rows"]
+    rows = result["rows"] | {name: row}
+    result |= {
+        "processor": platform.processor() or platform.machine(),
+        "rows": {key: rows[key] for key in ROWS if key in rows},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
