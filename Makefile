@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real triton-report gpu-check gpu-check-dry-run clean
+.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real compat triton-report
+.PHONY: gpu-check gpu-check-dry-run clean
 
 install: $(INSTALLED)
 
@@ -91,6 +92,11 @@ real: install
 	$(BIN)/python bench/real/material.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -p no:benchmark --numprocesses auto tests/tokens/test_real_tokenizers.py
 	$(BIN)/python bench/real/run.py --prompts $(or $(PROMPTS),40) $(if $(RESPONSES),--responses $(RESPONSES))
+
+# Other versions of Python, torch, transformers, triton and numpy, each in an environment of its own that is deleted
+# again; gigabytes from pip's registry, an hour and more. ROWS="oldest pins": only these.
+compat:
+	nice $(PYTHON) bench/compat.py $(if $(ROWS),--rows $(ROWS))
 
 # Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: fails where registers spill.
 triton-report: install

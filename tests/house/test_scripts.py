@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     "bench/attention.py",
+    "bench/compat.py",
     "bench/coverage.py",
     "bench/end_to_end.py",
     "bench/every_model.py",
