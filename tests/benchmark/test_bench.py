@@ -18,7 +18,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fastcompat.benchmark import measurement
-from fastcompat.benchmark.flops import body_parameters, product_rate, up_projection, useful_flops
+from fastcompat.benchmark.flops import (
+    body_parameters,
+    data_sheet_rate,
+    product_rate,
+    product_tokens,
+    up_projection,
+    useful_flops,
+)
 from fastcompat.benchmark.loops import PLAIN_LOOPS, Loop, by_length, length_sorted, one_by_one, padded
 from fastcompat.benchmark.measurement import Settings, WrongLossError, check_losses, measure
 from fastcompat.benchmark.rounds import choose_size, fastest_size, fitting_sizes, run_in_turn
@@ -355,6 +362,25 @@ def test_useful_flops_are_those_of_the_definition():
     ):
         model = wrap(family, small_model(family))
         assert useful_flops(model, forests) == 2 * body * forest.n_tokens + 2 * head * scored + 4 * attention, family
+
+
+def test_what_data_sheets_promise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    for name, teraflops in (
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+    ):
+        assert data_sheet_rate(cuda, torch.bfloat16) == pytest.approx(1e12 * teraflops), name
+    assert data_sheet_rate(cuda, torch.float32) is None
+    assert data_sheet_rate(torch.device("cpu"), torch.bfloat16) is None
+    name = "NVIDIA GeForce RTX 4090"
+    assert data_sheet_rate(cuda, torch.bfloat16) is None
+    assert (product_tokens(cuda), product_tokens(torch.device("cpu"))) == (16384, 2048)
 
 
 def test_matrices_are_found_whatever_they_are_called():

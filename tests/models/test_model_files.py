@@ -16,7 +16,7 @@ from tokenizer_makers import CHATML, make_tokenizer
 
 import fastcompat as fc
 from fastcompat.errors import ModelError
-from fastcompat.models import packed_model
+from fastcompat.models import loading, packed_model
 from fastcompat.models.checkpoint import have_equal_tensors
 from fastcompat.models.configuration import load_config
 
@@ -221,6 +221,34 @@ def test_tensors_are_compared_bit_by_bit_in_every_dtype(base, tmp_path):
     assert not have_equal_tensors(str(eighths), str(others), [name], (None, None))
     edit_tensors(others, **{name.replace(".", "__"): eighth.reshape(-1)})
     assert not have_equal_tensors(str(eighths), str(others), [name], (None, None))
+
+
+def test_weights_go_straight_to_a_gpu_where_accelerate_is_there(base, monkeypatch):
+    from transformers import utils
+
+    monkeypatch.setattr(utils, "is_accelerate_available", lambda: True)
+    assert loading._placement(torch.device("cuda:1")) == {"device_map": {"": torch.device("cuda:1")}}
+    assert loading._placement(torch.device("cpu")) == {}
+    monkeypatch.setattr(utils, "is_accelerate_available", lambda: False)
+    assert loading._placement(torch.device("cuda:1")) == {}
+
+
+def test_weights_that_go_straight_to_their_device_are_the_same(base, monkeypatch):
+    pytest.importorskip("accelerate")
+    plain = loading.load_causal_lm(str(base)).full.state_dict()
+    monkeypatch.setattr(loading, "_placement", lambda device: {"device_map": {"": device}})
+    placed = loading.load_causal_lm(str(base)).full
+    assert not any(hasattr(module, "_hf_hook") for module in placed.modules())
+    assert plain.keys() == placed.state_dict().keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in placed.state_dict().items())
+
+
+def test_a_model_that_is_to_divide_no_product_says_so_to_all_that_computes(base):
+    scorer = fc.Scorer(str(base), deterministic=True)
+    assert scorer.model.deterministic
+    # On a CPU it is the same scorer, and its record says that nothing was done.
+    assert scorer.identity == fc.Scorer(str(base)).identity
+    assert scorer.record()["deterministic"] is False
 
 
 def test_what_is_raised_while_a_model_is_made_ready_is_one_sentence(base, monkeypatch):
