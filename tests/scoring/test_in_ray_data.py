@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 
 import pytest
+from command_line import run_script
 
 import fastcompat as fc
 from fastcompat.demo import model_directory
@@ -42,24 +40,19 @@ print(json.dumps([sizes, rows]))
 
 def test_ten_blocks_and_two_actors_give_what_one_process_does():
     place = tempfile.mkdtemp(prefix="r", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets have short names
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "RAY_TMPDIR": place,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [sys.executable, "-c", SCRIPT, str(model_directory()), json.dumps(ROWS)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True, **pipes)
     try:
-        said, errors = child.communicate(timeout=400)
+        said = run_script(
+            SCRIPT,
+            str(model_directory()),
+            json.dumps(ROWS),
+            seconds=400,
+            RAY_TMPDIR=place,
+            RAY_AUTH_MODE="disabled",
+            RAY_USAGE_STATS_ENABLED="0",
+            OMP_NUM_THREADS="1",
+        )
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # what Ray started ends with it
-            child.wait()
         shutil.rmtree(place, ignore_errors=True)
-    assert child.returncode == 0, errors
     sizes, rows = json.loads(said.splitlines()[-1])
     assert max(sizes) < 10_000
     want = fc.Scorer(str(model_directory()), device="cpu").score(ROWS).to_pylist()
