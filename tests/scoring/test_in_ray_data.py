@@ -24,8 +24,14 @@ import json, logging, sys
 import ray, ray.data
 import fastcompat as fc
 model, rows = sys.argv[1], json.loads(sys.argv[2])
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-         object_store_memory=100 << 20)
+try:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+             object_store_memory=100 << 20)
+except Exception as error:
+    if "timed out during startup" not in str(error):
+        raise
+    print(json.dumps(None))
+    sys.exit()
 ray.data.DataContext.get_current().enable_progress_bars = False
 blocks = ray.data.from_items(rows, override_num_blocks=10)
 sizes = [len(ray.cloudpickle.dumps(thing)) for thing in (fc.Scorer, fc.Scorer(model, device="cpu"))]
@@ -53,7 +59,10 @@ def test_ten_blocks_and_two_actors_give_what_one_process_does():
         )
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    sizes, rows = json.loads(said.splitlines()[-1])
+    found = json.loads(said.splitlines()[-1])
+    if found is None:
+        pytest.skip("this machine is too busy for Ray, which gives itself 30 seconds to start")
+    sizes, rows = found
     assert max(sizes) < 10_000
     want = fc.Scorer(str(model_directory()), device="cpu").score(ROWS).to_pylist()
     assert [row["n"] for row in rows] == list(range(40))
