@@ -309,7 +309,7 @@ def test_a_process_forked_after_threads_computed_is_not_waited_for_for_ever(scor
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
             future = pool.submit(scorer, table)
             try:
-                assert future.result(timeout=60).equals(wanted)
+                assert future.result(timeout=240).equals(wanted)
             finally:
                 for process in pool._processes.values():
                     process.kill()

