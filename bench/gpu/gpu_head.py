@@ -204,7 +204,7 @@ def tile_sweep(device: str) -> Iterator[Finding]:
 def compile_ahead(jobs: list[tuple[Head, Any]], device: str) -> list[Finding]:
     """Fill Triton's cache in parallel processes; seconds for each, or why there are none."""
     n_processes = 1 if device == "cpu" else max(1, min(8, len(jobs), (os.cpu_count() or 2) // 2))
-    deadline = time.monotonic() + COMPILE_SECONDS
+    deadline = time.monotonic() + (600.0 if device == "cpu" else COMPILE_SECONDS)
     outcomes: list[Finding] = []
     with get_context("spawn").Pool(n_processes) as pool:
         for result in [pool.apply_async(_compile, (head, tiles, device)) for head, tiles in jobs]:
