@@ -9,7 +9,6 @@ Dimension key: S scored tokens, D hidden size, V vocabulary, T packed tokens, H 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,34 +17,14 @@ from torch import Tensor
 
 from fastcompat.kernels import forest_attention, forest_plan, linear_tiles
 
-# Changes to the head's tiles where the kernels name no variants: stages and pipeline, how a tile is folded, its shape.
-HEAD_CHANGES: dict[str, dict[str, Any]] = {
-    "three_stages": {"num_stages": 3},
-    "unflattened": {"flatten": False},
-    "descriptors": {"descriptors": True},
-    "descriptors_unflattened": {"descriptors": True, "flatten": False},
-    "slices_2": {"slices": 2},
-    "slices_8": {"slices": 8},
-    "shallow": {"block_d": 32, "num_stages": 6},
-    "deep": {"block_d": 128, "num_stages": 2},
-    "narrow": {"block_v": 128, "slices": 2},
-    # 96 KiB: two programs a multiprocessor, one's epilogue beside the other's products.
-    "two_programs": {"block_v": 128, "slices": 2, "num_warps": 4, "num_stages": 3},
-    "short": {"block_s": 64, "num_warps": 4},
-    "tall_descriptors": {"block_s": 256, "block_v": 128, "slices": 4, "descriptors": True},
-}
-
 # Tokens of the pieces in which an MLP is computed; None: all at once.
 MLP_PIECES: tuple[int | None, ...] = (None, 2048, 4096, 8192, 16384)
 
 
 def head_variants(dtype: torch.dtype, device: torch.device, D: int) -> dict[str, Any]:
     """`tiles=` of `linear_nll` by name, those that can compute a head of D."""
-    named = getattr(linear_tiles, "variants", None)
-    if named is None:
-        table = linear_tiles.choose_tiles(dtype, device)
-        return {"tiles": table} | {name: replace(table, **change) for name, change in HEAD_CHANGES.items()}
-    return {name: tiles for name, tiles in named(dtype, device).items() if not linear_tiles.why_not(tiles, dtype, D)}
+    named = linear_tiles.variants(dtype, device)
+    return {name: tiles for name, tiles in named.items() if not linear_tiles.why_not(tiles, dtype, D)}
 
 
 def is_of_cublas(variant: Any) -> bool:
@@ -57,9 +36,6 @@ def attention_variants(
     query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, subtree_end: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """By name what computes [T, H, C] of query [H, T, C], key and value [K, T, C]; lists are made in the first call."""
-    named = getattr(forest_plan, "variants", None)
-    if named is None:
-        return {}
     pack = position_ids, subtree_end
 
     @cache
@@ -73,4 +49,5 @@ def attention_variants(
         )
 
     width = max(query.shape[2], value.shape[2])
-    return {name: partial(attend, tiles) for name, tiles in named(query.dtype, query.device, width).items()}
+    named = forest_plan.variants(query.dtype, query.device, width)
+    return {name: partial(attend, tiles) for name, tiles in named.items()}
