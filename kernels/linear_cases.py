@@ -15,7 +15,7 @@ from .linear_tiles import Pieces, Tiles, variants
 
 S = 2100  # tokens of a pack that are scored: two blocks of rows
 # Hidden size, vocabulary, and what stands between products and logits. V 128,256 and 256,000 are whole tiles, the
-# others have a tail; D 1,000 is no multiple of a tile's.
+# others have a tail; D 1,040 is no multiple of a tile's.
 HEADS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "Llama-3-8B": (4096, 128_256, {}),
     "Qwen2.5-0.5B": (896, 151_936, {}),
@@ -23,7 +23,7 @@ HEADS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "Gemma-2-2B": (2304, 256_000, {"softcap": 30.0}),
     "Command R": (8192, 256_000, {"logit_scale": 0.0625}),
     "Phi-2, bias": (2560, 51_200, {"bias": True}),
-    "everything": (1000, 50_257, {"bias": True, "logit_scale": 0.5, "softcap": 30.0}),
+    "everything": (1040, 50_257, {"bias": True, "logit_scale": 0.5, "softcap": 30.0}),
 }
 KERNELS = {
     linear_nll: ("_target_kernel", "_range_kernel", "_merge_kernel"),

@@ -138,7 +138,6 @@ TILE_VARIANTS = {
         three_stages=dict(num_stages=3),
         flat=dict(flatten=True),
         slices_4=dict(slices=4),
-        broad=dict(block_v=256, slices=4, num_stages=3),
     ),
     90: _changed(
         90,

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what a compiler alone can show of it.
 
-    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--json FILE | --list]
+    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--list | --json FILE [--missing]]
 
 The cases are what the launchers ask for on real models' shapes (`kernels/ahead_of_time.py`), and every variant that can
 be chosen by name. FILE holds the results of several versions of Triton; a run replaces those of its own version that it
@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--missing", action="store_true", help="only what the file does not have of this version yet")
     parser.add_argument("--list", action="store_true", help="names only, nothing is compiled")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -74,6 +75,9 @@ def main() -> int:
         if len(names) < len(cases):
             raise RuntimeError("two cases have one name")
         wanted = [case for case in cases if arguments.kernel in case.name]
+        if arguments.missing:
+            there = {row["kernel"] for row in known(arguments.json) if row["arch"] == arch}
+            wanted = [case for case in wanted if case.name not in there]
         if arguments.list:
             print(*(f"sm_{arch} {case.name}" for case in wanted), sep="\n")
             continue
@@ -84,6 +88,14 @@ def main() -> int:
     if not arguments.list:
         show(rows)
     return any(row.problems for row in rows)
+
+
+def known(path: Path | None) -> list[dict[str, Any]]:
+    """The rows that a file has of this version of Triton."""
+    if path is None or not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["versions"].get(triton.__version__, [])
+    return rows
 
 
 def write(path: Path, rows: list[Row], arch: int, names: set[str]) -> None:
