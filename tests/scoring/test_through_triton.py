@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,7 @@ pytestmark = [
 ]
 
 # Tokens of a pack: a unit is two of them.
-BUDGET = 64
+BUDGET = 32
 LAYERS = {"_rms_norm_kernel", "_rotate_kernel", "_gated_kernel", "_attention_kernel"}
 HEAD = {"_target_kernel", "_range_kernel", "_merge_kernel"}
 
@@ -138,9 +136,8 @@ def test_a_run_that_is_interrupted_at_every_pack_ends_with_the_same_bytes(direct
     n_interrupted = 0
     with through_triton():
         while any(run.pending(store) for store in run.scorers()) or not run.scorers():
-            stops = itertools.chain([False], itertools.repeat(True))
             with contextlib.suppress(Interrupted):
-                score(run, models, stop=partial(next, stops))
+                score(run, models, stop=lambda: True)
                 break
             n_interrupted += 1
             assert n_interrupted < 50
