@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "real"))
 from material import material_directory
@@ -38,6 +38,8 @@ from material import material_directory
 from fastcompat.benchmark.machine import machine
 from fastcompat.demo import model_directory
 from fastcompat.demo.corpus import write_corpus
+from fastcompat.models.pack_plan import PackPlan, plan_pack
+from fastcompat.ops import OneCopy
 from fastcompat.rows import Response, from_table
 from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.losses import ResponseScores
@@ -57,16 +59,39 @@ MOST_WAITED = 0.05
 
 @dataclass(kw_only=True)
 class NullModel:
-    """All that the loop asks of a model, which computes nothing and takes as long as one of this rate."""
+    """All that the loop asks of a model, which computes nothing and takes as long as one of this rate.
+
+    Its packs are planned as for a GPU, attention's lists included.
+    """
 
     tokens_per_second: float
     vocabulary: int = 1 << 24
     rope_boundary: int | None = None
     device: Any = field(default_factory=lambda: SimpleNamespace(type="cuda"))
 
-    def token_statistics(self, forest: PrefixForest, statistics: Sequence[str]) -> Any:
-        time.sleep(forest.n_tokens / self.tokens_per_second)
-        return np.ones((len(statistics), len(forest.scored)), np.float32)
+    def plan(self, forest: PrefixForest, positions: Any) -> NullPlan:
+        plan = plan_pack(forest, positions, prunes=True, windows=(), device=torch.device("cpu"))
+        plan.attention.summary(None)
+        if plan.last_attention is not None:
+            plan.last_attention.summary(None)
+        return NullPlan(OneCopy(plan, torch.device("cpu")))
+
+    def hidden(self, plan: PackPlan) -> torch.Tensor:
+        time.sleep(plan.forest.n_tokens / self.tokens_per_second)
+        return torch.ones(len(plan.targets), 1)
+
+    def target_statistics(self, hidden: torch.Tensor, plan: PackPlan, statistics: Sequence[str]) -> torch.Tensor:
+        return hidden.T.expand(len(statistics), -1)
+
+
+class NullPlan:
+    """A plan that stays where it is."""
+
+    def __init__(self, plan: OneCopy[PackPlan]) -> None:
+        self._plan = plan
+
+    def to(self, device: Any) -> PackPlan:
+        return self._plan.to(torch.device("cpu"))
 
 
 @dataclass(kw_only=True)
@@ -139,8 +164,9 @@ def one_round(run: Run, directory: Path, name: str) -> dict[str, Any]:
         scores = scores_of(rows)
         packs = steps.timed("forest", pack_sequences)(model, scores, token_budget=TOKEN_BUDGET)
         for forest in packs:
-            values = model.token_statistics(forest, ["nll"])
-            steps.timed("sums", scores.add)(forest, values)
+            plan = steps.timed("plan", model.plan)(forest, scores.positions(forest)).to(model.device)
+            (values,) = scores.compute(model, plan, model.hidden(plan))
+            steps.timed("sums", scores.add)(forest, (values.numpy(),))
             tokens += forest.n_unshared_tokens
             packed += forest.n_tokens
         (part,) = steps.timed("table", scores.tables)(table)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what a compiler alone can show of it.
 
-    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--list | --json FILE [--missing]]
+    python bench/gpu/triton_report.py [--arch 80 --arch 90 --arch 100] [--kernel TEXT] [--list | --json FILE]
 
 The cases are what the launchers ask for on real models' shapes (`kernels/ahead_of_time.py`), and every variant that can
 be chosen by name. FILE holds the results of several versions of Triton; a run replaces those of its own version that it
