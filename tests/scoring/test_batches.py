@@ -100,6 +100,13 @@ def test_pandas_keeps_its_index_and_nulls_are_no_nan(scorer, table, want):
     assert scorer(frame)["status"].tolist() == ["ok", "empty", "ok", "empty", "ok"]
 
 
+def test_a_null_that_pandas_hands_out_as_nan_is_a_null(scorer, want):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    assert scorer(frame.to_dict("list"))["status"] == want["status"].to_pylist()
+    assert scorer.score(frame).select(NEW).equals(want)
+
+
 def test_polars(scorer, want):
     polars = pytest.importorskip("polars")
     scored = scorer(polars.DataFrame(ROWS))
@@ -261,7 +268,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
         device="cpu", dtype="bfloat16", token_budget=777, template="mine.jinja", turns="all"
     )
     settings |= dict(score_eos=False, bos="one", max_length=99, template_options={"x": [1]}, reasoning="drop")
-    settings |= dict(tools="drop", turn_masks="ignore", token_ids="class", extras=["n_bytes"])
+    settings |= dict(tools="drop", turn_masks="ignore", token_ids="class", deterministic=True, extras=["n_bytes"])
     scorer = fc.Scorer("model", **settings)
     monkeypatch.chdir("/")
     # The pickle names places as any directory has them.
@@ -273,7 +280,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
     located = {"template": str(tmp_path / "mine.jinja"), "revision": None}
     assert copy.given() == settings | located
     asked = dict(device="cpu", dtype="float32", token_budget=55, bos="one", max_length=50, truncate=True)
-    asked |= dict(reasoning="drop", tools="drop", output=0, read_out="last", token_ids="class")
+    asked |= dict(reasoning="drop", tools="drop", output=0, read_out="last", token_ids="class", deterministic=True)
     judge = fc.RewardScorer(str(reward_model_directory()), **asked)
     copy = pickle.loads(pickle.dumps(judge))
     assert copy.identity == judge.identity
