@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,13 @@ def test_a_pickle_holds_settings_and_is_the_same_after_loading(scorer, judge, ta
         assert pickle.dumps(type(each)(each.source)) == pickled
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             _ = copy.nothing
+
+
+def test_threads_may_be_the_first_to_use_what_has_arrived(scorer, table, want):
+    copy = pickle.loads(pickle.dumps(scorer))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda name: getattr(copy, name), ["batch_columns"] * 4)) == [tuple(NEW)] * 4
+    assert copy(table).select(NEW).equals(want.combine_chunks())
 
 
 def test_every_setting_travels(tmp_path, monkeypatch):
