@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,13 @@ def test_pandas_keeps_its_index_and_nulls_are_no_nan(scorer, table, want):
     messages = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text or ""}] for text in RESPONSES]
     frame = pandas.DataFrame({"messages": messages, "anything": [1, "two", None, [3], {"f": 4.0}]})
     assert scorer(frame)["status"].tolist() == ["ok", "empty", "ok", "empty", "ok"]
+
+
+def test_a_null_that_pandas_hands_out_as_nan_is_a_null(scorer, want):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    assert scorer(frame.to_dict("list"))["status"] == want["status"].to_pylist()
+    assert scorer.score(frame).select(NEW).equals(want)
 
 
 def test_polars(scorer, want):
@@ -253,6 +260,13 @@ def test_a_pickle_holds_settings_and_is_the_same_after_loading(scorer, judge, ta
             _ = copy.nothing
 
 
+def test_threads_may_be_the_first_to_use_what_has_arrived(scorer, table, want):
+    copy = pickle.loads(pickle.dumps(scorer))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda name: getattr(copy, name), ["batch_columns"] * 4)) == [tuple(NEW)] * 4
+    assert copy(table).select(NEW).equals(want.combine_chunks())
+
+
 def test_every_setting_travels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
@@ -261,7 +275,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
         device="cpu", dtype="bfloat16", token_budget=777, template="mine.jinja", turns="all"
     )
     settings |= dict(score_eos=False, bos="one", max_length=99, template_options={"x": [1]}, reasoning="drop")
-    settings |= dict(tools="drop", turn_masks="ignore", token_ids="class", extras=["n_bytes"])
+    settings |= dict(tools="drop", turn_masks="ignore", token_ids="class", deterministic=True, extras=["n_bytes"])
     scorer = fc.Scorer("model", **settings)
     monkeypatch.chdir("/")
     # The pickle names places as any directory has them.
@@ -273,7 +287,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
     located = {"template": str(tmp_path / "mine.jinja"), "revision": None}
     assert copy.given() == settings | located
     asked = dict(device="cpu", dtype="float32", token_budget=55, bos="one", max_length=50, truncate=True)
-    asked |= dict(reasoning="drop", tools="drop", output=0, read_out="last", token_ids="class")
+    asked |= dict(reasoning="drop", tools="drop", output=0, read_out="last", token_ids="class", deterministic=True)
     judge = fc.RewardScorer(str(reward_model_directory()), **asked)
     copy = pickle.loads(pickle.dumps(judge))
     assert copy.identity == judge.identity

@@ -74,6 +74,20 @@ def test_the_dataset_may_be_in_any_format(dataset, scorer, scored, form):
     assert all(other.features[name] == scored.features[name] for name in NEW)
 
 
+def test_what_a_function_has_changed_in_a_batch_is_what_is_scored(dataset, scorer):
+    def of_new_words(batch):
+        batch["response"] = [f"They are {prompt}, I think." for prompt in batch["prompt"]]
+        batch["answer"] = [f"So {prompt}" for prompt in batch["prompt"]]
+        options = {"mapping": {"prompt": "prompt", "response": "answer"}, "prefix": "answer_"}
+        return {**scorer(batch), **scorer(batch, **options)}
+
+    found = dataset.select(range(6)).map(of_new_words, batched=True, keep_in_memory=True)
+    rows = found.select_columns(["prompt", "response"]).to_list()
+    assert found["loss"][:] == scorer.score(rows)["loss"].to_pylist()
+    rows = [{"prompt": row["prompt"], "response": f"So {row['prompt']}"} for row in rows]
+    assert found["answer_loss"][:] == scorer.score(rows)["loss"].to_pylist()
+
+
 def test_columns_keep_their_features_and_may_be_removed(datasets, dataset, scorer):
     labelled = dataset.select(range(12)).cast_column("label", datasets.ClassLabel(names=["even", "odd"]))
     found = labelled.map(scorer, batched=True, remove_columns=["prompt"], fn_kwargs={"prefix": "demo_"})

@@ -122,7 +122,7 @@ def test_lines_words_and_punctuation_are_pieces() -> None:
     assert [piece for piece in gpt2.findall("so.\n\nAnd") if piece] == ["so", ".\n\nAnd"]
 
 
-@pytest.mark.parametrize("content", ["a.b", "<a-1>", "x_y"])
+@pytest.mark.parametrize("content", ["a.b", "<a-1>", "x_y", "  ", "\n\n", " b"])
 def test_an_added_token_is_never_cut(content: str) -> None:
     made = backend(SPLITTINGS["llama3"], added=(AddedToken(content, normalized=False),))
     pattern = piece_pattern(made)
@@ -131,6 +131,17 @@ def test_an_added_token_is_never_cut(content: str) -> None:
     (own,) = Pieces(made, pattern)([text])
     assert own.ids.tolist() == made.encode(text, add_special_tokens=False).ids
     assert own.ids.tolist().count(made.token_to_id(content)) == 3
+
+
+@pytest.mark.parametrize(("content", "written"), [("a≠", "a=\u0338"), ("x\u037e", "x;"), ("x;", "x\u037e")])
+def test_an_added_token_that_composition_makes_is_never_cut(content: str, written: str) -> None:
+    made = backend(SPLITTINGS["qwen"], added=(AddedToken(content, normalized=True),))
+    pattern = piece_pattern(made)
+    assert pattern is not None
+    text = f"see {written} and{written}"
+    (own,) = Pieces(made, pattern)([text])
+    assert own.ids.tolist() == made.encode(text, add_special_tokens=False).ids
+    assert own.ids.tolist().count(made.token_to_id(content)) == 2
 
 
 REFUSED = {

@@ -52,10 +52,12 @@ def batch_of(value: Any) -> Batch:
     if type(value).__name__ == "LazyRow":
         raise _single_row("this")
     if isinstance(beneath, pa.Table):
-        value = beneath.select([name for name in beneath.column_names if name in value])
-    elif _is_polars(value):
+        # What was asked for or set may have been changed by whoever hands the batch on: it stands in the mapping alone.
+        untouched = getattr(value, "keys_to_format", ())
+        return _of_columns({name: beneath[name] if name in untouched else value[name] for name in value})
+    if _is_polars(value):
         value = value.to_arrow()
-    elif _is_pandas(value):
+    if _is_pandas(value):
         return _of_pandas(value)
     if isinstance(value, pa.Table):
         _refuse_repeated(value.column_names)
@@ -135,11 +137,11 @@ def _of_columns(columns: Mapping[str, Any]) -> Batch:
         elif isinstance(values, np.ndarray):
             # What has more dimensions is an embedding or an image.
             if values.ndim == 1:
-                others[str(name)] = [_plain(value) for value in values.tolist()]
+                others[str(name)] = [plain(value) for value in values.tolist()]
         elif isinstance(values, list | tuple):
-            others[str(name)] = list(values)
+            others[str(name)] = [plain(value) for value in values]
         elif hasattr(values, "to_list"):  # a series of pandas or polars
-            others[str(name)] = [_plain(value) for value in values.to_list()]
+            others[str(name)] = [plain(value) for value in values.to_list()]
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UsageError(f"the batch's columns differ in length: {told}")
@@ -157,18 +159,18 @@ def _of_pandas(frame: Any) -> Batch:
         try:
             arrays[name] = pa.array(series, from_pandas=True)
         except (pa.ArrowException, TypeError, ValueError):  # values that have no type together
-            others[name] = [_plain(value) for value in series.tolist()]
+            others[name] = [plain(value) for value in series.tolist()]
     return Batch(len(frame), tuple(names), pa.table(arrays), others)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value without the arrays that numpy makes of lists, and with None for the NaN that pandas makes of null."""
     if isinstance(value, float):
         return None if value != value else value
     if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+        return [plain(item) for item in value.tolist()]
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return None if type(value).__name__ == "NAType" else value

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fastcompat.errors import UsageError
+from fastcompat.rows.batches import plain
 
 
 def as_table(frame: Any) -> pa.Table:
@@ -67,7 +68,7 @@ def records(rows: Any) -> Iterable[Mapping[str, Any]]:
     if hasattr(rows, "to_dicts"):  # polars
         return rows.to_dicts()  # type: ignore[no-any-return]
     if hasattr(rows, "to_dict"):  # pandas
-        return rows.to_dict("records")  # type: ignore[no-any-return]
+        return [plain(row) for row in rows.to_dict("records")]
     if not isinstance(rows, Iterable):
         raise UsageError(f"rows must be a list of dictionaries or a table, got {type(rows).__name__}")
     return rows

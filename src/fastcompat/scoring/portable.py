@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from fastcompat.version import __version__
 _LUGGAGE = "_luggage"
 # Where this module was imported: another process has been forked.
 _process = os.getpid()
+# Several threads may be the first to use what has arrived.
+_opening = threading.RLock()
 
 
 def versions() -> dict[str, str]:
@@ -94,10 +97,14 @@ class Portable:
 
         def __getattr__(self, name: str) -> Any:
             # Only for what is not there: everything, of what has arrived and was not used so far.
-            if _LUGGAGE not in self.__dict__ or name.startswith("__"):
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}", name=name, obj=self)
-            self._open()
-            return getattr(self, name)
+            if not name.startswith("__"):
+                with _opening:
+                    if _LUGGAGE in self.__dict__:
+                        self._open()
+                        return getattr(self, name)
+                    if name in self.__dict__:  # another thread has opened it meanwhile
+                        return self.__dict__[name]
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}", name=name, obj=self)
 
 
 def arrive(kind: type[Portable], luggage: str) -> Portable:

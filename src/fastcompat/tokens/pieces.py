@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +90,8 @@ def piece_pattern(backend: Any) -> re.Pattern[str] | None:
     for token in backend.get_added_tokens_decoder().values():
         if token.lstrip or token.rstrip or token.single_word:
             return None
-        for left, right in zip(token.content, token.content[1:], strict=False):
+        # It may stand in a text as NFC has yet to make it: x and a Greek question mark, which becomes x;.
+        for left, right in chain(pairwise(token.content), pairwise(normalize("NFD", token.content))):
             if (right == " " and not left.isspace()) or (left == "\n" and not right.isspace()):
                 return None
             if _WORD.match(left):
