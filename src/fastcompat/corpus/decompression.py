@@ -86,11 +86,11 @@ _FORMATS = {
     "xz": _Format("xz", lzma.LZMADecompressor),
 }
 _MAGICS = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00"}
-_DAMAGE = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
+_DAMAGE = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, MemoryError)
 
 
 def _damage(compression: str) -> tuple[type[Exception], ...]:
-    """What a decompressor raises over damaged bytes."""
+    """What a decompressor raises over bytes that it cannot unpack."""
     return (*_DAMAGE, _zstd().ZstdError) if compression == "zst" else _DAMAGE
 
 
@@ -131,7 +131,7 @@ class Unpacker:
                 raise DamagedError(f"the {self._title} data ends early: the file is truncated")
             try:
                 out = self._frame.decompress(data, size)
-            except (*_damage(self._compression), MemoryError) as error:
+            except _damage(self._compression) as error:
                 raise DamagedError(self._because(error), lost=True) from error
             if self._frame.eof:
                 self._to_next_frame()
