@@ -73,6 +73,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "tests/models/test_fusion.py",
         "tests/models/test_fake_device.py",
         "tests/ops/test_custom_ops.py",
+        "tests/ops/test_exact_products.py",
     ),
     "triton": (
         *(*PYTEST, "tests/scoring/test_through_triton.py", "tests/kernels/test_triton_elementwise.py"),

@@ -143,7 +143,7 @@ def test_what_cannot_be_unpacked_says_what_to_do(monkeypatch: pytest.MonkeyPatch
         "the zstd data was compressed with a dictionary; unpack it first (zstd -d -D DICTIONARY)"
     )
     limit = {zstd.DecompressionParameter.window_log_max: 27}
-    monkeypatch.setattr("fastcompat.corpus.decompression._ZSTD_WINDOW", limit)
+    monkeypatch.setattr("fastcompat.corpus.decompression._zstd_window", lambda: limit)
     assert unpacked(_with_window(30))[2] == (
         "unpacking the zstd data needs more memory than there is; compress it afresh (zstd -d --long=31, then zstd)"
     )

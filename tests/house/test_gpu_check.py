@@ -482,6 +482,16 @@ def test_a_dry_run_of_a_cheap_step(tmp_path):
     assert "nothing failed" in result.stdout
 
 
+def test_a_machine_without_what_pages_and_zstd_need_scores():
+    code = """
+import sys
+for lacking in ("altair", "backports", "backports.zstd", "compression.zstd"):
+    sys.modules[lacking] = None
+import fastcompat.cli.application, fastcompat.cli.score, fastcompat.corpus
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--call", "first"])
     monkeypatch.setattr(gpu_check, "_gpu_name", lambda: "")

@@ -201,13 +201,13 @@ def loading(gpu: FakeGpu) -> Iterator[None]:
         def to(self, device):
             return gpu.copied(self.structure)
 
-    def summarised(self, sliding_window):
+    def summarised(self, sliding_window, query_block=None):
         """Loading may wait; which tokens are the queries makes no difference to shapes."""
         with unset_fake_temporarily():
             plan = planned[-1]
             if self.query_index is not None:
                 plan = plan.for_queries(torch.arange(len(self.query_index)))
-            return gpu.copied(summary(plan, sliding_window))
+            return gpu.copied(summary(plan, sliding_window, query_block))
 
     generator = torch.Generator
     with pytest.MonkeyPatch.context() as patch:

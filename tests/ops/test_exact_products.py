@@ -51,6 +51,18 @@ def test_nothing_rounds_on_the_way_and_all_is_put_back(tf32):
     assert settings() == before
 
 
+def test_two_threads_blocks_that_overlap(tf32):
+    before = settings()
+    first, second = exact_products(CUDA), exact_products(CUDA)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert MATMUL.fp32_precision != "tf32"
+    assert settings()[1:] == [False, False, True, True]
+    second.__exit__(None, None, None)
+    assert settings() == before
+
+
 def test_a_cpu_computes_as_it_did(tf32):
     before = settings()
     with exact_products(CPU, split=False):
@@ -69,6 +81,9 @@ def test_no_product_is_divided_where_that_is_asked(monkeypatch):
     before = settings()
     with exact_products(CUDA, split=False):
         assert settings()[1:] == [False, False, False, False]
+        assert preferred == ["cublaslt"]
+        with exact_products(CUDA):  # in another thread, say
+            assert settings()[1:] == [False, False, False, False]
         assert preferred == ["cublaslt"]
     assert settings() == before
     assert preferred == ["cublas"]

@@ -163,6 +163,7 @@ def test_a_plan_is_laid_out_for_loads_of_sixteen_bytes():
     assert torch.equal(moved.position_ids.values, plan.position_ids)
     assert needed.query_index.values.tolist() == [1, 3]
     assert needed.position_ids is moved.position_ids, "what is there once is copied once"
+    assert needed.blocks is moved.blocks
     assert moved.summaries[None, QUERY_BLOCK].key_end is moved.subtree_end
     tensors = [moved.position_ids, moved.subtree_end, moved.summaries[None, QUERY_BLOCK].begin]
     assert all(tensor.storage_offset() * tensor.itemsize % 16 == 0 for tensor in tensors)

@@ -173,6 +173,21 @@ def test_a_run_that_is_stopped_after_its_last_pack_says_so(tmp_path, corpus):
     assert parts(store) == parts(plain_store)
 
 
+def test_a_run_that_is_stopped_before_a_pause_does_not_wait(tmp_path, corpus):
+    run, store = new_run(tmp_path / "run", corpus)
+    model = FakeModel(device=CUDA)
+
+    def units():
+        yield run.units[0]
+        yield None
+        raise AssertionError("it was asked for more")
+
+    with pytest.raises(Interrupted):
+        score(run, store, model, units=units(), stop=lambda: bool(model.sizes))
+    score(run, store, model, units=iter(run.units[:1]))
+    assert len(parts(store)) == 1
+
+
 def test_units_before_a_pause_are_committed_first(tmp_path, corpus):
     run, store = new_run(tmp_path / "run", corpus)
 

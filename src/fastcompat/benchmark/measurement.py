@@ -26,6 +26,7 @@ from fastcompat.benchmark.subjects import Subject
 from fastcompat.benchmark.workloads import GPU_PROMPTS, WORKLOADS
 from fastcompat.errors import FastcompatError
 from fastcompat.models import CausalLM, largest, model_lengths, wrap
+from fastcompat.ops import exact_products
 from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, pack_sequences
 from fastcompat.tokens import PrefixForest
 from fastcompat.wording import counted_noun
@@ -258,7 +259,8 @@ def plain_losses(model: Any, sequences: Sequences) -> dict[int, float]:
     losses = {}
     for n in fitting[::step][:CHECKED_SEQUENCES]:
         ids = torch.from_numpy(sequences[n].input_ids).to(model.device).long()
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        with exact_products(model.device):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         nll = torch.logsumexp(logits, -1) - logits.gather(-1, ids[1:, None])[:, 0]
         losses[n] = float(nll[torch.from_numpy(sequences[n].scored[1:]).to(model.device)].double().mean())
     return losses

@@ -10,20 +10,12 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
 
 _INPUT_BYTES = 1 << 18
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a frame that a decoder steps over
 _MAGIC_BYTES = 6
-# zstd's own limit is 128 MiB, for which `zstd --long=31` would have to be repeated. No more is taken than is unfolded.
-_ZSTD_WINDOW: dict[int, int] = {
-    zstd.DecompressionParameter.window_log_max: zstd.DecompressionParameter.window_log_max.bounds()[1]
-}
 
 
 class _Decompressor(Protocol):
@@ -63,6 +55,25 @@ class _Gunzip:
         return out
 
 
+def _zstd() -> Any:
+    """Late: before Python 3.14 it is a package of its own, which a machine that reads no zstd can do without."""
+    return import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
+def _zstd_window() -> dict[int, int]:
+    """zstd's own limit is 128 MiB, for which `zstd --long=31` would have to be repeated.
+
+    No more is taken than is unfolded.
+    """
+    window = _zstd().DecompressionParameter.window_log_max
+    return {window: window.bounds()[1]}
+
+
+def _unzstd() -> _Decompressor:
+    decompressor: _Decompressor = _zstd().ZstdDecompressor(options=_zstd_window())
+    return decompressor
+
+
 class _Format(NamedTuple):
     title: str
     new: Callable[[], _Decompressor]
@@ -70,12 +81,17 @@ class _Format(NamedTuple):
 
 _FORMATS = {
     "gz": _Format("gzip", _Gunzip),
-    "zst": _Format("zstd", lambda: zstd.ZstdDecompressor(options=_ZSTD_WINDOW)),
+    "zst": _Format("zstd", _unzstd),
     "bz2": _Format("bzip2", bz2.BZ2Decompressor),
     "xz": _Format("xz", lzma.LZMADecompressor),
 }
 _MAGICS = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00"}
-_DAMAGE = (zlib.error, zstd.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError)
+_DAMAGE = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, MemoryError)
+
+
+def _damage(compression: str) -> tuple[type[Exception], ...]:
+    """What a decompressor raises over bytes that it cannot unpack."""
+    return (*_DAMAGE, _zstd().ZstdError) if compression == "zst" else _DAMAGE
 
 
 class DamagedError(Exception):
@@ -115,7 +131,7 @@ class Unpacker:
                 raise DamagedError(f"the {self._title} data ends early: the file is truncated")
             try:
                 out = self._frame.decompress(data, size)
-            except (*_DAMAGE, MemoryError) as error:
+            except _damage(self._compression) as error:
                 raise DamagedError(self._because(error), lost=True) from error
             if self._frame.eof:
                 self._to_next_frame()

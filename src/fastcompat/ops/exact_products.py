@@ -1,12 +1,15 @@
 """What a GPU's matrix products may not do in a forward pass of ours: round where nobody asked them to.
 
-The settings are torch's own, of the whole process, and they are put back. On other devices nothing is touched.
+The settings are torch's own, of the whole process, and they are put back when no thread needs them any more. On other
+devices nothing is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
 
@@ -27,24 +30,54 @@ def exact_products(device: torch.device, *, split: bool = True) -> Iterator[None
     if device.type != "cuda":
         yield
         return
-    matmul = torch.backends.cuda.matmul
-    # Read and set by the newer of torch's two interfaces alone: where a caller has used the older one, torch takes this
-    # for a mixture, but only asks the newer one before a product, and the older one's state is as it was afterwards.
-    precision = matmul.fp32_precision
-    reductions = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in _REDUCTIONS}
-    library = None if split else torch.backends.cuda.preferred_blas_library()
+    _blocks.enter(split)
     try:
-        if precision == "tf32":
-            matmul.fp32_precision = "ieee"
-        for name in _REDUCTIONS:
-            setattr(matmul, name, (False, split))
-        if library is not None:
-            torch.backends.cuda.preferred_blas_library("cublaslt")
         yield
     finally:
-        if library is not None:
-            torch.backends.cuda.preferred_blas_library(library)
-        for name, before in reductions.items():
-            setattr(matmul, name, before)
-        if precision == "tf32":
-            matmul.fp32_precision = precision
+        _blocks.leave(split)
+
+
+class _Blocks:
+    """The blocks that are entered, of all threads: the first finds the settings, the last puts them back."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._splits: list[bool] = []
+        self._precision = ""
+        self._reductions: dict[str, tuple[bool, bool]] = {}
+        self._library: Any = None  # where another one is preferred meanwhile
+
+    def enter(self, split: bool) -> None:
+        matmul = torch.backends.cuda.matmul
+        with self._lock:
+            if not self._splits:
+                # Read and set by the newer of torch's two interfaces alone: where a caller has used the older one,
+                # torch takes this for a mixture, but only asks the newer one before a product, and the older one's
+                # state is as it was afterwards.
+                self._precision = matmul.fp32_precision
+                for name in _REDUCTIONS:
+                    self._reductions[name] = (getattr(matmul, name), getattr(matmul, f"{name}_split_k"))
+            self._splits.append(split)
+            self._set()
+
+    def leave(self, split: bool) -> None:
+        with self._lock:
+            self._splits.remove(split)
+            self._set()
+
+    def _set(self) -> None:
+        matmul, blas = torch.backends.cuda.matmul, torch.backends.cuda.preferred_blas_library
+        splits = all(self._splits)
+        if splits and self._library is not None:
+            blas(self._library)
+            self._library = None
+        elif not splits and self._library is None:
+            self._library = blas()
+            blas("cublaslt")
+        for name, before in self._reductions.items():
+            setattr(matmul, name, (False, splits) if self._splits else before)
+        if self._precision == "tf32":
+            matmul.fp32_precision = "ieee" if self._splits else "tf32"
+
+
+_blocks = _Blocks()

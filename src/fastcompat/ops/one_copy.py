@@ -47,7 +47,7 @@ class OneCopy(Generic[T]):
             moved = {id(tensor): tensor.to(device) for tensor in _tensors(self._structure)}
         else:
             moved = {}
-        structure: T = _replaced(self._structure, moved)
+        structure: T = _replaced(self._structure, dict[int, Any](moved))
         return structure
 
 
@@ -102,11 +102,15 @@ def _parts(structure: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _replaced(structure: Any, moved: Mapping[int, Tensor]) -> Any:
-    """The structure with other tensors; what holds neither tensors nor anything to be filled in is the same object."""
-    if isinstance(structure, Tensor):
-        return moved.get(id(structure), structure)
-    parts = {name: _replaced(part, moved) for name, part in _parts(structure)}
+def _replaced(structure: Any, made: dict[int, Any]) -> Any:
+    """The structure with other tensors; what holds neither tensors nor anything to be filled in is the same object.
+
+    made: by the identity of what they replace, tensors and dataclasses: what is there once stays one, so that what is
+    filled in later is seen from everywhere.
+    """
+    if id(structure) in made or isinstance(structure, Tensor):
+        return made.get(id(structure), structure)
+    parts = {name: _replaced(part, made) for name, part in _parts(structure)}
     if isinstance(structure, dict):
         return parts
     if isinstance(structure, list):
@@ -115,4 +119,4 @@ def _replaced(structure: Any, moved: Mapping[int, Tensor]) -> Any:
         return structure
     if isinstance(structure, tuple):
         return type(structure)(*parts.values()) if hasattr(structure, "_fields") else tuple(parts.values())
-    return type(structure)(**parts)
+    return made.setdefault(id(structure), type(structure)(**parts))

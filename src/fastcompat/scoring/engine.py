@@ -74,6 +74,8 @@ def score_run(
         for prepared_unit in prepared_units:
             if prepared_unit is None:
                 queue.finish()
+                if stopping.now:
+                    _interrupt(writer)
                 writer.finish()
                 continue
             unit, prepared = prepared_unit
