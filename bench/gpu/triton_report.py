@@ -78,15 +78,11 @@ def main() -> int:
         if arguments.missing:
             there = {row["kernel"] for row in known(arguments.json) if row["arch"] == arch}
             wanted = [case for case in wanted if case.name not in there]
-        if arguments.list:
-            print(*(f"sm_{arch} {case.name}" for case in wanted), sep="\n")
-            continue
         for case in wanted:
             rows.append(report(case, arch))
             if arguments.json:
                 write(arguments.json, rows, arch, names)
-    if not arguments.list:
-        show(rows)
+    show(rows)
     return any(row.problems for row in rows)
 
 
