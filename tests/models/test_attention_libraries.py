@@ -16,7 +16,7 @@ from fastcompat.models import attention_kinds, forward_pass, settings_of
 from fastcompat.models.base_model import wrap
 from fastcompat.models.probe import probe
 from fastcompat.ops import flash_choice
-from fastcompat.scoring.scorer import versions
+from fastcompat.scoring.portable import versions
 
 
 @pytest.fixture(scope="module")

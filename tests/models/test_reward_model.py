@@ -216,15 +216,14 @@ def test_bfloat16_is_as_near_to_float64_as_the_own_class(tmp_path):
 
 def test_only_the_read_tokens_are_computed_in_the_last_layer(tmp_path, monkeypatch):
     model = load_reward_model(save(tmp_path, classifier("Llama"), llama3_tokenizer()))
-    rows = []
-    last = model.body.layers[-1].mlp.down_proj
-    monkeypatch.setattr(last, "forward", lambda x, own=last.forward: (rows.append(x.shape[-2]), own(x))[1])
     sequences = sequences_of_ids(model.head.read_out)
-    forward = type(model).forward
-    needed = []
-    monkeypatch.setattr(type(model), "forward", lambda self, f, n=None: (needed.append(n), forward(self, f, n))[1])
+    hidden = type(model).hidden
+    plans = []
+    monkeypatch.setattr(type(model), "hidden", lambda self, plan: (plans.append(plan), hidden(self, plan))[1])
     score_conversations(model, sequences, token_budget=1 << 20)
-    assert [len(n) for n in needed] == [21], "22 conversations, two of them the same"
+    (plan,) = plans
+    assert len(plan.needed) == 21, "22 conversations, two of them the same"
+    assert torch.equal(plan.last_attention.query_index.long(), plan.needed)
 
 
 # ---- gated heads ----------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class DyingRay:
     def wait(self, refs: list[object], **_: object) -> tuple[list[object], list[object]]:
         return refs[:1], refs[1:]
 
-    def get(self, ref: object) -> None:
+    def get(self, ref: object, timeout: float | None = None) -> None:
         raise self._error
 
     def kill(self, actor: object) -> None:

@@ -12,7 +12,7 @@ from corpora import prepare_small_units, rows_of, save_small_model, write_jsonl
 import fastcompat as fc
 from fastcompat.errors import UsageError
 from fastcompat.scoring.passes import find_scorer
-from fastcompat.scoring.scorer import versions
+from fastcompat.scoring.portable import versions
 
 
 @pytest.fixture(scope="module")

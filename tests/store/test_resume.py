@@ -78,10 +78,10 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path, corpus, model, un
         process = start(directory, model, "--token-budget", "256")
         # Most kills fall into the loop, after a unit or so; some anywhere, the start-up included.
         goal = before + draw.randint(0, 1) if draw.random() < 0.8 else -1
-        deadline = time.monotonic() + (60 if goal >= 0 else draw.uniform(0, 4))
+        deadline = time.monotonic() + (60 if goal >= 0 else draw.uniform(0, 1))
         while process.poll() is None and time.monotonic() < deadline:
             if 0 <= goal <= len(list(directory.glob("scores/*/part-*"))) and (directory / "scores").exists():
-                time.sleep(draw.uniform(0, 0.03))
+                time.sleep(draw.uniform(0, 0.01))
                 break
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
