@@ -56,8 +56,10 @@ def test_every_kernel_is_in_it(cases, version):
 @pytest.mark.parametrize("version", versions())
 def test_what_readme_and_docs_say_of_it_is_so(version):
     rows = versions()[version]
-    # A kernel that must use tensor cores and does not is a problem, too.
-    assert [row for row in rows if row["problems"] or row["stack_bytes"]] == []
+    # A kernel that must use tensor cores and does not is a problem, too. docs/speed.md names the one that spills.
+    bad = [(row["arch"], row["kernel"], row["problems"]) for row in rows if row["problems"] or row["stack_bytes"]]
+    spills = (100, "head, Gemma-2-2B, bf16, all five: range", ["8 bytes of registers spilled"])
+    assert bad == ([spills] if version == newest() else [])
     used = {(row["arch"], row["tensor_core_instruction"]) for row in rows if row["tensor_core_instruction"]}
     assert used == {(arch, TENSOR_CORES[arch]) for arch in {row["arch"] for row in rows}}
     compiled_for = {f"sm_{row['arch']}" for row in versions()[newest()]}
