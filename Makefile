@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test check sanitize format docs bench bench-all bench-kernels real compat triton-report
+.PHONY: install peers demo test test-long check sanitize format docs bench bench-all bench-kernels real compat triton-report
 .PHONY: gpu-check gpu-check-dry-run clean
 
 install: $(INSTALLED)
@@ -24,7 +24,11 @@ demo: install
 
 # One torch thread a worker: two processes of two threads each would fight over two cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark --numprocesses auto --dist worksteal -m "not long"
+
+# Processes on Ray that load a model each, and what the interpreter takes long for.
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -m long
 
 check: install
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from fastcompat.demo import model_directory
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'fastcompat[ray]'")
 pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'ray[data]'")
 
+pytestmark = pytest.mark.long
+
 ROWS = [
     {"n": n, "prompt": f"What is {n // 4}?", "response": None if n < 4 else f"It is {n}, I think."} for n in range(40)
 ]

@@ -150,6 +150,7 @@ def test_a_lost_machine_is_made_up_for_and_nobody_waits_for_who_has_none(
     assert work(run, workers=1, device="cuda").n_deaths == 0
 
 
+@pytest.mark.long
 def test_a_unit_that_kills_is_set_aside(tmp_path, cluster, corpus, whole):
     run = new_run(tmp_path / "run", corpus)
     with pytest.raises(SetAside, match="3 workers have died over each of the units"):
@@ -158,6 +159,7 @@ def test_a_unit_that_kills_is_set_aside(tmp_path, cluster, corpus, whole):
     assert not set(parts(run)) - set(whole)
 
 
+@pytest.mark.long
 def test_an_error_of_ours_is_raised_as_it_is_and_nobody_is_started_again(tmp_path, cluster, corpus):
     run, asked = new_run(tmp_path / "run", corpus), tmp_path / "asked"
     with pytest.raises(ModelError, match=r"^this model has no head$"):
@@ -254,6 +256,7 @@ def test_where_there_is_no_cluster_it_is_said_at_once(monkeypatch, address, vari
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.long
 def test_a_command_on_ray_is_interrupted_and_the_library_goes_on(tmp_path, cluster, monkeypatch):
     monkeypatch.chdir(tmp_path)  # workers are elsewhere
     corpus = write_jsonl(

@@ -131,6 +131,7 @@ def test_losses_extras_and_rewards_are_those_of_the_extension(native, triton):
                 np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=near, err_msg=name)
 
 
+@pytest.mark.long
 def test_a_run_that_is_interrupted_at_every_pack_ends_with_the_same_bytes(directory, models, triton):
     run = new_run(directory, "interrupted")
     n_interrupted = 0
