@@ -49,7 +49,7 @@ GPU = torch.device("meta")
 # Where joined weights lie is asked of tensors that lie nowhere: all at 0, so they stay joined.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
-# Where transformers or torch themselves read a value, or ask the driver, on their way through a layer.
+# Left out: where transformers itself reads a value on its way, so that no mend of ours could make it pass.
 BEYOND = {
     "Phi-3 (LongRoPE)": "transformers reads the largest position in every pass, to choose the frequencies",
 }
@@ -221,12 +221,10 @@ def loading(gpu: FakeGpu) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in BEYOND])
 def test_a_pack_goes_through_without_a_value_being_read(family, caplog):
     dtype = torch.bfloat16
     caplog.set_level(logging.DEBUG, logger="fastcompat")  # says why nothing was fused
-    if family in BEYOND:
-        pytest.skip(BEYOND[family])
     answers, gpu, forest = Answers(), FakeGpu(), pack()
     full = small_model(family, dtype=dtype, **FEWER[family])
     with answers.noted():
