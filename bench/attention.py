@@ -36,7 +36,7 @@ LENGTHS = (128, 512, 2048, 8192)
 
 def one_sequence(n_tokens: int) -> PrefixForest:
     ids = np.arange(n_tokens, dtype=np.int32)
-    (forest,) = pack_forest([ids], [ids > 0], token_budget=n_tokens)
+    (forest,) = pack_forest([ids], [ids < 0], token_budget=n_tokens)
     return forest
 
 

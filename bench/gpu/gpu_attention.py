@@ -109,7 +109,7 @@ class Pack:
 
     @classmethod
     def create(cls, sequences: Sequence[np.ndarray], layer: Layer, device: str) -> Pack:
-        masks = [np.arange(len(ids)) > 0 for ids in sequences]
+        masks = [np.zeros(len(ids), np.bool_) for ids in sequences]  # nothing is left out
         [forest] = FOREST.pack_forest(sequences, masks, token_budget=sum(map(len, sequences)))
         paths = sorted((forest.path(k) for k in range(len(forest.path_end))), key=len)
         torch.manual_seed(0)

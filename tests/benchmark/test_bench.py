@@ -353,7 +353,7 @@ def test_useful_flops_are_those_of_the_definition():
     of_window, whole = 48 * 64 + 2 * 48 * 32 + 64 * 48 + 2 * 16, 48 * 160 + 48 * 40 + 160 * 48 + 2 * 40
     gemma4 = 2 * (of_window + whole) + 4 * (3 * 48 * 80 + 4 * 48) + 48
     head = 320 * 48
-    scored = len(forest.scored)
+    scored = len(forest.targets)
     for family, body, attention in (
         ("Llama", llama, 3 * every * 48),
         ("SmolLM2 (tied head)", llama, 3 * every * 48),

@@ -40,7 +40,7 @@ class FakeModel:
         forest = plan.forest
         self.sizes.append(forest.n_tokens)
         self.raises(forest)
-        nll = nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.scored])
+        nll = nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.predictors] + 1)
         return torch.from_numpy(nll)[:, None]
 
     def target_statistics(self, hidden: torch.Tensor, plan: FakePlan, statistics: tuple[str, ...]) -> torch.Tensor:

@@ -11,7 +11,12 @@ from fastcompat.tokens.forest import BoolArray, IntArray, PrefixForest, scored_p
 
 
 def check_forest(
-    forest: PrefixForest, input_ids: Sequence[IntArray], scored: Sequence[BoolArray], *, token_budget: int
+    forest: PrefixForest,
+    input_ids: Sequence[IntArray],
+    scored: Sequence[BoolArray],
+    *,
+    token_budget: int,
+    whole: bool = False,
 ) -> None:
     """Assert every invariant of the module's contract, slowly and independently of how the forest was built."""
     n_tokens = forest.n_tokens
@@ -31,17 +36,27 @@ def check_forest(
     # No two children of one token are the same token: otherwise something would be computed twice.
     children = list(zip(forest.parent.tolist(), forest.input_ids.tolist(), strict=True))
     assert len(set(children)) == len(children)
-    assert (np.diff(forest.scored) > 0).all()
-    claimed = np.zeros(len(forest.scored), np.bool_)
+    # Nor is anything predicted twice.
+    scores = list(zip(forest.predictors.tolist(), forest.targets.tolist(), strict=True))
+    assert len(set(scores)) == len(scores)
+    claimed = np.zeros(len(scores), np.bool_)
+    read = np.zeros(n_tokens, np.bool_)  # there for a sequence that needs its last token
     for k, n in enumerate(forest.sequences.tolist()):
         path = forest.path(k)
-        assert (forest.input_ids[path] == input_ids[n]).all()
-        assert len(path) == len(input_ids[n])
+        assert (forest.input_ids[path] == input_ids[n][: len(path)]).all()
+        needed = whole or not scored[n][-1]
+        assert len(input_ids[n]) - (not needed) <= len(path) <= len(input_ids[n])
+        read[path[-1]] |= needed
         ranges = forest.ranges[forest.range_offsets[k] : forest.range_offsets[k + 1]]
         own = np.concatenate([np.arange(begin, end) for begin, end in ranges]) if len(ranges) else np.empty(0, int)
-        assert (forest.scored[own] == path[scored[n]]).all()
+        at = np.flatnonzero(scored[n])
+        assert (forest.predictors[own] == path[at - 1]).all()
+        assert (forest.targets[own] == input_ids[n][at]).all()
         claimed[own] = True
     assert claimed.all()
+    # What nothing follows is there because it is read, or predicts.
+    read[forest.predictors] = True
+    assert read[forest.subtree_end == index + 1].all()
 
 
 def response_sums(forest: PrefixForest, values: NDArray[np.floating]) -> NDArray[np.float64]:

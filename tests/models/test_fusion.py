@@ -148,7 +148,7 @@ def test_what_computes_something_else_is_kept():
     loaded = wrap("test", model)
     assert {f.part: f.n_fused for f in loaded.fusions} == {"RMSNorm": 6, "attention": 3, "MLP": 2, "layer": 2}
     assert "LlamaMLP: it computes something else" in next(f.why for f in loaded.fusions if f.part == "MLP")
-    (forest,) = pack_forest([ids[0].numpy().astype(np.int32)], [np.arange(37) > 0], token_budget=100)
+    (forest,) = pack_forest([ids[0].numpy().astype(np.int32)], [np.zeros(37, np.bool_)], token_budget=100)
     torch.testing.assert_close(loaded.forward(forest), wanted, rtol=1e-4, atol=1e-4)
 
 

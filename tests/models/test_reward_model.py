@@ -84,7 +84,7 @@ def test_packed_reads_are_found_on_each_path():
     generator = np.random.default_rng(1)
     reads = [tuple(generator.integers(len(s.input_ids), size=3).tolist()) for s in sequences]
     ids = [s.input_ids for s in sequences]
-    (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=1 << 20)
+    (forest,) = pack_forest(ids, [np.zeros(len(x), np.bool_) for x in ids], token_budget=1 << 20)
     found = packed_reads(forest, dict(enumerate(reads)), n_reads=3)
     for k, n in enumerate(forest.sequences.tolist()):
         assert found[k].tolist() == forest.path(k)[list(reads[n])].tolist()

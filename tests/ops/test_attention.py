@@ -22,7 +22,7 @@ def random_forest(seed: int, *, n_sequences: int, max_length: int, vocabulary: i
     for _ in range(n_sequences):
         keep, length = generator.integers(0, max_length), generator.integers(1, max_length + 1)
         ids.append(np.concatenate([stem[:keep], generator.integers(vocabulary, size=length)])[:length].astype(np.int32))
-    scored = [np.arange(len(x)) > 0 for x in ids]
+    scored = [np.zeros(len(x), np.bool_) for x in ids]
     (forest,) = pack_forest(ids, scored, token_budget=1 << 30)
     return forest
 
@@ -103,7 +103,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_pack(dtype, sliding_windo
     lengths = generator.integers(1, 200, size=30)
     ids = [np.concatenate([stem[: generator.integers(101)], generator.integers(5, size=n)]) for n in lengths]
     ids = [x.astype(np.int32) for x in ids]
-    scored = [np.arange(len(x)) > 0 for x in ids]
+    scored = [np.zeros(len(x), np.bool_) for x in ids]
     (forest,) = pack_forest(ids, scored, token_budget=1 << 30)
     # Queries, keys and values are functions of the token and its position, so that the paths can be computed alone.
     table = torch.randn(3, 5, 512, 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -164,7 +164,7 @@ def test_some_queries_only_are_all_queries_cut_down(sliding_window, dtype, backe
 def test_a_plan_knows_whether_anything_is_shared():
     def plan_of(*ids):
         ids = [np.array(x, np.int32) for x in ids]
-        (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=100)
+        (forest,) = pack_forest(ids, [np.zeros(len(x), np.bool_) for x in ids], token_budget=100)
         return AttentionPlan.create(torch.from_numpy(forest.position_ids), torch.from_numpy(forest.subtree_end))
 
     def shape_of(*ids):

@@ -77,7 +77,7 @@ def on_a_cpu(monkeypatch):
 
 def pack(sequences: list[list[int]]) -> PrefixForest:
     ids = [np.array(x, np.int32) for x in sequences]
-    (forest,) = pack_forest(ids, [np.arange(len(x)) > 0 for x in ids], token_budget=1 << 30)
+    (forest,) = pack_forest(ids, [np.zeros(len(x), np.bool_) for x in ids], token_budget=1 << 30)
     return forest
 
 

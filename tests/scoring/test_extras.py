@@ -173,7 +173,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bytes(tmp_path, model, corpus
         assert all(row["loss"] is not None and row["token_nll"] is not None for row in rows)
         incomplete += sum(row["unconditioned_nll_sum"] is None for row in rows)
     assert incomplete
-    assert len(computed) > 3
+    assert len(computed) > 2
     assert sum(computed) == n_tokens
     assert parts(run) == parts(whole)
     table = run.scores()

@@ -25,7 +25,8 @@ def sums_of(lists: list[list[int]], masks: list[list[bool]], token_budget: int) 
         paths: list[tuple[int, ...]] = []
         for token, parent in zip(pack.input_ids.tolist(), pack.parent.tolist(), strict=True):
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
-        values = np.array([value_of(paths[i]) for i in pack.scored], np.float32)
+        scored = zip(pack.predictors.tolist(), pack.targets.tolist(), strict=True)
+        values = np.array([value_of((*paths[i], target)) for i, target in scored], np.float32)
         sums[pack.sequences] = response_sums(pack, values)
     return sums
 

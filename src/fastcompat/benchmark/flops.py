@@ -49,7 +49,7 @@ def useful_flops(model: CausalLM, forests: Sequence[PrefixForest]) -> float:
     a layer with a sliding window attends as many pairs as its window leaves.
     """
     n_tokens = sum(forest.n_tokens for forest in forests)
-    n_scored = sum(len(forest.scored) for forest in forests)
+    n_scored = sum(len(forest.targets) for forest in forests)
     depths = np.concatenate([forest.position_ids for forest in forests]) + 1  # keys that a query sees, itself included
     config = model.full.config
     attention = 0

@@ -190,7 +190,7 @@ def sample_pack(vocabulary: int, length: int) -> tuple[list[NDArray[np.int32]], 
     """Ids of three sequences, two of which begin alike for half of their `length`, and the pack of them."""
     draw = np.random.default_rng(20).integers(vocabulary, size=(3, length), dtype=np.int32)
     ids = [np.concatenate([draw[0, : length // 2], draw[1, length // 2 :]]), draw[0], draw[2]]
-    (forest,) = pack_forest(ids, [np.arange(length) > 0] * 3, token_budget=1 << 20)
+    (forest,) = pack_forest(ids, [np.zeros(length, np.bool_)] * 3, token_budget=1 << 20)
     return ids, forest
 
 

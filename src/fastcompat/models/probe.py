@@ -102,7 +102,7 @@ class _Tried(NamedTuple):
 def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _Tried:
     """Run a sample both ways. whole: the model's own head too. Raises ModelError where hidden states differ."""
     ids, forest = sample_pack(vocabulary, min(PROBE_TOKENS, model.context_length or PROBE_TOKENS))
-    (apart,) = pack_forest(ids[1:], [np.arange(len(x)) > 0 for x in ids[1:]], token_budget=1 << 20)
+    (apart,) = pack_forest(ids[1:], [np.zeros(len(x), np.bool_) for x in ids[1:]], token_budget=1 << 20)
     # Another library may serve one of them and not the other; whether it is right is known before either.
     probe_libraries(model.device, lambda: attention_kinds(model))
     packs = [(forest, model.forward(forest)), (apart.renumbered([1, 2]), model.forward(apart))]

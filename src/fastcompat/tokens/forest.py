@@ -3,7 +3,9 @@
 Dimension key: T packed tokens, S scored tokens, N sequences, R ranges of scored tokens.
 
 Sorted token sequences share their beginnings with their neighbours; laid out depth first they form a forest of
-token paths in one row of T tokens. A query i sees a key j exactly when `j <= i < subtree_end[j]`.
+token paths in one row of T tokens. A query i sees a key j exactly when `j <= i < subtree_end[j]`. A last token that is
+scored is only predicted: nothing reads its hidden state, so it is a target and not packed, unless another sequence goes
+on from it.
 """
 
 from __future__ import annotations
@@ -27,38 +29,27 @@ CUT_OVERHEAD_TOKENS = 128
 class PrefixForest:
     """One pack: N token sequences as a forest of T <= token_budget tokens (more when one sequence alone is longer).
 
-    `scored` lists, ascending, the packed tokens that at least one sequence scores; token i is predicted from the
-    hidden state at `parent[i]`. Sequence n owns the half-open ranges `ranges[range_offsets[n]:range_offsets[n + 1]]`
-    of positions *in `scored`*: those of its path that it scores itself.
+    The scored tokens are those that at least one sequence scores, depth first: `targets[s]` is predicted from the
+    hidden state at `predictors[s]`. Sequence n owns the half-open ranges
+    `ranges[range_offsets[n]:range_offsets[n + 1]]` of scored tokens: those of its path that it scores itself.
     """
 
     input_ids: NDArray[np.int64]  # [T]
     position_ids: NDArray[np.int64]  # [T] depth on the path, 0 at a root
     parent: NDArray[np.int32]  # [T] packed index of the token before this one on its path, -1 at a root
     subtree_end: NDArray[np.int32]  # [T] one past the last packed token below this one
-    scored: NDArray[np.int32]  # [S]
+    targets: NDArray[np.int64]  # [S] the token ids to be predicted
+    predictors: NDArray[np.int32]  # [S] packed index of the token before each, whose hidden state predicts it
     sequences: NDArray[np.int64]  # [N] indices of the packed sequences in the caller's list
     ranges: NDArray[np.int32]  # [R, 2]
     range_offsets: NDArray[np.int32]  # [N + 1]
-    path_end: NDArray[np.int32]  # [N] packed index of each sequence's last token
+    path_end: NDArray[np.int32]  # [N] packed index of each sequence's last packed token
     n_unshared_tokens: int  # tokens that plain packing would have computed
 
     @property
     def n_tokens(self) -> int:
         """T."""
         return len(self.input_ids)
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """[S] the token ids to be predicted."""
-        targets: NDArray[np.int64] = self.input_ids[self.scored]
-        return targets
-
-    @property
-    def predictors(self) -> NDArray[np.int32]:
-        """[S] packed index of the token whose hidden state predicts each scored token."""
-        predictors: NDArray[np.int32] = self.parent[self.scored]
-        return predictors
 
     def ancestors(self, index: int) -> NDArray[np.int64]:
         """[n] the packed indices from a token's root to the token itself."""
@@ -68,7 +59,7 @@ class PrefixForest:
         return np.array(path[::-1], np.int64)
 
     def path(self, k: int) -> NDArray[np.int64]:
-        """[n] the packed indices of the forest's k-th sequence, from its root to its end."""
+        """[n] the packed indices of the forest's k-th sequence, from its root to its last packed token."""
         return self.ancestors(int(self.path_end[k]))
 
     def renumbered(self, members: Sequence[int]) -> PrefixForest:
@@ -85,27 +76,35 @@ def pack_forest(
 ) -> list[PrefixForest]:
     """Lay N sequences out as packs of at most `token_budget` tokens, in the order of their sequences' tokens.
 
-    input_ids[n] is [length] and scored[n] is [length] bool with scored[n][0] False: nothing predicts a first token.
+    input_ids[n] is [length] and scored[n] is [length] bool with scored[n][0] False: nothing predicts a first token. A
+    sequence's last token is left out where it is scored and ends no sequence that does not score it.
     Groups with a common prefix are kept whole where they fit; a sequence that must be split from its group repeats
     its path from the root. A sequence longer than the budget gets a pack of its own; so does, without sharing, one
-    longer than `alone_above` (models whose rotary frequencies depend on the longest sequence of a call).
+    longer than `alone_above` (models whose rotary frequencies depend on the longest sequence of a call), with all of
+    its tokens.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     assert all(len(ids) and not mask[0] for ids, mask in zip(input_ids, scored, strict=True))
-    # Big-endian bytes compare like the token ids themselves, a prefix before its extensions.
-    order = sorted(range(len(input_ids)), key=lambda n: (input_ids[n].astype(">u4").tobytes(), n))
+    # Big-endian bytes compare like the token ids themselves, a prefix before its extensions. Of equal sequences those
+    # come last that need their last token, so that the last one says whether it is packed.
+    order = sorted(range(len(input_ids)), key=lambda n: (input_ids[n].astype(">u4").tobytes(), not scored[n][-1], n))
     place = {n: k for k, n in enumerate(order)}
     alone = [n for n in order if alone_above is not None and len(input_ids[n]) > alone_above]
     order = [n for n in order if alone_above is None or len(input_ids[n]) <= alone_above]
     shared = _shared_with_previous([input_ids[n] for n in order])
-    cuts = _cut_points(np.array([len(input_ids[n]) for n in order], np.int64), shared, token_budget)
+    packed = _packed_lengths([len(input_ids[n]) for n in order], [bool(scored[n][-1]) for n in order], shared)
+    cuts = _cut_points(packed, np.minimum(shared, packed), token_budget)
     groups = [[n] for n in alone]
     prefixes = [np.zeros(1, np.int64) for _ in alone]
     for begin, end in pairwise(cuts):
         groups.append(order[begin:end])
         prefixes.append(np.concatenate([[0], shared[begin + 1 : end]]))
-    packs = [_lay_out(group, prefix, input_ids, scored) for group, prefix in zip(groups, prefixes, strict=True)]
+    whole = set(alone)
+    packs = [
+        _lay_out(group, prefix, input_ids, scored, whole=group[0] in whole)
+        for group, prefix in zip(groups, prefixes, strict=True)
+    ]
     # Neighbours in order: when some packs are done, so are all sequences of nearly every group that is begun.
     return sorted(packs, key=lambda pack: place[int(pack.sequences[0])])
 
@@ -119,6 +118,23 @@ def _shared_with_previous(ordered: Sequence[IntArray]) -> NDArray[np.int64]:
         first = int(differs.argmax()) if length else 0
         shared[n] = first if length and differs[first] else length
     return shared
+
+
+def _packed_lengths(
+    lengths: Sequence[int], ends_scored: Sequence[bool], shared: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """[N] tokens of each sorted sequence that are packed: its last one is left out if scored, and none goes on from it.
+
+    Where the next sequence goes on from it but is in another pack, one less is.
+    """
+    all_of_them = np.array(lengths, np.int64)
+    goes_on = np.append(shared[1:], -1)[: len(lengths)] == all_of_them
+    is_next = goes_on & (np.append(all_of_them[1:], -1)[: len(lengths)] == all_of_them)
+    different = np.flatnonzero(~is_next)  # of equal sequences, the last one
+    last = different[np.searchsorted(different, np.arange(len(lengths)))]
+    left_out = ~goes_on & np.array(ends_scored, np.bool_)
+    packed: NDArray[np.int64] = all_of_them - left_out[last]
+    return packed
 
 
 def _cut_points(lengths: NDArray[np.int64], shared: NDArray[np.int64], token_budget: int) -> list[int]:
@@ -152,8 +168,13 @@ def _lay_out(
     shared: NDArray[np.int64],
     input_ids: Sequence[IntArray],
     scored: Sequence[BoolArray],
+    *,
+    whole: bool,
 ) -> PrefixForest:
-    """One pack from sequences in sorted order; shared[k] tokens of sequence k are those of the one before."""
+    """One pack from sequences in sorted order; shared[k] tokens of sequence k are those of the one before.
+
+    whole: last tokens are packed too, scored or not.
+    """
     lengths = [len(input_ids[n]) for n in group]
     keeps: list[int] = shared.tolist()
     news = np.array(lengths, np.int64) - shared  # [N] tokens of each that no sequence before it has
@@ -185,16 +206,24 @@ def _lay_out(
     for top, bottom, packed in path:
         subtree_end[packed : packed + bottom - top] = n_tokens
     ranges, range_offsets = _ranges(runs, is_scored, len(group))
+    ids = np.concatenate([input_ids[n][keep:] for n, keep in zip(group, keeps, strict=True)], dtype=np.int64)
+    depth = np.arange(n_tokens) - np.repeat(offsets - shared, news)
+    ends = np.array(path_end, np.int32)
+    is_packed = subtree_end > np.arange(1, n_tokens + 1)  # a token follows
+    is_packed[[end for end, n in zip(path_end, group, strict=True) if whole or not scored[n][-1]]] = True
+    before = np.concatenate([[0], np.cumsum(is_packed)]).astype(np.int32)  # [T + 1] packed tokens before each
+    parent = np.where(parent < 0, -1, before[parent])
     return PrefixForest(
-        input_ids=np.concatenate([input_ids[n][keep:] for n, keep in zip(group, keeps, strict=True)], dtype=np.int64),
-        position_ids=np.arange(n_tokens) - np.repeat(offsets - shared, news),
-        parent=parent,
-        subtree_end=subtree_end,
-        scored=np.flatnonzero(is_scored).astype(np.int32),
+        input_ids=ids[is_packed],
+        position_ids=depth[is_packed],
+        parent=parent[is_packed],
+        subtree_end=before[subtree_end[is_packed]],
+        targets=ids[is_scored],
+        predictors=parent[is_scored],
         sequences=np.array(group, np.int64),
         ranges=ranges,
         range_offsets=range_offsets,
-        path_end=np.array(path_end, np.int32),
+        path_end=np.where(is_packed[ends], before[ends], parent[ends]),
         n_unshared_tokens=sum(lengths),
     )
 
@@ -211,7 +240,7 @@ def _runs(mask: BoolArray) -> list[tuple[int, int]]:
 def _ranges(
     runs: Sequence[tuple[int, int, int]], is_scored: BoolArray, n_sequences: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each sequence's runs as ranges of positions among all scored tokens, [R, 2], and their offsets, [N + 1]."""
+    """Each sequence's runs as ranges of scored tokens, [R, 2], and their offsets, [N + 1]."""
     owner, first, last = np.array(runs, np.int64).reshape(-1, 3).T
     rank = np.concatenate([[0], np.cumsum(is_scored)])  # scored tokens before each packed one
     begin, end = rank[first], rank[last]
@@ -225,7 +254,7 @@ def _ranges(
 
 
 def scored_positions(forest: PrefixForest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions in `forest.scored`, sequence after sequence, and where each one's begin, then the end, [N + 1].
+    """Places among the scored tokens, sequence after sequence, and where each one's begin, then the end, [N + 1].
 
     A shared token is there once for each sequence that scores it.
     """
