@@ -195,7 +195,7 @@ def _list_array(rows: Sequence[NDArray[Any] | None], type: pa.DataType) -> pa.Ar
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     present = [row for row in rows if row is not None]
     flat = np.concatenate(present) if present else np.empty(0, np.float32)
-    values = pa.array(flat.astype(type.value_type.to_pandas_dtype()), type.value_type)
+    values = pa.array(flat).cast(type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=type, mask=pa.array([row is None for row in rows]))
 
 
