@@ -149,6 +149,7 @@ def test_held_out_modules_are_no_training_modules(rows: dict[str, list[dict]]) -
         assert name[1].split(".")[0] in held_out
 
 
+@pytest.mark.long
 def test_training_texts_quote_no_held_out_documentation(rows: dict[str, list[dict]]) -> None:
     train = pytest.importorskip("fastcompat.demo.training.base_model")
     _, texts = train.held_out_and_training()

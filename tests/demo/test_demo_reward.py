@@ -103,6 +103,7 @@ def test_same_pairs_in_every_process() -> None:
     assert int(outputs.pop().split()[0]) > 500
 
 
+@pytest.mark.long
 def test_training_things_are_not_held_out() -> None:
     things = training_things()
     assert len(things) > 2000

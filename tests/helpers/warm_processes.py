@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,13 @@ class WarmProcess:
     """`fastcompat ARGUMENTS`, as much of subprocess.Popen as tests need: stdout and stderr are one text."""
 
     def __init__(
-        self, *arguments: object, environment: Mapping[str, str] | None = None, output: str | None = None
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        output: str | None = None,
+        script: Path | None = None,
     ) -> None:
-        """output: a file that is there, for what it prints."""
+        """output: a file that is there, for what it prints. script: run in the place of fastcompat."""
         self._kept = output is not None
         if output is None:
             handle, output = tempfile.mkstemp(prefix="warm-")
@@ -45,7 +50,7 @@ class WarmProcess:
         self._output = output
         variables = dict(os.environ if environment is None else environment)
         self._process: BaseProcess = _CONTEXT.Process(
-            target=_main, args=([*map(str, arguments)], self._output, variables, os.getcwd()), daemon=True
+            target=_main, args=([*map(str, arguments)], self._output, variables, os.getcwd(), script), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None
@@ -92,13 +97,18 @@ def popen(command: list[str], **options: Any) -> WarmProcess | subprocess.Popen[
     return WarmProcess(*command[3:], environment=options["env"], output=options["stdout"].name)
 
 
-def _main(arguments: list[str], output: str, environment: dict[str, str], directory: str) -> None:
+def _main(arguments: list[str], output: str, environment: dict[str, str], directory: str, script: Path | None) -> None:
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    if script:
+        sys.argv = [str(script), *arguments]
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+        return
     sys.argv = ["fastcompat", *arguments]
     from fastcompat.cli.application import main
 
