@@ -163,7 +163,7 @@ def test_the_chosen_rows_are_those_of_select(run):
     found = [own for rank in range(2) for own in RunReader(run.directory, select=settings)(None, rank, 2)]
     want = {row["row_key"]: row for row in chosen.to_pylist()}
     assert {own.id for own in found} == set(want)
-    assert all(own.metadata["car"] == want[own.id]["car"] and own.metadata["rank"] == 1 for own in found)
+    assert all(own.metadata["car"] == want[own.id]["car"] and own.metadata["rank_in_prompt"] == 1 for own in found)
 
 
 def test_several_models_have_to_be_told_apart(run, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -83,7 +84,7 @@ class FakeHub:
             if not (may_write and asked["organization"] == "me"):
                 return _json({"error": f"You don't have the rights to create {repo}"}, 403)
             self.repos[repo] = {".gitattributes": b""}
-            self.private |= {repo} if asked.get("private") else set()
+            self.private |= {repo} if asked.get("private") or asked.get("visibility") == "private" else set()
             return _json({"url": f"{self.address}/datasets/{repo}"})
         is_api = path.startswith("/api/datasets/")
         steps = path.removeprefix("/api/datasets/").removeprefix("/datasets/").split("/")
@@ -105,13 +106,17 @@ class FakeHub:
         if verb in ("tree", "paths-info"):
             asked = parse_qs(body.decode()).get("paths") if body[:1] != b"{" else json.loads(body)["paths"]
             under = "/".join(rest[1:])
-            listed = [name for name in files if (name in asked if verb == "paths-info" else name.startswith(under))]
-            return _json(
-                [
-                    {"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])}
-                    for name in listed
-                ]
-            )
+            folders = {str(folder): None for name in files for folder in PurePosixPath(name).parents if folder.name}
+            listed = [
+                {"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])}
+                if name in files
+                else {"type": "directory", "path": name, "oid": "0" * 40}
+                for name in [*folders, *files]
+                if (name in asked if verb == "paths-info" else name.startswith(under))
+            ]
+            if verb == "tree" and "recursive=true" not in query.lower():
+                listed = [one for one in listed if "/" not in one["path"].removeprefix(under).strip("/")]
+            return _json(listed)
         if not may_write or not repo.startswith("me/"):
             return _json({"error": "Forbidden"}, 403)
         if verb == "preupload":

@@ -117,7 +117,7 @@ class RunReader(PipelineStep):  # type: ignore[misc]
     The text is the response; the metadata have `messages` (the conversation with it) and `tools` where there are any,
     `prompt_id`, `generator`, `source`, and all figures of one base model and one reward model. base_model, reward_model:
     which, where the run has several. select: the settings of `fastcompat.select`; then the metadata have its metrics
-    and `rank` too. A row without figures has NaN and a `status` that says why; none is left out.
+    and `rank_in_prompt` too. A row without figures has NaN and a `status` that says why; none is left out.
 
     Tasks share the run's units, and responses to one prompt are in one unit.
     """
@@ -194,8 +194,10 @@ class _Figures:
         return paired(pa.concat_tables(parts, promote_options="default")) if parts else pa.table({"row_key": []})
 
 
-# What a document's metadata have of its row, beside all that is not here.
+# Of these the document has its own.
 _OF_THE_ROW = ("row_key", "row_index", "source", "prompt_id", "generator")
+# Writers name their files by `rank`, and what a document's metadata have of that name goes before the task's.
+_RENAMED = {"rank": "rank_in_prompt"}
 
 
 def _documents(rows: pa.Table, figures: pa.Table, found: Mapping[str, int]) -> Iterator[Any]:
@@ -209,7 +211,7 @@ def _documents(rows: pa.Table, figures: pa.Table, found: Mapping[str, int]) -> I
         metadata["messages"] = [turn.fields for turn in turns]
         if row["tools"]:
             metadata["tools"] = json.loads(row["tools"])
-        metadata |= {name: own[n] for name, own in values.items()}
+        metadata |= {_RENAMED.get(name, name): own[n] for name, own in values.items()}
         if places[n] is None:
             metadata |= {"status": MISSING if row["status"] == "ok" else row["status"], "detail": row["detail"]}
         yield Document(text=turns[-1].content if turns else "", id=row["row_key"], metadata=metadata)

@@ -93,14 +93,14 @@ def test_one_commit_a_command_that_load_dataset_reads(run, tmp_path):
     assert [commit["files"] for commit in hub.commits] == [
         ["README.md", "train.parquet"],
         ["README.md", "train.parquet"],
-        ["data/some.jsonl", "data/some.jsonl.md"],
+        ["cards/data/some.jsonl/README.md", "data/some.jsonl"],
     ]
     card = hub.repos["me/best"]["README.md"].decode()
     assert card.startswith('---\n# written by fastcompat for "train.parquet"\n')
     assert 'load_dataset("me/best", data_files="train.parquet", split="train")' in card
     assert "3 responses to 3 prompts" in card
     assert hub.repos["me/other"]["README.md"].endswith(b"Mine.\n")
-    assert "described in hf://datasets/me/other/data/some.jsonl.md" in third
+    assert "described in hf://datasets/me/other/cards/data/some.jsonl/README.md" in third
     assert second.startswith(" ")
     for refusal in (theirs, absent, branch):
         assert refusal.startswith("RunError: hf://datasets/")

@@ -84,7 +84,8 @@ def _generators(chosen: pa.Table, record: dict[str, Any]) -> str:
     return _table(["generator", "responses", f"with {record['value']}", "chosen", "share of the chosen"], rows)
 
 
-def _settings(chosen: pa.Table, record: dict[str, Any]) -> str:
+def settings_of(chosen: pa.Table, record: dict[str, Any]) -> str:
+    """How they were chosen, a Markdown list. record: the metadata of `select`."""
     settings = record["settings"]
     metrics = ", ".join(f"`{name}` ({better} is better)" for name, better in record["metrics"].items())
     if isinstance(settings["by"], dict) and len(settings["by"]) > 1:

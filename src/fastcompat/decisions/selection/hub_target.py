@@ -26,7 +26,7 @@ class HubTarget:
     """hf://datasets/USER/NAME[@BRANCH][/FILE], and whether it can be written.
 
     repo: USER/NAME; file: "train.parquet" where none is named; card: README.md, unless there is one that somebody else
-    has written or that describes another file; then FILE.md.
+    has written or that describes another file; then cards/FILE/README.md, which `load_dataset` takes for no data.
     """
 
     def __init__(self, repo: str, file: str, branch: str | None) -> None:
@@ -76,7 +76,7 @@ class HubTarget:
                 self.is_new = True
                 return
         if self._front_matter().splitlines()[1] not in Path(path).read_text(encoding="utf-8").splitlines()[:2]:
-            self.card = f"{self.file}.md"
+            self.card = f"cards/{self.file}/{_README}"
 
     def commit(self, file: Path, card: Path, *, title: str, description: str) -> None:
         """Put the two there in one commit. A data set that is not there is made, and is private.

@@ -51,7 +51,7 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
 
     hf://datasets/USER/NAME[@BRANCH][/FILE] is one commit to a data set of the hub, with the hub's own token. The file
     is train.parquet where none is named; a data set that is not there is made, and is private. The card is its
-    README.md, but one that is there already and describes something else stays, and the card is FILE.md.
+    README.md, but one that is there already and describes something else stays; then it is cards/FILE/README.md.
 
     Raises UsageError: another suffix, no rows, rows that are not the run's, tool calls for a Parquet file, no token;
     RunError: a damaged shard, a full disk, a hub that refuses.
