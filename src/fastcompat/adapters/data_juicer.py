@@ -89,8 +89,9 @@ class FastcompatFilter(Filter):  # type: ignore[misc]
         """Whether each row stays."""
         return [self._keeps(stats[self.key]) for stats in samples[Fields.stats]]
 
-    def _keeps(self, value: float) -> bool:
-        if value != value:
+    def _keeps(self, value: float | None) -> bool:
+        # `datasets` keeps stats as JSON, in which a NaN is null.
+        if value is None or value != value:
             return self.keep_unscored
         return bool(self.get_keep_boolean(value, self.min_score, self.max_score))
 
