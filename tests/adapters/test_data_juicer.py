@@ -1,4 +1,4 @@
-"""The filters in the real Data-Juicer: stats are the scorer's figures, and no row vanishes that nobody asked to drop."""
+"""The filters in the real Data-Juicer: stats are the scorer's figures, and no row vanishes unasked."""
 
 from __future__ import annotations
 
@@ -88,9 +88,12 @@ def test_bounds_drop_rows_and_what_has_no_figure_goes_only_if_asked(operators, l
 def test_other_metrics_and_a_rank(operators, metric):
     extras = ["unconditioned_nll_sum", "unconditioned_n_tokens"] if metric == "ifd_ppl" else []
     rows = [row for row in ROWS[:40] if row["response"]]
-    want = compute(metric, fc.Scorer(MODEL, device="cpu", extras=extras).score(
-        [{"prompt": row["query"], "response": row["response"]} for row in rows]
-    ))
+    want = compute(
+        metric,
+        fc.Scorer(MODEL, device="cpu", extras=extras).score(
+            [{"prompt": row["query"], "response": row["response"]} for row in rows]
+        ),
+    )
     operator = operators["fastcompat_loss_filter"](model=MODEL, metric=metric, stats_key="own")
     batch = {name: [row[name] for row in rows] for name in ("query", "response")} | {STATS: [{} for _ in rows]}
     found = operator.compute_stats(batch, rank=0)
@@ -120,7 +123,13 @@ def test_conversations_texts_and_rewards(operators):
 
     talk = {"query": ["And now?"], "response": ["Now."], "history": [[["Hi.", "Hello."]]], "system": ["Be brief."]}
     (own,) = operator.compute_stats(talk | {STATS: [{}]})[STATS]
-    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."), ("user", "And now?"), ("assistant", "Now.")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi."),
+        ("assistant", "Hello."),
+        ("user", "And now?"),
+        ("assistant", "Now."),
+    ]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
     assert own["fastcompat_loss"] == scorer.score(rows)["loss"][0].as_py()
 
@@ -153,7 +162,13 @@ def test_the_command_line_keeps_what_has_no_figure(tmp_path, losses):
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     ended = subprocess.run(
-        [sys.executable, "-c", "from data_juicer.tools.process_data import main; main()", "--config", str(tmp_path / "recipe.yaml")],
+        [
+            sys.executable,
+            "-c",
+            "from data_juicer.tools.process_data import main; main()",
+            "--config",
+            str(tmp_path / "recipe.yaml"),
+        ],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part), "HF_HOME": str(tmp_path)},
         capture_output=True,

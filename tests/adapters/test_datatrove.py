@@ -109,7 +109,9 @@ def test_two_tasks_in_two_processes_and_chosen_rows_in_parquet(scorer, run, tmp_
     for half in (0, 1):
         lines = "".join(json.dumps(row) + "\n" for row in rows[half::2])
         (tmp_path / "in" / f"{half}.jsonl").write_text(lines)
-    run_script(TWO_PROCESSES, str(tmp_path), str(run.directory), str(model_directory()), seconds=240, OMP_NUM_THREADS="1")
+    run_script(
+        TWO_PROCESSES, str(tmp_path), str(run.directory), str(model_directory()), seconds=240, OMP_NUM_THREADS="1"
+    )
     found = {}
     for path in (tmp_path / "out").iterdir():
         for line in path.read_text().splitlines():

@@ -40,7 +40,9 @@ def serving(judge: fc.RewardScorer, wait: float = 0.01, **options: Any) -> Itera
 
 def post(server: RewardServer, value: Any) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{server.server_port}/get_reward", json.dumps(value).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{server.server_port}/get_reward",
+        json.dumps(value).encode(),
+        {"Content-Type": "application/json"},
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

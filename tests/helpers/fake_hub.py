@@ -121,9 +121,7 @@ class FakeHub:
             return _json({"error": "Forbidden"}, 403)
         if verb == "preupload":
             asked = [file["path"] for file in json.loads(body)["files"]]
-            return _json(
-                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in asked]}
-            )
+            return _json({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in asked]})
         assert verb == "commit", path
         lines = [json.loads(line) for line in body.splitlines()]
         added = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}

@@ -1,4 +1,5 @@
-"""fastcompat inside of other packages, a file each. Nothing else of fastcompat imports these, and they import their package.
+"""fastcompat inside of other packages, a file each. Nothing else of fastcompat imports these, and they import their
+package.
 
 packages         whether it is there, and not too old
 scorers          one scorer a process

@@ -208,4 +208,5 @@ class FastcompatRewardFilter(FastcompatFilter):
         )
 
     def values(self, scored: pa.Table) -> FloatArray:
-        return scored["reward"].to_numpy()
+        rewards: FloatArray = scored["reward"].to_numpy()
+        return rewards

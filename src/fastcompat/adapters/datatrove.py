@@ -1,4 +1,4 @@
-"""Steps of datatrove: documents get the figures of a scorer; the rows of a run are documents, all or the chosen ones."""
+"""Steps of datatrove: documents get a scorer's figures; the rows of a run are documents, all or the chosen ones."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ class ScoreDocuments(PipelineStep):  # type: ignore[misc]
         rows = self._rows(documents)
         scorer = scorer_of(self._scorer)
         found = scorer(rows, rank, mapping={name: name for name in rows}, prefix="own_")
-        columns = {
-            new: _typed(pa.chunked_array([pa.array(found[f"own_{name}"])])) for name, new in self._names.items()
-        }
+        columns = {new: _typed(pa.chunked_array([pa.array(found[f"own_{name}"])])) for name, new in self._names.items()}
         for n, document in enumerate(documents):
             document.metadata |= {name: values[n] for name, values in columns.items()}
         for status in found["own_status"]:
@@ -115,9 +113,9 @@ class RunReader(PipelineStep):  # type: ignore[misc]
         RunReader("s3://bucket/run", select={"by": "car", "top": 1})
 
     The text is the response; the metadata have `messages` (the conversation with it) and `tools` where there are any,
-    `prompt_id`, `generator`, `source`, and all figures of one base model and one reward model. base_model, reward_model:
-    which, where the run has several. select: the settings of `fastcompat.select`; then the metadata have its metrics
-    and `rank_in_prompt` too. A row without figures has NaN and a `status` that says why; none is left out.
+    `prompt_id`, `generator`, `source`, and all figures of one base model and one reward model. base_model,
+    reward_model: which, where the run has several. select: the settings of `fastcompat.select`; then the metadata have
+    its metrics and `rank_in_prompt` too. A row without figures has NaN and a `status` that says why; none is left out.
 
     Tasks share the run's units, and responses to one prompt are in one unit.
     """

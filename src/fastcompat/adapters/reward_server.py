@@ -112,7 +112,7 @@ class RewardServer(ThreadingHTTPServer):
         judged = self.company.judge(self._conversations(asked))
         missing = [f"response {n} ({why})" for n, (reward, why) in enumerate(judged) if reward is None]
         if missing and self._unjudged is None:
-            raise UsageError(f"{missing[0]} cannot be judged: start the server with --unjudged REWARD for such responses")
+            raise UsageError(f"{missing[0]} cannot be judged: start the server with --unjudged REWARD for these")
         rewards = [self._unjudged if reward is None else reward for reward, _ in judged]
         unjudged = [float(reward is None) for reward, _ in judged]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {"unjudged": unjudged}}
@@ -122,7 +122,7 @@ class RewardServer(ThreadingHTTPServer):
             conversations: list[Conversation] = asked["messages"]
             return conversations
         if "query" not in asked or "prompts" not in asked:
-            raise UsageError('a request has "query" and "prompts", lists of texts, or "messages", a list of conversations')
+            raise UsageError('a request has "query" and "prompts", lists of texts, or "messages", conversations')
         queries, prompts = asked["query"], asked["prompts"]
         if len(queries) != len(prompts):
             raise UsageError(f"{len(queries)} queries but {len(prompts)} prompts")

@@ -117,7 +117,9 @@ def test_without_a_token_or_with_the_hub_off_it_says_what_to_do(run, monkeypatch
     assert "HF_HUB_OFFLINE" in fail(RunError, *command)
 
 
-@pytest.mark.parametrize("address", ["hf://me/best", "hf://datasets/best", "hf://datasets/me/best/some.csv", "https://host/best.jsonl"])
+@pytest.mark.parametrize(
+    "address", ["hf://me/best", "hf://datasets/best", "hf://datasets/me/best/some.csv", "https://host/best.jsonl"]
+)
 def test_addresses_that_cannot_be_written_are_refused(run, tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
     assert address in fail(UsageError, "select", run, "--by", "loss", "-o", address)

@@ -77,7 +77,9 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
             for first, conversations in _in_order(run, places, chosen.num_rows, temporary):
                 n_unusual += _count_unusual(conversations["messages"].combine_chunks())
                 write(conversations, values.slice(first, conversations.num_rows))
-        card = dataset_card(run, chosen, record, hub.file if hub else name, n_unusual=n_unusual, repo=hub and hub.repo)
+        card = dataset_card(
+            run, chosen, record, hub.file if hub else name, n_unusual=n_unusual, repo=hub.repo if hub else None
+        )
         temporary_card.write_text(card, encoding="utf-8")
     if hub is not None:
         return hub.address(hub.card)
@@ -100,7 +102,9 @@ def _new_files(
         return
     if not is_remote(path):
         if "://" in os.fspath(path):
-            raise UsageError(f"{path} cannot be written: name a file, s3://, gs:// or az://, or hf://datasets/USER/NAME")
+            raise UsageError(
+                f"{path} cannot be written: name a file, s3://, gs:// or az://, or hf://datasets/USER/NAME"
+            )
         _make(Path(path).parent)
     with new_file(path) as temporary, new_file(f"{os.fspath(path)}.md") as temporary_card:
         yield temporary, temporary_card
