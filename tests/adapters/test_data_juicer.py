@@ -69,6 +69,9 @@ def kept(value: float | None) -> float | None:
 def test_stats_are_the_scorers_and_every_row_stays_in_order(operators, losses):
     operator = operators["fastcompat_loss_filter"](model=MODEL, num_proc=1)
     found = processed(operator, ROWS)
+    from fastcompat.adapters import scorers
+
+    assert not scorers._loaded  # it computed here, and its memory is given back
     assert [row["number"] for row in found] == list(range(200))
     stats = [row[STATS] for row in found]
     assert [own["fastcompat_loss_status"] for own in stats] == losses["status"].to_pylist()

@@ -61,6 +61,11 @@ class FastcompatFilter(Filter):  # type: ignore[misc]
         """[N] of rows that are scored, in the scorer's columns."""
         raise NotImplementedError
 
+    def runtime_np(self) -> int | None:
+        """How many processes; None: this one. A single one would be forked, and OpenMP has one thread there."""
+        n_processes: int | None = super().runtime_np()
+        return None if n_processes == 1 and not self.use_cuda() else n_processes
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().run(*args, **kwargs)
