@@ -61,17 +61,25 @@ class HubTarget:
     def look(self) -> None:
         """Find out what is there. Raises UsageError without a token, RunError where the hub refuses."""
         from huggingface_hub import get_token
-        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         if get_token() is None:
             raise UsageError(f"{self} needs a token of the hub that may write: `hf auth login`, or set HF_TOKEN")
         with self._telling():
             try:
                 path = self._api().hf_hub_download(self.repo, _README, repo_type="dataset", revision=self.branch)
+            except (
+                LocalEntryNotFoundError,
+                GatedRepoError,
+            ):  # kinds of the others: the hub was not reached, or refuses
+                raise
             except EntryNotFoundError:
                 return
-            except GatedRepoError:
-                raise
             except RepositoryNotFoundError:
                 self.is_new = True
                 return
