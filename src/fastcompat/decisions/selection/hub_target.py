@@ -73,10 +73,10 @@ class HubTarget:
         with self._telling():
             try:
                 path = self._api().hf_hub_download(self.repo, _README, repo_type="dataset", revision=self.branch)
-            except (
-                LocalEntryNotFoundError,
-                GatedRepoError,
-            ):  # kinds of the others: the hub was not reached, or refuses
+            # Two that are kinds of those after them: the hub was not reached, and its owner has to let one in.
+            except LocalEntryNotFoundError as error:
+                raise (error.__cause__ or error) from error
+            except GatedRepoError:
                 raise
             except EntryNotFoundError:
                 return
