@@ -123,7 +123,13 @@ def _validate(
 def select(
     directory: RunDirectory,
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE", help="Ends in .jsonl, .jsonl.gz or .parquet.")
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Ends in .jsonl, .jsonl.gz or .parquet; s3://..., or hf://datasets/USER/NAME for the hub.",
+        ),
     ],
     by: Annotated[
         str, typer.Option(help="A metric (car, loss, reward, ifd_ppl ...) or a mixture: car=0.7,ifd_ppl=0.3.")

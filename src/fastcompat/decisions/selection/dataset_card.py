@@ -15,8 +15,17 @@ from fastcompat.store import Run
 from fastcompat.version import __version__
 
 
-def dataset_card(run: Run, chosen: pa.Table, record: dict[str, Any], file_name: str, *, n_unusual: int) -> str:
-    """Markdown. record: the metadata of `select`; n_unusual: conversations that are not user and assistant by turns."""
+def dataset_card(
+    run: Run,
+    chosen: pa.Table,
+    record: dict[str, Any],
+    file_name: str,
+    *,
+    n_unusual: int,
+    repo: str | None = None,
+) -> str:
+    """Markdown. record: the metadata of `select`; n_unusual: conversations that are not user and assistant by turns;
+    repo: the data set of the hub in which the file lies."""
     n_prompts = pc.count_distinct(chosen["prompt_id"]).as_py()
     cut = pc.sum(pc.equal(chosen["status"], str(Status.TRUNCATED))).as_py() or 0
     notes = []
@@ -40,7 +49,7 @@ def dataset_card(run: Run, chosen: pa.Table, record: dict[str, Any], file_name: 
         "## Generators",
         _generators(chosen, record),
         "## How they were chosen",
-        _settings(chosen, record),
+        settings_of(chosen, record),
         "## What was left out",
         _table(["reason", "responses"], [[reason, f"{n:,}"] for reason, n in record["left_out"].items()])
         if record["left_out"]
@@ -53,7 +62,7 @@ def dataset_card(run: Run, chosen: pa.Table, record: dict[str, Any], file_name: 
         "## Training on it",
         "Each row is a conversation: `messages`, a list of `role`, `content` and whatever else the corpus says of a "
         "turn (calls, reasoning, a weight), and `tools` where the corpus names some.",
-        _trainers(file_name),
+        _trainers(file_name, repo),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -75,7 +84,8 @@ def _generators(chosen: pa.Table, record: dict[str, Any]) -> str:
     return _table(["generator", "responses", f"with {record['value']}", "chosen", "share of the chosen"], rows)
 
 
-def _settings(chosen: pa.Table, record: dict[str, Any]) -> str:
+def settings_of(chosen: pa.Table, record: dict[str, Any]) -> str:
+    """How they were chosen, a Markdown list. record: the metadata of `select`."""
     settings = record["settings"]
     metrics = ", ".join(f"`{name}` ({better} is better)" for name, better in record["metrics"].items())
     if isinstance(settings["by"], dict) and len(settings["by"]) > 1:
@@ -103,15 +113,22 @@ def _settings(chosen: pa.Table, record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _trainers(file_name: str) -> str:
+def _trainers(file_name: str, repo: str | None) -> str:
     kind = "parquet" if file_name.endswith(".parquet") else "json"
     name = PurePath(file_name).name.split(".")[0]
     quoted = json.dumps(file_name)
     unpacked = file_name.removesuffix(".gz")
     packed = " after `gunzip`" if unpacked != file_name else ""
-    axolotl = f"datasets: [{{path: {quoted}, ds_type: {kind}, type: chat_template, field_messages: messages}}]"
-    entry = {
-        "file_name": unpacked,
+    loaded = f'"{kind}", data_files={quoted}'
+    where = f"path: {quoted}, ds_type: {kind}"
+    origin: dict[str, Any] = {"file_name": unpacked}
+    if repo is not None:
+        packed = ""
+        loaded = f"{json.dumps(repo)}, data_files={quoted}"
+        where = f"path: {json.dumps(repo)}, data_files: [{quoted}]"
+        origin = {"hf_hub_url": repo}
+    axolotl = f"datasets: [{{{where}, type: chat_template, field_messages: messages}}]"
+    entry = origin | {
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
         "tags": {
@@ -125,7 +142,7 @@ def _trainers(file_name: str) -> str:
     return f"""TRL:
 
 ```python
-rows = datasets.load_dataset("{kind}", data_files={quoted}, split="train")
+rows = datasets.load_dataset({loaded}, split="train")
 trl.SFTTrainer(model="BASE_MODEL", train_dataset=rows).train()
 ```
 

@@ -19,11 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fastcompat.decisions.selection.dataset_card import dataset_card
+from fastcompat.decisions.selection.dataset_card import dataset_card, settings_of
+from fastcompat.decisions.selection.hub_target import HubTarget
 from fastcompat.decisions.selection.selection import METADATA_KEY
 from fastcompat.errors import RunError, UsageError
 from fastcompat.rows import ROW_SCHEMA, IntArray, Message
 from fastcompat.store import Run, is_remote, new_file
+from fastcompat.version import __version__
+from fastcompat.wording import counted_noun
 
 # Conversations in memory at once: some 60 MB.
 ROWS_AT_ONCE = 20_000
@@ -46,10 +49,15 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
     JSON text; so are `tools`, as TRL reads them. The card is `path` with ".md" after it. Both are written whole or not
     at all; few conversations are in memory at once.
 
-    Raises UsageError: another suffix, no rows, rows that are not the run's, tool calls for a Parquet file; RunError: a
-    damaged shard, a full disk.
+    hf://datasets/USER/NAME[@BRANCH][/FILE] is one commit to a data set of the hub, with the hub's own token. The file
+    is train.parquet where none is named; a data set that is not there is made, and is private. The card is its
+    README.md, but one that is there already and describes something else stays; then it is cards/FILE/README.md.
+
+    Raises UsageError: another suffix, no rows, rows that are not the run's, tool calls for a Parquet file, no token;
+    RunError: a damaged shard, a full disk, a hub that refuses.
     """
-    name = os.fspath(path).rpartition("/")[2] if is_remote(path) else Path(path).name
+    hub = HubTarget.of(path)
+    name = str(hub or path).rpartition("/")[2] if hub or is_remote(path) else Path(path).name
     suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     if suffix is None:
         raise UsageError(f"{path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
@@ -60,19 +68,46 @@ def write_selection(run: Run, chosen: pa.Table, path: str | os.PathLike[str]) ->
     record = json.loads(chosen.schema.metadata[METADATA_KEY])
     values = _values(chosen, record)
     places = _places(run, chosen)
-    card_path = f"{os.fspath(path)}.md"
     n_unusual = 0
+    if hub is not None:
+        hub.look()
     form = _ParquetForm.of(run, places, path) if suffix == ".parquet" else _LinesForm()
-    if not is_remote(path):
-        _make(Path(path).parent)
-    with new_file(path) as temporary, new_file(card_path) as temporary_card:
+    with _new_files(path, hub, chosen, record) as (temporary, temporary_card):
         with form.writer(temporary, suffix) as write:
             for first, conversations in _in_order(run, places, chosen.num_rows, temporary):
                 n_unusual += _count_unusual(conversations["messages"].combine_chunks())
                 write(conversations, values.slice(first, conversations.num_rows))
-        card = dataset_card(run, chosen, record, name, n_unusual=n_unusual)
+        card = dataset_card(
+            run, chosen, record, hub.file if hub else name, n_unusual=n_unusual, repo=hub.repo if hub else None
+        )
         temporary_card.write_text(card, encoding="utf-8")
+    if hub is not None:
+        return hub.address(hub.card)
+    card_path = f"{os.fspath(path)}.md"
     return card_path if is_remote(path) else Path(card_path)
+
+
+@contextmanager
+def _new_files(
+    path: str | os.PathLike[str], hub: HubTarget | None, chosen: pa.Table, record: dict[str, Any]
+) -> Iterator[tuple[Path, Path]]:
+    """Paths on this machine's disk for the file and its card, which are where they belong when the block ends."""
+    if hub is not None:
+        with TemporaryDirectory() as directory:
+            file, card = Path(directory) / Path(hub.file).name, Path(directory) / "card.md"
+            yield file, card
+            title = f"{counted_noun(chosen.num_rows, 'response')} chosen by {record['value']}"
+            description = f"By fastcompat {__version__}.\n\n{settings_of(chosen, record)}"
+            hub.commit(file, card, title=title, description=description)
+        return
+    if not is_remote(path):
+        if "://" in os.fspath(path):
+            raise UsageError(
+                f"{path} cannot be written: name a file, s3://, gs:// or az://, or hf://datasets/USER/NAME"
+            )
+        _make(Path(path).parent)
+    with new_file(path) as temporary, new_file(f"{os.fspath(path)}.md") as temporary_card:
+        yield temporary, temporary_card
 
 
 def _make(directory: Path) -> None:
