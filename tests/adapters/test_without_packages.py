@@ -10,18 +10,28 @@ import pytest
 from fastcompat.errors import UsageError
 
 
-def test_no_lm_eval(monkeypatch):
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
+def pretend(monkeypatch: pytest.MonkeyPatch, package: str, found: str | None) -> None:
+    """`package` is there in another version, or not at all; what was imported of its adapter is forgotten."""
+    own = importlib.metadata.version
 
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    monkeypatch.delitem(sys.modules, "fastcompat.adapters.lm_eval", raising=False)
+    def version(name: str) -> str:
+        if name != package:
+            return own(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.delitem(sys.modules, f"fastcompat.adapters.{package}", raising=False)
+
+
+def test_no_lm_eval(monkeypatch):
+    pretend(monkeypatch, "lm_eval", None)
     with pytest.raises(UsageError, match=r"not installed here: pip install 'fastcompat\[lm-eval\]'"):
         importlib.import_module("fastcompat.adapters.lm_eval")
 
 
 def test_an_old_lm_eval(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.2")
-    monkeypatch.delitem(sys.modules, "fastcompat.adapters.lm_eval", raising=False)
+    pretend(monkeypatch, "lm_eval", "0.4.2")
     with pytest.raises(UsageError, match=r"0\.4\.2 is here, and 0\.\d+\.\d+ or newer is needed"):
         importlib.import_module("fastcompat.adapters.lm_eval")
