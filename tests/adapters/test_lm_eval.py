@@ -17,8 +17,9 @@ from fastcompat.errors import UsageError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: make test-adapters")
 
+import lm_eval.__main__  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.model import CacheHook  # noqa: E402
+from lm_eval.api.model import CachingLM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -174,31 +175,54 @@ def test_figures_and_accuracies_are_those_of_hf(both):
     assert both[0]["config"]["model_num_parameters"] == both[1]["config"]["model_num_parameters"]
 
 
-def test_a_fifth_of_the_tokens(ours, theirs, tasks, tokens):
-    own = figures(evaluated(ours, tasks, ["local_letters"]))
+@pytest.fixture(scope="module")
+def asked(both) -> dict[str, list[Instance]]:
+    """The requests of each task."""
+    return {
+        name: [
+            Instance("loglikelihood", {}, tuple(given), n)
+            for sample in sorted(both[0]["samples"][name], key=lambda sample: sample["doc_id"])
+            for n, given in enumerate(sample["arguments"])
+        ]
+        for name in TASKS
+    }
+
+
+def answers(model: Any, asked: dict[str, list[Instance]]) -> list[float]:
+    """Of all tasks, as bits."""
+    choices = asked["local_letters"] + asked["local_endings"]
+    return flat([model.loglikelihood(choices), model.loglikelihood_rolling(asked["local_text"])])
+
+
+def test_a_fifth_of_the_tokens(ours, theirs, asked, tokens):
+    ours.loglikelihood(asked["local_letters"])
     assert tokens.theirs == 0
-    evaluated(theirs, tasks, ["local_letters"])
+    theirs.loglikelihood(asked["local_letters"])
     assert 0 < 5 * tokens.ours <= tokens.theirs
-    assert len(flat(own)) if isinstance(own, list) else True
 
 
-@pytest.mark.parametrize("batch_size", [64, "auto", "auto:4"])
-def test_bits_do_not_depend_on_the_batch_size(both, tasks, monkeypatch, batch_size):
+@pytest.mark.parametrize("batch_size", [64, "auto:4"])
+def test_bits_do_not_depend_on_the_batch_size(ours, asked, monkeypatch, batch_size):
     monkeypatch.setattr(HFLM, "_detect_batch_size", lambda *_, **__: pytest.fail("a batch size is looked for"))
-    other = evaluated(new_model(batch_size=batch_size), tasks, TASKS)
-    assert figures(other) == figures(both[0])
+    assert ours.batch_size == 1
+    assert answers(new_model(batch_size=batch_size), asked) == answers(ours, asked)
 
 
-def test_bits_do_not_depend_on_slices_or_packs(both, tasks, monkeypatch):
+def test_bits_do_not_depend_on_slices_or_packs(ours, asked, monkeypatch):
+    whole = answers(ours, asked)
     monkeypatch.setattr(adapter, "SLICE_TOKENS", 3000)
-    other = evaluated(new_model(token_budget=600), tasks, ["local_letters", "local_endings"])
-    assert figures(other) == {name: own for name, own in figures(both[0]).items() if name != "local_text"}
+    assert answers(new_model(token_budget=600), asked) == whole
 
 
-def test_an_interrupted_evaluation_goes_on_from_its_cache(both, tasks, tmp_path, tokens, monkeypatch):
-    cache, names = str(tmp_path / "answers"), ["local_endings"]
+def test_an_interrupted_evaluation_goes_on_from_its_cache(ours, asked, tmp_path, tokens, monkeypatch):
+    whole = ours.loglikelihood(asked["local_endings"])
     model = new_model(token_budget=1024)
+    tokens.ours = tokens.passes = 0
+    model.loglikelihood(asked["local_endings"])
+    alone = tokens.ours
+    cached = CachingLM(model, str(tmp_path / "answers.db"))  # what `use_cache` puts around a model
     counted = CausalLM.hidden
+    tokens.ours = tokens.passes = 0
 
     def stopping(own: Any, plan: Any) -> Any:
         if tokens.passes == 2:
@@ -208,17 +232,13 @@ def test_an_interrupted_evaluation_goes_on_from_its_cache(both, tasks, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(CausalLM, "hidden", stopping)
         with pytest.raises(KeyboardInterrupt):
-            evaluated(model, tasks, names, use_cache=cache)
-    before = tokens.ours
-    again = evaluated(model, tasks, names, use_cache=cache)
-    resumed = tokens.ours - before
-    assert figures(again)["local_endings"] == figures(both[0])["local_endings"]
-    once_more = evaluated(model, tasks, names, use_cache=cache)
-    assert tokens.ours == before + resumed, "all was there"
-    assert figures(once_more) == figures(again)
-    model.set_cache_hook(CacheHook(None))
-    evaluated(model, tasks, names)
-    assert resumed < tokens.ours - before - resumed
+            cached.loglikelihood(asked["local_endings"])
+    tokens.ours = 0
+    assert cached.loglikelihood(asked["local_endings"]) == whole
+    assert tokens.ours < alone - 1024, "what was done is not done again"
+    tokens.ours = 0
+    assert cached.loglikelihood(asked["local_endings"]) == whole
+    assert tokens.ours == 0
 
 
 def requests(*pairs: tuple[str, str]) -> list[Instance]:
@@ -248,7 +268,9 @@ def test_as_many_tokens_as_the_model_reads():
     assert flat(own.loglikelihood(asked)) == pytest.approx(flat(other.loglikelihood(asked)), abs=TOLERANCE)
 
 
-def test_empty_contexts_and_equal_requests(ours, theirs):
+def test_empty_contexts_and_equal_requests(ours):
+    # With its cache of logits HFLM takes the first token's for the last one's where a text is parted in two places.
+    theirs = HFLM(MODEL, device="cpu", dtype="float32", logits_cache=False)
     pairs = [("", "The list"), ("The list", " of files"), ("", "The list"), ("The list of", " files")]
     asked = requests(*pairs)
     own, other = ours.loglikelihood(asked), theirs.loglikelihood(asked)
@@ -267,11 +289,11 @@ def test_what_greedy_decoding_gives_is_greedy(ours, theirs):
 
 
 def test_chat_templates(ours, theirs, tasks):
-    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Be short."}
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Be short.", "limit": 10}
     own, other = (evaluated(model, tasks, ["local_endings"], **options) for model in (ours, theirs))
-    context = own["samples"]["local_endings"][0]["arguments"]["gen_args_0"]["arg_0"]
+    context = own["samples"]["local_endings"][0]["arguments"][0][0]
     assert "Be short." in context
-    assert context == other["samples"]["local_endings"][0]["arguments"]["gen_args_0"]["arg_0"]
+    assert context == other["samples"]["local_endings"][0]["arguments"][0][0]
     assert flat(figures(own)["local_endings"]) == pytest.approx(flat(figures(other)["local_endings"]), abs=TOLERANCE)
 
 
@@ -323,10 +345,16 @@ def test_the_command_line(tasks, both, tmp_path):
     assert results["acc,none"] == both[0]["results"]["local_letters"]["acc,none"]
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(tasks, monkeypatch, capsys):
-    command = ["lm_eval", "--model_args", f"pretrained={MODEL},peft=adapter", "--tasks", "local_letters"]
-    monkeypatch.setattr(sys, "argv", [*command, "--include_path", str(tasks)])
-    with pytest.raises(SystemExit) as stopped:
-        adapter.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("peft=adapter: merge the two")
+def test_the_command_line_names_the_model_and_says_mistakes_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: new_model(peft="adapter"))
+    for given, expected in (
+        (["--tasks", "mmlu"], ["--tasks", "mmlu", "--model", "fastcompat"]),
+        (["--model=hf", "--tasks", "mmlu"], ["--model=hf", "--tasks", "mmlu"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
+        with pytest.raises(SystemExit) as stopped:
+            adapter.main()
+        assert stopped.value.code == 2
+        assert sys.argv[1:] == expected
+        assert capsys.readouterr().err.splitlines()[-1].startswith("peft=adapter: merge the two")
