@@ -80,7 +80,10 @@ def trained(tmp_path_factory) -> Any:
             self.logged.append(dict(logs))
 
     trainer = new_trainer(
-        tmp_path_factory.mktemp("with"), load_best_model_at_end=True, metric_for_best_model="eval_loss/docs"
+        tmp_path_factory.mktemp("with"),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss/docs",
+        greater_is_better=False,
     )
     trainer.add_callback(CompatibilityCallback(trainer, ROWS))
     trainer.reporter = Reporter()

@@ -27,7 +27,7 @@ from fastcompat.rows import Extras, Status
 from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, score_sequences
 from fastcompat.tokens import PrefixForest, TokenSequence
 
-OLDEST = "0.4.9"
+OLDEST = "0.4.10"
 INSTALL = "pip install 'fastcompat[lm-eval]'"
 
 
