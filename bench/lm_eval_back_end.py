@@ -42,7 +42,7 @@ from fastcompat.demo.library import HELD_OUT_MODULES, Documented, documented
 from fastcompat.models import CausalLM
 
 sys.path.insert(0, str(Path(__file__).parent / "real"))
-from material import model_directory  # noqa: E402
+from material import model_directory
 
 RESULTS = Path(__file__).parent / "results"
 SHOTS = 5

@@ -1,4 +1,4 @@
-"""The callback in the real SFTTrainer: what it logs is what the checkpoint gives, and the training does not notice it."""
+"""The callback in the real SFTTrainer: it logs what the checkpoint gives, and the training does not notice it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ ROWS = [
     for generator in ANSWERS
     for n, question in enumerate(QUESTIONS)
 ]
-TRAINING = [{"prompt": [{"role": "user", "content": "Say it."}], "completion": [{"role": "assistant", "content": text}]}
-            for text in ("A list is a mutable sequence.", "A tuple is not.", "A set has no order.", "A dict has keys.")]
+TRAINING = [
+    {"prompt": [{"role": "user", "content": "Say it."}], "completion": [{"role": "assistant", "content": text}]}
+    for text in ("A list is a mutable sequence.", "A tuple is not.", "A set has no order.", "A dict has keys.")
+]
 
 
 def new_trainer(directory: Path, model: Any = None, *, peft_config: Any = None, **options: Any) -> Any:
@@ -122,9 +124,7 @@ def test_the_training_does_not_notice_it(trained, tmp_path):
     alone.train()
     last = Path("checkpoint-2/model.safetensors")
     assert (tmp_path / last).read_bytes() == (Path(trained.args.output_dir) / last).read_bytes()
-    of_training = [
-        [line["loss"] for line in own.state.log_history if "loss" in line] for own in (trained, alone)
-    ]
+    of_training = [[line["loss"] for line in own.state.log_history if "loss" in line] for own in (trained, alone)]
     assert of_training[0] == of_training[1]
 
 

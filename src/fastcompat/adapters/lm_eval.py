@@ -170,9 +170,7 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
         answers: dict[int, tuple[float, bool]] = {}
         paths = [self._path(texts, context, continuation) for texts, context, continuation in requests]
         order = sorted(range(len(requests)), key=paths.__getitem__)
-        bar = tqdm(
-            total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
-        )
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         with bar:
             for chosen in _slices(order, paths):
                 sequences = [_sequence(paths[n], len(requests[n][2])) for n in chosen]
@@ -213,7 +211,8 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """HFLM's windows, all of them at once."""
-        own, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
+        own: int | str = self.batch_size
+        self.batch_size_per_gpu = sys.maxsize
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         finally:

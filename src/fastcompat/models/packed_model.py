@@ -204,7 +204,7 @@ def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor,
 
 @torch.no_grad()
 def _fuse(full: Any, context_length: int | None, fused: bool) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
-    """Fuse what can be fused, if it is to be, try whether the last layer can do with the needed tokens, and see what attention reads.
+    """Fuse what can be, if it is to be; try whether the last layer can do with the needed tokens; see what is attended.
 
     Nothing where the model cannot run a pack at all, which its probe will say.
     """
