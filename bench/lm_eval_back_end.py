@@ -3,14 +3,14 @@
     python bench/lm_eval_back_end.py [--questions 40] [--rounds 3] [--dtype float32] [--random]
 
 Multiple choice with four letters in MMLU's format, made of the documentation of Python's standard library: nothing is
-downloaded. Lengths are those of MMLU (a 5-shot prefix of some 590 tokens, questions of 107). SmolLM2-135M's published
+downloaded. Lengths are nearly those of MMLU (a 5-shot prefix of 594 tokens, questions of 103). SmolLM2-135M's published
 weights and tokenizer from `make real`'s material, or its shape with random weights (`--random`). Both back ends get the
 same requests through `loglikelihood`, tokenisation included. `hf` at the batch size that is best for it, tried before.
 Tokens are counted where each model is called: those of our packs, those of HFLM's batches with their padding. Needs
 `pip install 'fastcompat[lm-eval]'`. Writes bench/results/lm_eval.json, on a GPU cuda_lm_eval.json.
 
 Predicted, for 40 questions on two cores in float32. 5-shot: `hf` computes 40 x 697 tokens, of which it pads few, and
-their logits, a fifth of all its work; we compute 590 + 40 x 107 tokens, 5.7 times fewer, and logits of 160 tokens: 7 to
+their logits, a fifth of all its work; we compute 594 + 40 x 103 tokens, 5.9 times fewer, and logits of 160 tokens: 7 to
 9 times less processor time. 0-shot: the same tokens, no logits of the questions: 0.6 to 0.8 of `hf`'s.
 """
 
@@ -51,7 +51,7 @@ BATCH_SIZES = (1, 4, 8, 16)
 # Questions on which hf's batch sizes are tried.
 TRIED = 12
 # Words of an option; so the questions have the length of MMLU's.
-WORDS = 14
+WORDS = 15
 
 
 def questions(n_questions: int) -> list[tuple[str, str]]:

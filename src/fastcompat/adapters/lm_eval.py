@@ -100,6 +100,8 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
     Raises UsageError for an option that fastcompat has not, and ModelError for a model that it cannot run.
     """
 
+    batch_size_per_gpu: int | str
+
     def __init__(
         self,
         pretrained: str,
@@ -211,7 +213,7 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """HFLM's windows, all of them at once."""
-        own: int | str = self.batch_size
+        own = self.batch_size_per_gpu
         self.batch_size_per_gpu = sys.maxsize
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
