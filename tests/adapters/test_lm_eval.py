@@ -339,7 +339,7 @@ def test_options_that_are_not_wanted_will_do():
 
 def test_the_command_line(tasks, both, tmp_path):
     command = [sys.executable, "-m", "fastcompat.adapters.lm_eval"]
-    command += ["--model_args", f"pretrained={MODEL},dtype=float32", "--device", "cpu", "--batch_size", "auto"]
+    command += ["--model_args", f"pretrained={MODEL},dtype=float32", "--batch_size", "auto"]
     command += ["--tasks", "local_letters", "--include_path", str(tasks), "--output_path", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -129,7 +129,7 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
             backend="causal",
             revision=revision or "main",
             max_length=max_length,
-            device=str(resolve_device(device or "auto")),
+            device=str(resolve_device(_chosen(device))),
             dtype=dtype,
             batch_size=batch_size,
             max_batch_size=max_batch_size,
@@ -230,6 +230,12 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         with _own_attention(self.packed):
             return super()._model_generate(*args, **kwargs)
+
+
+def _chosen(device: str | None) -> str:
+    """The command line says cuda:0 where nobody chose, also where there is none."""
+    nobody = device is None or (device == "cuda:0" and not torch.cuda.device_count())
+    return "auto" if nobody else str(device)
 
 
 def _refuse(options: Mapping[str, Any], backend: str) -> None:
