@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test test-long check sanitize format docs bench bench-all bench-kernels real compat triton-report
+.PHONY: install peers demo test test-long test-adapters check sanitize format docs bench bench-all bench-kernels real compat triton-report
 .PHONY: gpu-check gpu-check-dry-run clean
 
 install: $(INSTALLED)
@@ -29,6 +29,19 @@ test: install
 # Processes on Ray that load a model each, and what the interpreter takes long for.
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -m long
+
+# The plug-ins inside of their packages, which are too heavy for .venv; `make test` skips what it has not.
+ADAPTERS := .venv-adapters/bin
+test-adapters: .venv-adapters/.installed
+	OMP_NUM_THREADS=1 $(ADAPTERS)/python -m pytest -p no:benchmark tests/adapters
+
+.venv-adapters/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv .venv-adapters
+	# Data-Juicer asks for exactly these in older versions.
+	grep -v -E '^(dill|multiprocess|emoji)==' constraints.txt > .venv-adapters/constraints.txt
+	$(ADAPTERS)/python -m pip install --quiet --constraint .venv-adapters/constraints.txt --editable \
+	    '.[dev,lm-eval,data-juicer,datatrove]'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .
@@ -116,4 +129,4 @@ gpu-check-dry-run: install
 	OMP_NUM_THREADS=1 $(BIN)/python bench/gpu/gpu_check.py --dry-run
 
 clean:
-	rm -rf .venv .venv-peers build *.egg-info src/*.egg-info
+	rm -rf .venv .venv-adapters .venv-peers build *.egg-info src/*.egg-info

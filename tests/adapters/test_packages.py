@@ -23,7 +23,10 @@ def test_the_error_says_what_to_install():
         require("pyarrow", "999.1", extra="some")
 
 
-@pytest.mark.parametrize(("adapter", "package"), [("data_juicer", "py-data-juicer"), ("datatrove", "datatrove")])
+@pytest.mark.parametrize(
+    ("adapter", "package"),
+    [("data_juicer", "py-data-juicer"), ("datatrove", "datatrove"), ("lm_eval", "lm-eval")],
+)
 def test_an_adapter_without_its_package_says_so(monkeypatch, adapter, package):
     from importlib.metadata import PackageNotFoundError
 

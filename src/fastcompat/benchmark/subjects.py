@@ -21,11 +21,10 @@ from fastcompat.models import (
     PackedModel,
     load_causal_lm,
     load_config,
-    read,
+    plain_attention,
     refuse_unsupported,
     resolve_device,
     resolve_dtype,
-    text_config,
     weight_files,
     wrap,
 )
@@ -211,15 +210,6 @@ class Subject(Generic[Packed]):
                 f"float32: {needed / 2**30:.1f} GiB, where {free / 2**30:.1f} GiB of memory are free on "
                 f"{self.device}; choose a smaller model or --shape, or another --device"
             )
-
-
-def plain_attention(model: Any) -> str:
-    """transformers' name of the attention that computes what `model` is: sdpa where it does, else eager.
-
-    Some versions say that Gemma-2 goes with sdpa, which leaves the soft cap of its attention out without a word.
-    """
-    capped = read(text_config(model.config), "attn_logit_softcapping")
-    return "sdpa" if model._supports_sdpa and not capped else "eager"
 
 
 def shape_subject(shape: str, *, device: str = "auto", dtype: str = "auto") -> Subject[CausalLM]:

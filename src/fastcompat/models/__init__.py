@@ -12,6 +12,7 @@ reward_heads    what reward models have in the LM head's place
 reward_model    a body and such a head -> rewards
 probe           packed is what alone is, tried on the model itself
 loading         load, fuse, probe: the only way in
+live_model      or a model that is being trained, for a moment
 """
 
 from fastcompat.models.base_model import CausalLM, wrap
@@ -26,6 +27,7 @@ from fastcompat.models.configuration import (
     logit_scale,
     model_lengths,
     n_layers,
+    plain_attention,
     read,
     refuse_unsupported,
     resolve_device,
@@ -34,6 +36,7 @@ from fastcompat.models.configuration import (
     text_config,
     windows,
 )
+from fastcompat.models.live_model import borrowed
 from fastcompat.models.loading import describe, load_causal_lm, load_reward_model, reward_model_on
 from fastcompat.models.pack_plan import PackPlan
 from fastcompat.models.packed_model import PackedModel, settings_of
@@ -49,6 +52,7 @@ __all__ = [
     "RewardModel",
     "Task",
     "attention_kinds",
+    "borrowed",
     "describe",
     "fingerprint",
     "have_equal_tensors",
@@ -61,6 +65,7 @@ __all__ = [
     "logit_scale",
     "model_lengths",
     "n_layers",
+    "plain_attention",
     "read",
     "refuse_unsupported",
     "resolve_device",

@@ -61,15 +61,15 @@ class CausalLM(PackedModel):
         return self.statistics(hidden, plan.targets, statistics)
 
 
-def wrap(name: str, full: Any) -> CausalLM:
+def wrap(name: str, full: Any, *, fused: bool = True) -> CausalLM:
     """A transformers `*ForCausalLM` that is already in memory as a `CausalLM` (not probed).
 
-    Its modules are replaced by fused ones where they agree; outside of fastcompat it computes as before.
+    fused: as `packed`; either way it computes as before outside of fastcompat.
     """
     head = full.get_output_embeddings()
     if head is None:
         raise ModelError(f"{name}: {type(full).__name__} has no LM head; is it a causal LM?")
-    model = packed(name, full)
+    model = packed(name, full, fused=fused)
     return CausalLM(
         **{field.name: getattr(model, field.name) for field in fields(model)},
         weight=head.weight.detach().contiguous(),

@@ -116,6 +116,15 @@ def text_config(config: Any) -> Any:
         return config
 
 
+def plain_attention(model: Any) -> str:
+    """transformers' name of the attention that computes what `model` is: sdpa where it does, else eager.
+
+    Some versions say that Gemma-2 goes with sdpa, which leaves the soft cap of its attention out without a word.
+    """
+    capped = read(text_config(model.config), "attn_logit_softcapping")
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
 def read(config: Any, name: str, default: Any = None) -> Any:
     """The value of `name` for the whole model; the default where there is none, or where layers differ in it."""
     try:

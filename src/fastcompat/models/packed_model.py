@@ -149,10 +149,11 @@ def made_ready(name: str) -> Iterator[None]:
         ) from error
 
 
-def packed(name: str, full: Any) -> PackedModel:
+def packed(name: str, full: Any, *, fused: bool = True) -> PackedModel:
     """A transformers model that is in memory, ready for prefix forests (not probed).
 
-    Its modules are replaced by fused ones where they agree; outside of `PackedModel.forward` it computes as before.
+    fused: its modules are replaced by fused ones where they agree; outside of `PackedModel.forward` it computes as
+    before. False: nothing of it is touched but the name of its attention.
     """
     register()
     config = full.config
@@ -167,8 +168,8 @@ def packed(name: str, full: Any) -> PackedModel:
     context_length, rope_boundary = model_lengths(config)
     device = full.get_input_embeddings().weight.device
     with exact_products(device):
-        fusions, prunes, seen = _fuse(full, context_length)
-    if device.type == "cuda":
+        fusions, prunes, seen = _fuse(full, context_length, fused)
+    if fused and device.type == "cuda":
         # The weights as they were before they were joined; each lay in a segment that the joined ones do not fit into.
         torch.cuda.empty_cache()
     return PackedModel(
@@ -202,8 +203,8 @@ def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor,
 
 
 @torch.no_grad()
-def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
-    """Fuse what can be fused, try whether the last layer can do with the needed tokens, and see what attention reads.
+def _fuse(full: Any, context_length: int | None, fused: bool) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
+    """Fuse what can be, if it is to be; try whether the last layer can do with the needed tokens; see what is attended.
 
     Nothing where the model cannot run a pack at all, which its probe will say.
     """
@@ -217,7 +218,7 @@ def _fuse(full: Any, context_length: int | None) -> tuple[tuple[Fusion, ...], bo
         return _last_hidden(body, forward, plan.input_ids, plan.position_ids)
 
     try:
-        fusions = fuse(body, run, ForwardPass(plan=plan.attention))
+        fusions = fuse(body, run, ForwardPass(plan=plan.attention)) if fused else ()
     except Exception as error:
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
         return (), False, ForwardPass(plan=plan.attention)

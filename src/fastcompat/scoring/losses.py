@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -183,10 +183,20 @@ class ResponseScores(OneFigure):
             lists[:] = [None if row is None else np.array(row, np.float32) for row in table[name].to_pylist()]
 
 
-def score_sequences(model: CausalLM, sequences: Sequence[TokenSequence], *, token_budget: int) -> ResponseScores:
-    """The losses of token sequences that are in memory, in the order given."""
-    scores = ResponseScores(sequences)
-    score_all(model, scores, token_budget=token_budget)
+def score_sequences(
+    model: CausalLM,
+    sequences: Sequence[TokenSequence],
+    *,
+    token_budget: int,
+    extras: Extras = Extras(),  # noqa: B008  # frozen
+    then: Callable[[ResponseScores, PrefixForest], object] = lambda scores, forest: None,
+) -> ResponseScores:
+    """The losses of token sequences that are in memory, in the order given.
+
+    extras: what else is computed. then: called after each pack, whose sequences have their figures or a status.
+    """
+    scores = ResponseScores(sequences, extras)
+    score_all(model, scores, token_budget=token_budget, then=partial(then, scores))
     return scores
 
 

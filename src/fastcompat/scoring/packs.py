@@ -12,6 +12,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,11 +35,13 @@ class Pack:
     plan: Plan
 
 
-def score_all(model: Model, scores: Scores, *, token_budget: int) -> None:
-    """Fill in the scores of sequences that are in memory."""
+def score_all(
+    model: Model, scores: Scores, *, token_budget: int, then: Callable[[PrefixForest], object] = lambda forest: None
+) -> None:
+    """Fill in the scores of sequences that are in memory. then: called after each pack."""
     with PackQueue(model, PackLimit(token_budget)) as queue:
         for pack in plan_packs(model, scores, pack_sequences(model, scores, token_budget=token_budget)):
-            queue.put(pack, scores)
+            queue.put(pack, scores, partial(then, pack.forest))
 
 
 def plan_packs(model: Model, scores: Scores, forests: Iterable[PrefixForest]) -> Iterator[Pack]:
