@@ -1,8 +1,8 @@
 """Replaces the slow parts of a Hugging Face module tree by fused ones, where they are the same function.
 
 The tree stays as transformers built it. A module's forward is replaced only after the replacement gave, on random
-input, what the module itself gives: norms, MLPs and attention in float32 on a copy of the module, whole layers in the
-model's own dtype. What does not match stays as it is; `PackedModel.fusions` says what and why, and so does
+input, what the module itself gives: norms, MLPs and attention in float32 on a copy of the module, of which the first
+of each kind, and all of them, like whole layers, in the model's own dtype. What does not match stays as it is; `PackedModel.fusions` says what and why, and so does
 `fastcompat doctor --base-model`.
 """
 
@@ -12,9 +12,10 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ FLOAT32_TOLERANCE = 2e-5
 LARGE_TOLERANCE = 1e-3
 # How much larger values are, and how much later positions, that must not make a difference either.
 LARGE, LATE = 30.0, 1 << 17
+PARTS = ("RMSNorm", "attention", "MLP", "layer")
 POSITIONS = ("position_ids", "cache_position")
 LAYER_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.004, torch.float64: 2e-5}
 
@@ -43,73 +45,151 @@ class Fusion:
     why: str | None  # why the rest is kept as it is
 
 
+class Layers(Protocol):
+    """Layers that are not all in memory (`streamed_layers.py`)."""
+
+    def follow(self, run: Callable[[], Tensor], at_each: Callable[[nn.Module, bool], None]) -> Tensor:
+        """What `run` returns; `at_each` is called with every layer, and whether it is the last, when it has computed."""
+
+
+@torch.no_grad()
+def fuse(
+    body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass, layers: Layers | None = None
+) -> tuple[Fusion, ...]:
+    """Replace what can be replaced in `body`; `run` sends a small pack through it, inside `forward`.
+
+    Modules that the pack did not reach keep their forward.
+    """
+    fuser = _Fuser(forward)
+    with fuser.observing(body):
+        if layers is None:
+            run(forward)
+        else:
+            layers.follow(lambda: run(forward), lambda layer, last: fuser.fuse(layer.modules(), last=last))
+    whole = fuser.layers()
+    for layer in whole:
+        fuser.fuse(layer.modules(), last=layer is whole[-1])
+    fuser.fuse(body.modules(), last=False)  # what is outside of them
+    return fuser.report()
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Calls:
     """A forward pass as its modules saw it."""
 
     forward: ForwardPass
+    observed: dict[nn.Module, AttentionArguments] = field(default_factory=dict)  # what attention was asked
     arguments: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # of each module's last call, by name
     order: dict[nn.Module, int] = field(default_factory=dict)
     fused_mlps: set[nn.Module] = field(default_factory=set)
+    # How modules of one kind are replaced, once the replacement was compared with the first of them in float32.
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def fuse(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass) -> tuple[Fusion, ...]:
-    """Replace what can be replaced in `body`; `run` sends a small pack through it, inside `forward`.
+class _Fuser:
+    """Replaces modules layer by layer, and counts."""
 
-    Modules that the pack did not reach keep their forward.
-    """
-    calls = _observe(body, run, forward)
-    # No longer noted: the copies that are compared would be kept.
-    observed, forward.observed = forward.observed, None
-    assert observed is not None
-    norms, norm_report = _fuse_norms(calls)
-    layers = [module for module in calls.arguments if any(child in observed for child in module.children())]
-    attention_report = _fuse_each(
-        "attention", list(observed), lambda module: _fused_attention(module, calls, observed[module], norms)
-    )
-    mlps = [module for module in calls.arguments if hasattr(module, "down_proj") and module not in observed]
-    mlp_report = _fuse_each("MLP", mlps, lambda module: _fused_mlp(module, calls))
-    last = max(layers, key=lambda layer: calls.order[layer], default=None)
-    layer_report = _fuse_each("layer", layers, lambda module: _fused_layer(module, calls, norms, last=module is last))
-    for module, norm in norms.items():
-        _install(module, norm)
-    return norm_report, attention_report, mlp_report, layer_report
+    def __init__(self, forward: ForwardPass) -> None:
+        self._calls = _Calls(forward=forward)
+        self._norms: dict[nn.Module, FusedRmsNorm] = {}
+        self._done: set[nn.Module] = set()
+        self._noting = False
+        self._counts = {part: 0 for part in PARTS}
+        self._reasons = {part: Counter[str]() for part in PARTS}
 
+    @contextmanager
+    def observing(self, body: nn.Module) -> Iterator[None]:
+        """While it is entered, it is noted what the body's modules are called with."""
+        calls = self._calls
 
-def _observe(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass) -> _Calls:
-    calls = _Calls(forward=forward)
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._noting:
+                return
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            named = dict(bound.arguments)
+            for name, parameter in bound.signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    named |= named.pop(name, {})
+            calls.arguments[module] = named
+            calls.order.setdefault(module, len(calls.order))
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        named = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named |= named.pop(name, {})
-        calls.arguments[module] = named
-        calls.order.setdefault(module, len(calls.order))
-
-    hooks = [
-        module.register_forward_pre_hook(remember, with_kwargs=True) for module in body.modules() if module is not body
-    ]
-    forward.observed = {}
-    try:
-        run(forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _fuse_each(part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Callable[..., Any]]) -> Fusion:
-    """Install what `build` gives for each module, and count."""
-    reasons: Counter[str] = Counter()
-    for module in modules:
+        hooks = [
+            module.register_forward_pre_hook(remember, with_kwargs=True)
+            for module in body.modules()
+            if module is not body
+        ]
         try:
-            _install(module, build(module))
-        except Exception as error:  # a module that is not what it looks like breaks as it likes
-            reasons[f"{type(module).__name__}: {_reason(error)}"] += 1
-    return _report(part, len(modules), reasons)
+            with self._noted(True):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _noted(self, noting: bool) -> Iterator[None]:
+        """Not while modules are compared: copies of them would be kept."""
+        before = self._noting
+        self._noting, self._calls.forward.observed = noting, self._calls.observed if noting else None
+        try:
+            yield
+        finally:
+            self._noting, self._calls.forward.observed = before, self._calls.observed if before else None
+
+    def layers(self) -> list[nn.Module]:
+        """The modules that have attention as a part, in the order of their calls."""
+        observed = self._calls.observed
+        found = [module for module in self._calls.arguments if any(child in observed for child in module.children())]
+        return sorted(found, key=lambda module: self._calls.order[module])
+
+    @torch.no_grad()
+    def fuse(self, modules: Iterable[nn.Module], *, last: bool) -> None:
+        """Replace what can be replaced of a layer and of all that is in it, or of what is outside of layers.
+
+        last: it is the last layer.
+        """
+        calls, norms = self._calls, self._norms
+        own = [module for module in modules if module in calls.arguments and module not in self._done]
+        self._done.update(own)
+        with self._noted(False):
+            found = self._fuse_norms(own)
+            norms |= found
+            attention = [module for module in own if module in calls.observed]
+            self._fuse_each(
+                "attention", attention, lambda module: _fused_attention(module, calls, calls.observed[module], norms)
+            )
+            mlps = [module for module in own if hasattr(module, "down_proj") and module not in calls.observed]
+            self._fuse_each("MLP", mlps, lambda module: _fused_mlp(module, calls))
+            layers = [module for module in own if any(child in calls.observed for child in module.children())]
+            self._fuse_each(
+                "layer", layers, lambda module: _fused_layer(module, calls, norms, last=last and module is layers[-1])
+            )
+            for module, norm in found.items():
+                _install(module, norm)
+
+    def _fuse_each(self, part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Any]) -> dict[Any, Any]:
+        """Install what `build` gives for each module, and count."""
+        found = {}
+        self._counts[part] += len(modules)
+        for module in modules:
+            try:
+                found[module] = build(module)
+                if part != "RMSNorm":
+                    _install(module, found[module])
+            except Exception as error:  # a module that is not what it looks like breaks as it likes
+                self._reasons[part][f"{type(module).__name__}: {_reason(error)}"] += 1
+        return found
+
+    def _fuse_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, FusedRmsNorm]:
+        """Found, and installed when the layer was compared that has them."""
+        norms = [
+            module
+            for module in modules
+            if "norm" in type(module).__name__.lower() and next(module.children(), None) is None
+        ]
+        return self._fuse_each("RMSNorm", norms, lambda module: _fused_norm(module, self._calls))
+
+    def report(self) -> tuple[Fusion, ...]:
+        return tuple(_report(part, self._counts[part], self._reasons[part]) for part in PARTS)
 
 
 def _reason(error: Exception) -> str:
@@ -121,33 +201,37 @@ def _report(part: str, n_modules: int, reasons: Counter[str]) -> Fusion:
     return Fusion(part=part, n_fused=n_modules - reasons.total(), n_modules=n_modules, why=why)
 
 
-def _fuse_norms(calls: _Calls) -> tuple[dict[nn.Module, FusedRmsNorm], Fusion]:
-    found, reasons, n_norms = {}, Counter[str](), 0
-    for module, arguments in calls.arguments.items():
-        if "norm" not in type(module).__name__.lower() or next(module.children(), None) is not None:
-            continue
-        n_norms += 1
-        try:
-            found[module] = _fused_norm(module, arguments)
-        except Exception as error:
-            reasons[f"{type(module).__name__}: {_reason(error)}"] += 1
-    return found, _report("RMSNorm", n_norms, reasons)
+def _kind(module: nn.Module, *more: Hashable) -> Hashable:
+    """Equal for modules that are the same function of their weights, as far as can be seen."""
+    shapes = tuple((name, tuple(own.shape), own.dtype) for name, own in module.named_parameters())
+    settings = sorted(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and name != "layer_idx"
+    )
+    return type(module), shapes, tuple(settings), *more
 
 
-def _fused_norm(module: nn.Module, arguments: dict[str, Any]) -> FusedRmsNorm:
+def _fused_norm(module: nn.Module, calls: _Calls) -> FusedRmsNorm:
+    arguments = calls.arguments[module]
     if len(arguments) != 1:
         raise Mismatch("it takes more than what it normalises")
     x = _random_like(next(iter(arguments.values())))
     candidates = FusedRmsNorm.candidates(module)
     if candidates[0].weight.dtype != x.dtype:
         raise Mismatch("its weight is of another dtype than what it normalises")
+    kind = _kind(module, x.ndim)
+    known = candidates[calls.known[kind]] if kind in calls.known else None
+    if known is not None and _agree(known(None, x), module(x), LAYER_TOLERANCE[x.dtype]):
+        return known
     exact = _in_float32(module)
     # A weight of ones or zeros hides what is done with it.
     generator = torch.Generator(x.device).manual_seed(20)
     for parameter in exact.parameters():
         parameter.normal_(generator=generator)
-    for candidate in candidates:
+    for k, candidate in enumerate(candidates):
         if _agree(candidate.of(exact)(None, x.float()), exact(x.float()), FLOAT32_TOLERANCE):
+            calls.known[kind] = k
             return candidate
     raise Mismatch("it computes something else than RMSNorm")
 
@@ -159,12 +243,16 @@ def _fused_mlp(module: nn.Module, calls: _Calls) -> Callable[..., Any]:
     x = _random_like(next(iter(arguments.values()))).float()
     if x.ndim != 3:
         raise Mismatch("it takes no [1, T, D]")
-    # Found unfit before anything is joined.
-    exact = _in_float32(module)
-    fused = FusedMlp(exact)
-    for values in (x, LARGE * x):
-        if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
-            raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
+    FusedMlp.parts(module)  # found unfit before anything is copied
+    kind = _kind(module)
+    if kind not in calls.known:
+        exact = _in_float32(module)
+        fused = FusedMlp(exact)
+        for values in (x, LARGE * x):
+            if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
+                raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
+        del exact, fused
+        calls.known[kind] = None
     mlp = FusedMlp(module)
 
     def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,6 +268,22 @@ def _fused_attention(
 ) -> Callable[..., Any]:
     passed_on = dict(calls.arguments[module])
     x = _random_like(passed_on.pop("hidden_states", None)).float()
+    named = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    found = [norms.get(norm) if norm is not None else None for norm in named]
+    # What it keeps must not be a part of the slot that the next layer is read into.
+    kept = replace(arguments, sinks=None if arguments.sinks is None else arguments.sinks.clone())
+    kind = _kind(
+        module,
+        replace(arguments, sinks=None),
+        arguments.sinks is None,
+        tuple(sorted(passed_on)),
+        tuple(None if norm is None else norm.offset for norm in found),
+    )
+    if kind in calls.known and [norm is None for norm in named] == [norm is None for norm in found]:
+        forward = _attention_forward(FusedAttention(module, kept, found, calls.known[kind]))
+        with suppress(Mismatch, RuntimeError):  # of another kind all the same
+            _compare_in_place(module, forward, calls)
+            return forward
     exact = _in_float32(module)
     passed_on = {name: _to_float32(value) for name, value in passed_on.items()}
     in_float32 = replace(arguments, sinks=None if arguments.sinks is None else arguments.sinks.float())
@@ -187,10 +291,8 @@ def _fused_attention(
         result = exact(hidden_states=x, **passed_on)
     if not isinstance(result, tuple) or len(result) != 2:
         raise Mismatch("it returns more than its output")
-    named = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     if any(norm is not None and norm not in norms for norm in named):
         raise Mismatch("its norms of queries and keys are kept as they are")
-    found = [None if norm is None else norms[norm] for norm in named]
     exact_norms = [
         None if norm is None else norm.of(getattr(exact, name))
         for norm, name in zip(found, ("q_norm", "k_norm"), strict=True)
@@ -204,8 +306,9 @@ def _fused_attention(
             continue
         if _agree(got, result[0], FLOAT32_TOLERANCE):
             _compare_far_away(exact, fused, calls, x, passed_on)
-            forward = _attention_forward(FusedAttention(module, arguments, found, rotary))
+            forward = _attention_forward(FusedAttention(module, kept, found, rotary))
             _compare_in_place(module, forward, calls)
+            calls.known[kind] = rotary
             return forward
     raise Mismatch("it computes something else than attention after a rotary embedding by halves")
 
