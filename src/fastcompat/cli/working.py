@@ -72,6 +72,8 @@ def work_off(
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
         + (f" · {before:,} were scored before" if before else "")
     )
+    if (waited := served.waited) is not None:
+        say(waited)
     for store in stores:
         show_statuses(scorer_progress(run, store, most_parts=PARTS))
 

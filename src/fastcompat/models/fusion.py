@@ -209,7 +209,7 @@ def _kind(module: nn.Module, *more: Hashable) -> Hashable:
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) and name != "layer_idx"
     )
-    return type(module), shapes, tuple(settings), *more
+    return type(module), vars(module).get("forward"), shapes, tuple(settings), *more
 
 
 def _fused_norm(module: nn.Module, calls: _Calls) -> FusedRmsNorm:
@@ -252,13 +252,13 @@ def _fused_mlp(module: nn.Module, calls: _Calls) -> Callable[..., Any]:
             if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
                 raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
         del exact, fused
-        calls.known[kind] = None
     mlp = FusedMlp(module)
 
     def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
         return mlp(context, *args, *kwargs.values())
 
     _compare_in_place(module, forward, calls)
+    calls.known[kind] = None
     calls.fused_mlps.add(module)
     return forward
 

@@ -118,6 +118,11 @@ class PackedModel:
         """Tokens of the packs that should be on one march; 0: each goes by itself."""
         return 0 if self.layers is None else self.layers.tokens_at_once
 
+    def ran_out(self) -> None:
+        """Memory ran out on a march: fewer tokens at once from here on."""
+        if self.layers is not None:
+            self.layers.ran_out()
+
     def journey(self, plan: PackPlan, forward: ForwardPass) -> Journey:
         """A pack's way through the body."""
 
