@@ -194,9 +194,7 @@ def _base_model(name: str, memory: str, memory_limit: str | int | None) -> Itera
     yield from _memory(section, model, choice, n_tokens)
 
 
-def _reward_model(
-    name: str, output: str | None, memory: str, memory_limit: str | int | None
-) -> Iterator[Finding]:
+def _reward_model(name: str, output: str | None, memory: str, memory_limit: str | int | None) -> Iterator[Finding]:
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.scoring.rewards import RewardScorer

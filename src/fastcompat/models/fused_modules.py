@@ -104,9 +104,9 @@ class JoinedLinear:
     def _join(self) -> None:
         weights = [linear.weight.detach() for linear in self.linears]
         biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
-        adjoining = _adjoining(weights), _adjoining(biases)
-        if adjoining[0] is not None and (adjoining[1] is not None or not biases):
-            self.weight, self.bias = adjoining
+        weight, self.bias = _adjoining(weights), _adjoining(biases)
+        if weight is not None and (self.bias is not None or not biases):
+            self.weight = weight
         else:
             self.weight = torch.cat(weights)
             self.bias = torch.cat(biases) if biases else None

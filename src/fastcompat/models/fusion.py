@@ -94,7 +94,7 @@ class _Fuser:
         self._norms: dict[nn.Module, FusedRmsNorm] = {}
         self._done: set[nn.Module] = set()
         self._noting = False
-        self._counts = {part: 0 for part in PARTS}
+        self._counts = dict.fromkeys(PARTS, 0)
         self._reasons = {part: Counter[str]() for part in PARTS}
 
     @contextmanager
@@ -221,7 +221,7 @@ def _fused_norm(module: nn.Module, calls: _Calls) -> FusedRmsNorm:
     if candidates[0].weight.dtype != x.dtype:
         raise Mismatch("its weight is of another dtype than what it normalises")
     kind = _kind(module, x.ndim)
-    known = candidates[calls.known[kind]] if kind in calls.known else None
+    known: FusedRmsNorm | None = candidates[calls.known[kind]] if kind in calls.known else None
     if known is not None and _agree(known(None, x), module(x), LAYER_TOLERANCE[x.dtype]):
         return known
     exact = _in_float32(module)

@@ -152,9 +152,7 @@ class Files:
             else:
                 found.append((piece.path, begin, end))
         return [
-            (path, begin, min(begin + most, last))
-            for path, first, last in found
-            for begin in range(first, last, most)
+            (path, begin, min(begin + most, last)) for path, first, last in found for begin in range(first, last, most)
         ]
 
     def read_block(self, path: Path, begin: int, end: int, destination: memoryview) -> int:

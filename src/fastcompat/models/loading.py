@@ -65,7 +65,12 @@ def load_full(
         if streaming is not None:
             try:
                 return load_streamed(
-                    model, config, settings, auto_class, streaming, lambda found: _refuse_incomplete(model, found, what, own)
+                    model,
+                    config,
+                    settings,
+                    auto_class,
+                    streaming,
+                    lambda found: _refuse_incomplete(model, found, what, own),
                 )
             except NotStreamable as error:
                 if streaming.required:
@@ -136,9 +141,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     settings = settings or ModelSettings()
-    full, layers = load_full(
-        model, settings, AutoModelForCausalLM, "a causal language model", streaming=streaming
-    )
+    full, layers = load_full(model, settings, AutoModelForCausalLM, "a causal language model", streaming=streaming)
     with made_ready(model):
         loaded = replace(wrap(model, full, layers), deterministic=settings.deterministic)
         probe(loaded)

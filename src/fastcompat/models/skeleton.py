@@ -165,7 +165,7 @@ def _sources(full: Any, stored: Mapping[str, StoredTensor]) -> dict[str, _Source
         if None in by_pattern:
             found[target] = _Source(names=[by_pattern[None][-1:]], operations=())
             continue
-        converter = converter_of[next(iter(by_pattern))]  # type: ignore[index]
+        converter = converter_of[next(iter(by_pattern))]
         operations = tuple((type(own).__name__, getattr(own, "dim", 0)) for own in converter.operations)
         names = [by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern]
         if len(converter.target_patterns) > 1:

@@ -155,9 +155,7 @@ class StreamedLayers:
             self._learn(journey.n_tokens)
             yield result
 
-    def _march(
-        self, journeys: Sequence[Journey], ways: Sequence[_Way], given_up: Callable[[], bool]
-    ) -> Iterator[Any]:
+    def _march(self, journeys: Sequence[Journey], ways: Sequence[_Way], given_up: Callable[[], bool]) -> Iterator[Any]:
         for k in range(self.n_layers):
             if given_up():
                 raise GivenUp

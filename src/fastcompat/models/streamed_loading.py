@@ -1,4 +1,4 @@
-"""Loading of a model whose layers do not stay in memory: what is outside of them is read, and where they lie is known."""
+"""Loading of a model whose layers do not stay in memory: what is outside of them is read, where they lie is noted."""
 
 from __future__ import annotations
 

@@ -122,8 +122,9 @@ def choose_memory(
     )
     if memory == "resident" and limit is not None and not choice.fits:
         raise UsageError(
-            f"{source}: weights of {_size(weights)} and a pack of {_size(work)} do not fit into the {_size(choice.free)} "
-            f"that a memory limit of {_size(limit)} leaves; allow more, or have its layers stream: --memory stream"
+            f"{source}: weights of {_size(weights)} and a pack of {_size(work)} do not fit into the "
+            f"{_size(choice.free)} that a memory limit of {_size(limit)} leaves; allow more, or have its layers "
+            "stream: --memory stream"
         )
     return choice
 
@@ -175,5 +176,3 @@ def _size(n_bytes: int, *, up: bool = False) -> str:
         return f"{n_bytes / unit:.{digits}f} {name}"
     step = unit // 10**digits
     return f"{-(-n_bytes // step) * step / unit:.{digits}f}{name}"
-
-

@@ -56,7 +56,8 @@ def score(
     inputs, mapping, strict, extend: as INPUT, --map, --strict and --extend of `fastcompat score`; no inputs: those that
     the run was made from.
     base_model, reward_model: a hub id or a directory, or several. device, dtype, token_budget, deterministic, memory,
-    memory_limit: as of `Scorer`, for all of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these.
+    memory_limit: as of `Scorer`, for all of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take
+    beside these.
     engine: "process" works here, as one worker: "1/1", or "auto" beside any number of others, whatever is free; "ray"
     has `workers` actors work (None: one for each GPU, or machine) in the cluster at `ray_address`: "auto", "local" or
     HOST:PORT.
