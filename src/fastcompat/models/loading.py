@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastcompat.errors import ModelError
+from fastcompat.errors import FastcompatError, ModelError
 from fastcompat.models.base_model import CausalLM, wrap
 from fastcompat.models.checkpoint import LAYER_WEIGHT, read_tensors, tensor_shapes, weight_files
 from fastcompat.models.configuration import (
@@ -88,7 +88,7 @@ def load_full(
             output_loading_info=True,
             **_placement(device),
         )
-    except ModelError:
+    except FastcompatError:
         raise
     except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
         if ATTENTION_NAME in str(error):
