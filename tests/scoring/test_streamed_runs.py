@@ -62,7 +62,7 @@ def test_memory_that_runs_out_on_a_march_makes_it_smaller(most):
     assert max(marching) >= 256
     assert (scores.counts == 1).all()
     # As soon as it was known, and for good; what does not fit by itself goes the way of any pack.
-    assert sum(size > most for size in marching) <= 4 or most < BUDGET
+    assert sum(size > most for size in marching) <= 5 or most < BUDGET
 
 
 def test_a_march_that_is_given_up_is_done_again_and_nothing_else(corpus, tmp_path):
@@ -111,9 +111,7 @@ def joint(base: Path, reward: Path, memory: str) -> Pass:
 @pytest.fixture(scope="module")
 def resident_parts(base, reward, corpus, tmp_path_factory) -> dict[str, bytes]:
     run = prepare_small_units(tmp_path_factory.mktemp("runs") / "run", corpus, target_unit_chars=3000)
-    score_corpus(
-        run, joint(base, reward, "resident"), token_budget=None, worker=Worker(), progress=Progress()
-    )
+    score_corpus(run, joint(base, reward, "resident"), token_budget=None, worker=Worker(), progress=Progress())
     assert run.scorers()[0].record["settings"]["layers"] == "resident"
     return all_parts(run)
 
@@ -186,9 +184,7 @@ def test_auto_streams_where_the_weights_do_not_fit(base, monkeypatch):
     scorer = fc.Scorer(str(base))
     assert not scorer.choose_memory().streams
     choice = scorer.memory_choice
-    monkeypatch.setattr(
-        "fastcompat.scoring.memory_choice.free_memory", lambda device: choice.weights + choice.work - 1
-    )
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: choice.weights + choice.work - 1)
     monkeypatch.setattr("fastcompat.models.streamed_loading._compared_bytes", lambda bones: 0)
     monkeypatch.setattr("fastcompat.models.streamed_loading.STAGING_BYTES", 0)
     assert scorer.choose_memory().streams
@@ -243,16 +239,16 @@ print(all(torch.equal(a, resident.hidden(b)) for a, b in zip(states, plans(resid
 
 
 def test_peak_memory_by_the_processs_own_high_water_mark(tmp_path):
-    """Streamed within a limit of less than half of the weights; resident in the weights, where they were there twice nearly."""
+    """Streamed within two thirds of the weights, libraries included; resident without the half of them twice."""
     from families import small_model
 
     model = small_model(
-        "Llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=20, num_attention_heads=8, vocab_size=512
+        "Llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, vocab_size=512
     )
     model.save_pretrained(tmp_path, max_shard_size="30MB")
     weights = sum(own.numel() * 4 for own in model.parameters())
-    assert weights > 200 << 20
-    limit = weights // 2
+    assert weights > 130 << 20
+    limit = 100 << 20
     streamed, resident, equal = run_script(PEAK, str(tmp_path), str(limit), seconds=120).split()
     assert int(streamed) < limit
     assert int(resident) < 1.5 * weights

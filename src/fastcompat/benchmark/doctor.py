@@ -43,8 +43,8 @@ def examine(
     """Everything that is known of this machine, section by section. Loads torch; takes seconds.
 
     With a model, a hub id or a directory, also what of it runs fused; of a reward model what it reads, and where.
-    reward_output: as `RewardScorer`'s output; memory, memory_limit: as of `Scorer`. Raises ModelError where a model cannot be loaded, UsageError where one of
-    several outputs must be chosen.
+    reward_output: as `RewardScorer`'s output; memory, memory_limit: as of `Scorer`. Raises ModelError where
+    a model cannot be loaded, UsageError where one of several outputs must be chosen.
     """
     base = [] if base_model is None else [*_base_model(base_model, memory, memory_limit)]
     reward = [] if reward_model is None else [*_reward_model(reward_model, reward_output, memory, memory_limit)]

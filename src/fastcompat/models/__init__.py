@@ -4,7 +4,8 @@ configuration   what config.json says: whether it is supported, how long, how wi
 checkpoint      what lies on the disk: weights, their shapes, their fingerprint
 forward_pass    a pack on its way through the layers, and how attention finds it
 fused_modules   faster modules
-fusion          which of a model's modules they may replace: those that are the same function
+replacements    what they may replace: a module that gave the same
+fusion          a model's modules one after the other
 pack_plan       what a forward pass reads of a pack, made before its turn
 packed_model    a body that runs packs
 base_model      a body and its LM head -> the NLL of tokens

@@ -314,8 +314,8 @@ def lay_out(
 ) -> tuple[dict[str, Place], int]:
     """Where the tensors of a layer lie in a slot, by name, and how many bytes that takes.
 
-    tensors: their shapes and dtypes, in the order in which they shall lie. together: equal for those that are to adjoin,
-    which are neighbours.
+    tensors: their shapes and dtypes, in the order in which they shall lie. together: equal for those that are to
+    adjoin, which are neighbours.
     """
     places: dict[str, Place] = {}
     end, group = 0, None

@@ -134,8 +134,9 @@ def load_causal_lm(
 ) -> CausalLM:
     """Load `model`, a hub id or a directory, for scoring. Safetensors only, no remote code.
 
-    streaming: its layers are read when they are needed, within so much memory; None: they stay. Raises ModelError, in one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of
-    an architecture that cannot be packed correctly.
+    streaming: its layers are read when they are needed, within so much memory; None: they stay. Raises ModelError, in
+    one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of an architecture that
+    cannot be packed correctly.
     """
     # Late: importing transformers' modelling code takes seconds.
     from transformers import AutoModelForCausalLM

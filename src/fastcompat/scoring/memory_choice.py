@@ -95,10 +95,8 @@ class MemoryChoice:
         within = "" if self.limit is None else f" within the limit of {_size(self.limit)}"
         if self.fits == self.streams:
             return f"asked for by --memory {self.memory}"
-        return (
-            f"weights of {_size(self.weights)} and a pack {'fit' if self.fits else 'do not fit'} into the {_size(self.free)} {where} that are "
-            f"free{within}"
-        )
+        verb = "fit" if self.fits else "do not fit"
+        return f"weights of {_size(self.weights)} and a pack {verb} into the {_size(self.free)} {where} that are free{within}"
 
 
 def choose_memory(
