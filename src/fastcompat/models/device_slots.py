@@ -22,7 +22,7 @@ class Ring:
     def __init__(self, device: torch.device, n_bytes: int = CHUNK_BYTES) -> None:
         self.device = device
         self.n_bytes = n_bytes
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._chunks = [torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(N_CHUNKS)]
         self._copied: list[torch.cuda.Event | None] = [None] * N_CHUNKS
         self._turn = 0
@@ -55,7 +55,7 @@ class DeviceSlot:
             ring.stream.wait_event(self._freed)
         for path, begin, end in files.stretches(layout.pieces, ring.n_bytes):
             chunk = ring.next()
-            n_read = files.read_block(path, begin, end, memoryview(chunk.numpy()))
+            n_read = files.read_block(path, begin, end, chunk.numpy().data)
             refuse_short(layout.pieces, path, begin, n_read, end)
             with torch.cuda.stream(ring.stream):
                 for piece, first, share, last in overlaps(layout.pieces, path, begin, n_read):

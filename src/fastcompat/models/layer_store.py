@@ -132,7 +132,7 @@ class Files:
 
     def read_into(self, path: Path, offset: int, destination: Bytes) -> None:
         """Fill `destination` from `offset` on. Raises ModelError where the file ends before."""
-        view, done = memoryview(destination), 0
+        view, done = destination.data, 0
         while done < len(view):
             n_read = os.preadv(self._plain[path], [view[done:]], offset + done)
             if not n_read:

@@ -250,7 +250,7 @@ class StreamedLayers:
 
     def _mark(self) -> Any:
         if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             return event
         return time.perf_counter()
@@ -258,13 +258,13 @@ class StreamedLayers:
     def _computed(self) -> float:
         """Seconds between the marks so far."""
         marks, self._marks = self._marks, []
-        if self._device.type != "cuda":
-            seconds = sum(end - begin for begin, end in marks)
-        else:
-            seconds = 0.0
-            for begin, end in marks:
+        seconds = 0.0
+        for begin, end in marks:
+            if self._device.type == "cuda":
                 end.synchronize()
                 seconds += begin.elapsed_time(end) / 1000
+            else:
+                seconds += end - begin
         self.computing += seconds
         return seconds
 

@@ -96,7 +96,8 @@ class MemoryChoice:
         if self.fits == self.streams:
             return f"asked for by --memory {self.memory}"
         verb = "fit" if self.fits else "do not fit"
-        return f"weights of {_size(self.weights)} and a pack {verb} into the {_size(self.free)} {where} that are free{within}"
+        weights, free = _size(self.weights), _size(self.free)
+        return f"weights of {weights} and a pack {verb} into the {free} {where} that are free{within}"
 
 
 def choose_memory(
