@@ -76,7 +76,7 @@ def test_a_layer_arrives_by_chunks_smaller_than_its_pieces(tmp_path, content, lo
         slot = DeviceSlot(layout.n_bytes, ring)
         slot.fill(layout, Files([tmp_path / "weights"], 0))
         first = 0
-        for name, place in layout.places.items():
+        for place in layout.places.values():
             n = place.shape[0]
             got = slot.view(place)
             assert got.device == GPU

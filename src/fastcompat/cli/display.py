@@ -105,8 +105,6 @@ def show_pass(served: Pass) -> None:
             say(f"  token ids: {escape(scorer.tokenizer.token_ids)}")
     if len(served.scorers) > 1:
         say("one body with two heads: one pass serves both")
-    if served.asks_about_memory:
-        say(f"  memory: {escape(served.tell_memory())}")
 
 
 def interrupted(run: Run, to_what: str = "") -> Interrupted:

@@ -294,7 +294,9 @@ class Scorer(ModelScorer):
     @cached_property
     def model(self) -> CausalLM:
         """The loaded model."""
-        return load_causal_lm(self.source, self.settings, streaming=self.choose_memory().streaming)
+        loaded = load_causal_lm(self.source, self.settings, streaming=self.choose_memory().streaming)
+        self._say_memory(loaded)
+        return loaded
 
     @cached_property
     def identity(self) -> dict[str, Any]:

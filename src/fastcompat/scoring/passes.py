@@ -72,15 +72,12 @@ class Pass:
         return sum(path.stat().st_size for path in weight_files(scorer.source, scorer.settings.revision))
 
     @property
-    def asks_about_memory(self) -> bool:
-        """Whether people are to be told what was chosen: layers do not stay, or somebody had a say in it."""
+    def told_memory(self) -> str | None:
+        """Where the weights of the one body are, and why, for somebody who had a say in it; None where nobody had, or
+        it was told as a warning. The model is loaded for it."""
         scorer = self.scorers[0]
-        loaded = "model" in scorer.__dict__ and scorer.model.layers is not None
-        return loaded or scorer.memory != "auto" or scorer.memory_limit is not None or scorer.choose_memory().streams
-
-    def tell_memory(self) -> str:
-        """Where the weights of the one body are, and why. The model is loaded for it."""
-        return self.scorers[0].tell_memory()
+        limited = scorer.memory_limit is not None and scorer.model.layers is None
+        return scorer.tell_memory(scorer.model) if scorer.memory != "auto" or limited else None
 
     @property
     def waited(self) -> str | None:

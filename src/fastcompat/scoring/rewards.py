@@ -172,7 +172,9 @@ class RewardScorer(ModelScorer):
     def model(self) -> RewardModel:
         """The loaded model."""
         streaming = self.choose_memory().streaming
-        return load_reward_model(self.source, self.settings, described=self._described, streaming=streaming)
+        loaded = load_reward_model(self.source, self.settings, described=self._described, streaming=streaming)
+        self._say_memory(loaded)
+        return loaded
 
     def share(self, body: PackedModel) -> None:
         """Compute with a loaded model's body, which must have this model's weights, instead of loading its own."""

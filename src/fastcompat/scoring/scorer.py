@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -94,7 +95,7 @@ class ModelScorer(Portable):
         raise NotImplementedError
 
     def choose_memory(self) -> MemoryChoice:
-        """Whether the layers stay in memory, as it is now; says so where they do not."""
+        """Whether the layers stay in memory, as it is now."""
         self.memory_choice = choose_memory(
             self.memory,
             self.memory_limit,
@@ -106,18 +107,26 @@ class ModelScorer(Portable):
         )
         return self.memory_choice
 
-    def tell_memory(self) -> str:
-        """What became of it, for people. The model is loaded."""
-        layers = self.model.layers
-        return told(self.memory_choice, layers, self.token_budget)
+    def tell_memory(self, loaded: PackedModel) -> str:
+        """What became of it, for people."""
+        return told(self.memory_choice, loaded.layers, self._given_token_budget or self._budget_beside(loaded))
+
+    def _say_memory(self, loaded: PackedModel) -> None:
+        """Somebody who has not asked for it is told that layers stream, and why."""
+        if loaded.layers is not None:
+            level = logging.WARNING if self.memory == "auto" else logging.INFO
+            logging.getLogger("fastcompat").log(level, f"{self.name}: {self.tell_memory(loaded)}")
 
     @cached_property
     def token_budget(self) -> int:
         """Tokens of a pack: as given, else chosen from the memory that is free beside the loaded model."""
         if self._given_token_budget is not None:
             return self._given_token_budget
-        dtype = self.model.dtype  # loaded from here on: what is free below is free beside it
-        return choose_token_budget(self.device, self.config, dtype, left_memory(self.device, self.memory_limit))
+        return self._budget_beside(self.model)
+
+    def _budget_beside(self, loaded: PackedModel) -> int:
+        left = left_memory(self.device, self.memory_limit)
+        return choose_token_budget(self.device, self.config, loaded.dtype, left)
 
     def compute_in(self, dtype: str) -> None:
         """Compute in this dtype from now on."""
