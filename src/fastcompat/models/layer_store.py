@@ -41,7 +41,7 @@ NEAR_BYTES = 1 << 20
 # Elements that torch converts in one thread: it would take the forward pass's own threads for more.
 CONVERTED_AT_ONCE = 1 << 14
 # Steps of Unix priority by which the reading thread gives way to a forward pass on the same cores.
-NICENESS = 19
+NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
