@@ -83,10 +83,13 @@ def test_bits_of_every_family(family, tmp_path):
     assert all(weight.is_meta for module in streamed.layers._modules for weight in module.parameters())
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_another_dtype_than_the_stored_one(stored, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [(torch.bfloat16, "float32"), (torch.float16, "float32"), (torch.float32, "bfloat16")],
+)
+def test_another_dtype_than_the_stored_one(stored, computed, tmp_path):
     small_model("Qwen2").to(stored).save_pretrained(tmp_path)
-    settings = ModelSettings(dtype="float32")
+    settings = ModelSettings(dtype=computed)
     want = bits(load_causal_lm(str(tmp_path), settings))
     assert_equal(bits(load_causal_lm(str(tmp_path), settings, streaming=streaming())), want)
 
