@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -271,3 +273,27 @@ def test_stored_tensors_are_where_the_headers_say(llama):
     for name, place in stored.items():
         raw = place.path.read_bytes()[place.offset : place.offset + place.n_bytes]
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=place.dtype).view(place.shape), values[name])
+
+
+def test_a_forked_process_reads_for_itself(llama):
+    """As `datasets` does it with several processes: threads do not survive a fork."""
+    model = load_causal_lm(str(llama), streaming=streaming())
+    want = bits(model)
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if all(map(torch.equal, bits(model), want)) else 2
+        finally:
+            os._exit(code)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("it waits for ever")
+    assert os.waitstatus_to_exitcode(status) == 0

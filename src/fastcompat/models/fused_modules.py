@@ -91,6 +91,19 @@ def joined_with(name: str) -> tuple[str, ...] | None:
     return tuple(f"{parent}.{other}.{leaf}" if parent else f"{other}.{leaf}" for other in group)
 
 
+def adjoining(names: Sequence[str]) -> list[str]:
+    """The names in their order, but those of tensors that are joined where the first of them is."""
+    place = {name: k for k, name in enumerate(names)}
+
+    def rank(name: str) -> tuple[int, int]:
+        group = joined_with(name)
+        if group is None:
+            return place[name], 0
+        return min(place[other] for other in group if other in place), group.index(name)
+
+    return sorted(names, key=rank)
+
+
 class JoinedLinear:
     """Linear layers of one input as one product. Their weights become views of the joined one, so memory stays.
 

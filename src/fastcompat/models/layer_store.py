@@ -248,7 +248,8 @@ class LayerStore:
         self.layouts = layouts
         self._slots = slots
         self._files = files
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastcompat-read", initializer=_give_way)
+        self._thread = _thread()
+        self._process = os.getpid()
         self._coming: deque[tuple[int, int, Future[None]]] = deque()  # layer, slot
         self._next = 0  # the layer that is read next
         self._turn = 0  # how many were begun to be read
@@ -261,6 +262,9 @@ class LayerStore:
 
     def take(self, layer: int) -> Slot:
         """The slot in which the layer is, once it is. `give_back` is called before the next layer is taken."""
+        if os.getpid() != self._process:  # forked, and the thread stayed behind
+            self._coming.clear()
+            self._thread, self._process = _thread(), os.getpid()
         while self._coming and self._coming[0][0] != layer:  # somebody broke off, or goes another way
             self._settle()
         if not self._coming:
@@ -309,6 +313,10 @@ class LayerStore:
         self.reading += seconds
         self.n_bytes += n_bytes
         self.n_layers += 1
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="fastcompat-read", initializer=_give_way)
 
 
 def _give_way() -> None:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from fastcompat.models.forward_pass import AttentionArguments, ForwardPass, current_pass, forward_pass
-from fastcompat.models.fused_modules import ROTARY_LAYOUTS, FusedAttention, FusedLayer, FusedMlp, FusedRmsNorm, Mismatch
+from fastcompat.models.fused_modules import (
+    ROTARY_LAYOUTS,
+    FusedAttention,
+    FusedLayer,
+    FusedMlp,
+    FusedRmsNorm,
+    Mismatch,
+    adjoining,
+)
 
 # Largest relative difference of a token's values. A wrong formula shows as 0.01 and more; in float32 the order of sums
 # shows as 1e-6.
@@ -258,7 +266,18 @@ class _Replacement:
 
 
 def _in_float32(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).float()
+    """A copy whose weights lie in one block, those that are joined side by side: they are not there twice."""
+    weights = dict(module.named_parameters())
+    sizes = [own.numel() for own in weights.values()]
+    block = torch.empty(sum(sizes), device=next((own.device for own in weights.values()), None))
+    memo: dict[int, Any] = {}
+    begin = 0
+    for name in adjoining(list(weights)):
+        own = weights[name]
+        place = block[begin : begin + own.numel()].view(own.shape)
+        memo[id(own)] = nn.Parameter(place.copy_(own.detach()), requires_grad=False)
+        begin += own.numel()
+    return copy.deepcopy(module, memo).float()
 
 
 def _to_float32(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from fastcompat.models.checkpoint import StoredTensor
 from fastcompat.models.configuration import n_layers
 from fastcompat.models.forward_pass import ATTENTION_NAME
-from fastcompat.models.fused_modules import joined_with
+from fastcompat.models.fused_modules import adjoining, joined_with
 from fastcompat.models.layer_store import Files, HostSlot, Layout, Piece, Place, lay_out
 
 
@@ -178,16 +178,7 @@ def _layout(
     tensors: Mapping[str, torch.Tensor], sources: Mapping[str, _Source], stored: Mapping[str, StoredTensor]
 ) -> Layout:
     """Tensors whose module joins them adjoin: what is read is joined then."""
-    first = {group: name for name in reversed(list(tensors)) if (group := joined_with(name)) is not None}
-    # In the order of the model, those that are joined where the first of them is.
-    place_of = {name: k for k, name in enumerate(tensors)}
-
-    def rank(name: str) -> tuple[int, int]:
-        group = joined_with(name)
-        return (place_of[first[group]], group.index(name)) if group else (place_of[name], 0)
-
-    order = sorted(tensors, key=rank)
-    shapes = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in order}
+    shapes = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in adjoining(list(tensors))}
     places, n_bytes = lay_out(shapes, joined_with)
     pieces = [piece for name, place in places.items() for piece in _pieces(name, place, sources[name], stored)]
     return Layout(places=places, pieces=pieces, n_bytes=n_bytes)

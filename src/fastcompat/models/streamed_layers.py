@@ -97,6 +97,7 @@ class StreamedLayers:
         self._way = _Way()
         self.computing = 0.0  # seconds
         self._marks: list[tuple[Any, Any]] = []
+        self._read = 0, 0.0  # layers, and seconds, when it was measured last
         self._measured = 0.0, 0.0  # seconds: computing a token in a layer, reading a layer
         self._owners = [
             {name: _owner(module, name) for name in layout.places}
@@ -175,9 +176,8 @@ class StreamedLayers:
             with self._present(k):
                 self._go_on(journey, way, k)
         seconds = self._computed()
-        if journey.n_tokens and self.store.n_layers:
-            self._measured = seconds / 2 / journey.n_tokens, self.store.reading / self.store.n_layers
-            self._want()
+        if journey.n_tokens:
+            self._measure(seconds / 2 / journey.n_tokens)
 
     def _noted(self, journey: Journey) -> _Way:
         """The beginning of a march."""
@@ -272,12 +272,17 @@ class StreamedLayers:
         """After all layers have computed so many tokens."""
         n_marks = len(self._marks)
         seconds = self._computed()
-        if n_tokens and n_marks and self.store.n_layers:
-            self._measured = seconds / n_marks / n_tokens, self.store.reading / self.store.n_layers
-            self._want()
+        if n_tokens and n_marks:
+            self._measure(seconds / n_marks / n_tokens)
 
-    def _want(self) -> None:
-        computing, reading = self._measured
+    def _measure(self, computing: float) -> None:
+        """A token takes so many seconds in a layer; layers were read meanwhile."""
+        reading = self._measured[1]
+        n_layers, seconds = self.store.n_layers, self.store.reading
+        if n_layers > self._read[0]:
+            reading = (seconds - self._read[1]) / (n_layers - self._read[0])
+            self._read = n_layers, seconds
+        self._measured = computing, reading
         self._wanted = max(1, int(COVER * reading / max(computing, 1e-12)))
 
     # ---- finding out

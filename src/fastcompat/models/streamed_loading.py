@@ -72,7 +72,7 @@ def _compared_bytes(bones: Skeleton) -> int:
         sum(place.n_bytes // place.dtype.itemsize for place in layout.places.values() if len(place.shape) == 2)
         for layout in bones.layouts
     ]
-    return 6 * max(values)
+    return 4 * max(values)
 
 
 def measure(model: PackedModel) -> None:
@@ -80,6 +80,8 @@ def measure(model: PackedModel) -> None:
     if model.layers is None or not model.layers.marches:
         return
     length = min(MEASURED_TOKENS, model.context_length or MEASURED_TOKENS)
-    _, forest = sample_pack(model.vocabulary, length)
+    # A head may have words that nothing is embedded for.
+    vocabulary = min(model.vocabulary, model.full.get_input_embeddings().num_embeddings)
+    _, forest = sample_pack(vocabulary, length)
     plan = model.plan(forest).to(model.device)
     model.layers.measure(model.journey(plan, ForwardPass(plan=plan.attention)))
