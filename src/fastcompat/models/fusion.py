@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from fastcompat.models.forward_pass import ForwardPass
 from fastcompat.models.fused_modules import FusedRmsNorm, Mismatch
-from fastcompat.models.replacements import Calls, fused_attention, fused_layer, fused_mlp, fused_norm, install
+from fastcompat.models.replacements import (
+    Calls,
+    fused_attention,
+    fused_layer,
+    fused_mlp,
+    fused_norm,
+    fused_whole,
+    install,
+    whole_kind,
+)
 from fastcompat.wording import first_sentence
 
 PARTS = ("RMSNorm", "attention", "MLP", "layer")
@@ -131,17 +140,34 @@ class _Fuser:
             found = self._fuse_norms(own)
             norms |= found
             attention = [module for module in own if module in calls.observed]
+            mlps = [module for module in own if hasattr(module, "down_proj") and module not in calls.observed]
+            layers = [module for module in own if any(child in calls.observed for child in module.children())]
+            alone = (len(attention), len(mlps), len(layers)) == (1, 1, 1)
+            if alone and not last and self._fuse_whole(layers[0], attention[0], mlps[0]):
+                attention, mlps, layers, alone = [], [], [], False
             self._fuse_each(
                 "attention", attention, lambda module: fused_attention(module, calls, calls.observed[module], norms)
             )
-            mlps = [module for module in own if hasattr(module, "down_proj") and module not in calls.observed]
             self._fuse_each("MLP", mlps, lambda module: fused_mlp(module, calls))
-            layers = [module for module in own if any(child in calls.observed for child in module.children())]
-            self._fuse_each(
+            whole = self._fuse_each(
                 "layer", layers, lambda module: fused_layer(module, calls, norms, last=last and module is layers[-1])
             )
+            if alone and whole and mlps[0] in calls.fused_mlps:
+                calls.known[whole_kind(layers[0], attention[0], calls, norms)] = calls.scales[layers[0]]
             for module, norm in found.items():
                 install(module, norm)
+
+    def _fuse_whole(self, layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> bool:
+        """Whether a layer is of a known kind, and is replaced with its parts."""
+        try:
+            replacements = fused_whole(layer, attention, mlp, self._calls, self._norms)
+        except Exception:  # what it is then, is told where its parts are compared one by one
+            return False
+        for module, forward in replacements.items():
+            install(module, forward)
+        for part in ("attention", "MLP", "layer"):
+            self._counts[part] += 1
+        return True
 
     def _fuse_each(self, part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Any]) -> dict[Any, Any]:
         """Install what `build` gives for each module, and count."""

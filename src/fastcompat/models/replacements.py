@@ -47,6 +47,7 @@ class Calls:
     arguments: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # of each module's last call, by name
     order: dict[nn.Module, int] = field(default_factory=dict)
     fused_mlps: set[nn.Module] = field(default_factory=set)
+    scales: dict[nn.Module, Tensor] = field(default_factory=dict)  # of layers: what they add, over what comes in
     # How modules of one kind are replaced, once the replacement was compared with the first of them in float32.
     known: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -102,14 +103,17 @@ def fused_mlp(module: nn.Module, calls: Calls) -> Callable[..., Any]:
             if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
                 raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
         del exact, fused
-    mlp = FusedMlp(module)
-
-    def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
-        return mlp(context, *args, *kwargs.values())
-
+    forward = _mlp_forward(FusedMlp(module))
     _compare_in_place(module, forward, calls)
     calls.known[kind] = None
     calls.fused_mlps.add(module)
+    return forward
+
+
+def _mlp_forward(fused: FusedMlp) -> Callable[..., Any]:
+    def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
+        return fused(context, *args, *kwargs.values())
+
     return forward
 
 
@@ -118,18 +122,10 @@ def fused_attention(
 ) -> Callable[..., Any]:
     passed_on = dict(calls.arguments[module])
     x = _random_like(passed_on.pop("hidden_states", None)).float()
-    named = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    found = [norms.get(norm) if norm is not None else None for norm in named]
+    named, found, kind = _attention_kind(module, calls, arguments, norms)
     # What it keeps must not be a part of the slot that the next layer is read into.
     kept = replace(arguments, sinks=None if arguments.sinks is None else arguments.sinks.clone())
-    kind = _kind(
-        module,
-        replace(arguments, sinks=None),
-        arguments.sinks is None,
-        tuple(sorted(passed_on)),
-        tuple(None if norm is None else norm.offset for norm in found),
-    )
-    if kind in calls.known and [norm is None for norm in named] == [norm is None for norm in found]:
+    if kind in calls.known:
         forward = _attention_forward(FusedAttention(module, kept, found, calls.known[kind]))
         with suppress(Mismatch, RuntimeError):  # of another kind all the same
             _compare_in_place(module, forward, calls)
@@ -161,6 +157,17 @@ def fused_attention(
             calls.known[kind] = rotary
             return forward
     raise Mismatch("it computes something else than attention after a rotary embedding by halves")
+
+
+def _attention_kind(
+    module: nn.Module, calls: Calls, arguments: AttentionArguments, norms: dict[nn.Module, FusedRmsNorm]
+) -> tuple[list[Any], list[FusedRmsNorm | None], Hashable]:
+    """Its norms of queries and keys, what replaces them, and of what kind it is."""
+    named = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    found = [None if norm is None else norms.get(norm) for norm in named]
+    asked = replace(arguments, sinks=None), arguments.sinks is None, tuple(sorted(calls.arguments[module]))
+    offsets = tuple((norm is None, None if own is None else own.offset) for norm, own in zip(named, found, strict=True))
+    return named, found, _kind(module, asked, offsets)
 
 
 def _compare_far_away(
@@ -205,7 +212,8 @@ def fused_layer(
     with forward_pass(calls.forward):
         # Scaled so that what the layer adds weighs as much as what comes in.
         added = module(x, **passed_on) - x
-        x = x * (added.float().norm() / x.float().norm()).to(x.dtype)
+        calls.scales[module] = added.float().norm() / x.float().norm()
+        x = x * calls.scales[module].to(x.dtype)
         expected = module(x, **passed_on)
     if not isinstance(expected, Tensor):
         raise Mismatch("it returns more than hidden states")
@@ -218,6 +226,10 @@ def fused_layer(
         pruned = replace(calls.forward, needed=calls.forward.plan.for_queries(needed))
         if not _agree(_call(fused, pruned, x, **passed_on), expected[:, needed], tolerance, by_median=experts):
             raise Mismatch("computed for some tokens only it gives something else")
+    return _layer_forward(module, fused)
+
+
+def _layer_forward(module: nn.Module, fused: FusedLayer) -> Callable[..., Any]:
     names = list(inspect.signature(module.forward).parameters)
 
     def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
@@ -225,6 +237,56 @@ def fused_layer(
         return fused(context, named.pop("hidden_states"), **named)
 
     return forward
+
+
+def whole_kind(layer: nn.Module, attention: nn.Module, calls: Calls, norms: dict[nn.Module, FusedRmsNorm]) -> Hashable:
+    """Of what kind a layer with all its parts is."""
+    _, _, kind = _attention_kind(attention, calls, calls.observed[attention], norms)
+    return _kind(layer, kind)
+
+
+def fused_whole(
+    layer: nn.Module,
+    attention: nn.Module,
+    mlp: nn.Module,
+    calls: Calls,
+    norms: dict[nn.Module, FusedRmsNorm],
+) -> dict[nn.Module, Callable[..., Any]]:
+    """What replaces a layer and its parts, of a kind of which all were compared one by one; compared together.
+
+    Mismatch where they are to be compared one by one all the same. None of them is installed.
+    """
+    kind = whole_kind(layer, attention, calls, norms)
+    if kind not in calls.known:
+        raise Mismatch("it is the first of its kind")
+    passed_on = dict(calls.arguments[layer])
+    x = _random_like(passed_on.pop("hidden_states", None))
+    x = x * calls.known[kind].to(x.dtype)
+    with forward_pass(calls.forward):
+        expected = layer(x, **passed_on)
+        share = float((expected - x).float().norm() / x.float().norm())
+    if not 0.1 <= share <= 10.0:
+        raise Mismatch("what it adds is of another size")
+    arguments = calls.observed[attention]
+    kept = replace(arguments, sinks=None if arguments.sinks is None else arguments.sinks.clone())
+    _, found, attention_kind = _attention_kind(attention, calls, arguments, norms)
+    parts = {
+        attention: _attention_forward(FusedAttention(attention, kept, found, calls.known[attention_kind])),
+        mlp: _mlp_forward(FusedMlp(mlp)),
+    }
+    own = {part: part.forward for part in parts}
+    fused = FusedLayer(layer, norms, last=False)
+    try:
+        for part, forward in parts.items():
+            install(part, forward)
+        got = _call(fused, calls.forward, x, **passed_on)
+    finally:
+        for part, forward in own.items():
+            part.forward = forward
+    if not _agree(got, expected, LAYER_TOLERANCE[x.dtype]):
+        raise Mismatch("it gives something else than its replacements")
+    calls.fused_mlps.add(mlp)
+    return parts | {layer: _layer_forward(layer, fused)}
 
 
 def _call(fused: Callable[..., Tensor], forward: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
