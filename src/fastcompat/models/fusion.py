@@ -142,9 +142,11 @@ class _Fuser:
             attention = [module for module in own if module in calls.observed]
             mlps = [module for module in own if hasattr(module, "down_proj") and module not in calls.observed]
             layers = [module for module in own if any(child in calls.observed for child in module.children())]
-            alone = (len(attention), len(mlps), len(layers)) == (1, 1, 1)
-            if alone and not last and self._fuse_whole(layers[0], attention[0], mlps[0]):
-                attention, mlps, layers, alone = [], [], [], False
+            kind = None  # of the layer with all its parts
+            if (len(attention), len(mlps), len(layers)) == (1, 1, 1):
+                kind = whole_kind(layers[0], attention[0], calls, norms)
+            if kind in calls.known and not last and self._fuse_whole(layers[0], attention[0], mlps[0]):
+                attention, mlps, layers = [], [], []
             self._fuse_each(
                 "attention", attention, lambda module: fused_attention(module, calls, calls.observed[module], norms)
             )
@@ -152,8 +154,8 @@ class _Fuser:
             whole = self._fuse_each(
                 "layer", layers, lambda module: fused_layer(module, calls, norms, last=last and module is layers[-1])
             )
-            if alone and whole and mlps[0] in calls.fused_mlps:
-                calls.known[whole_kind(layers[0], attention[0], calls, norms)] = calls.scales[layers[0]]
+            if kind is not None and whole and mlps[0] in calls.fused_mlps:
+                calls.known[kind] = calls.scales[layers[0]]
             for module, norm in found.items():
                 install(module, norm)
 
