@@ -54,7 +54,8 @@ class Calls:
 
 def _kind(module: nn.Module, *more: Hashable) -> Hashable:
     """Equal for modules that are the same function of their weights, as far as can be seen."""
-    shapes = tuple((name, tuple(own.shape), own.dtype) for name, own in module.named_parameters())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    shapes = tuple((name, tuple(own.shape), own.dtype) for name, own in tensors)
     settings = sorted(
         (name, value)
         for name, value in vars(module).items()
@@ -202,9 +203,7 @@ def _attention_forward(fused: FusedAttention) -> Callable[..., Any]:
 def fused_layer(
     module: nn.Module, calls: Calls, norms: dict[nn.Module, FusedRmsNorm], *, last: bool
 ) -> Callable[..., Any]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    if own:
-        raise Mismatch(f"it has a tensor {own[0][0]} of its own")
+    _refuse_own_tensors(module)
     passed_on = dict(calls.arguments[module])
     x = _random_like(passed_on.pop("hidden_states", None))
     fused = FusedLayer(module, norms, last=last)
@@ -227,6 +226,12 @@ def fused_layer(
         if not _agree(_call(fused, pruned, x, **passed_on), expected[:, needed], tolerance, by_median=experts):
             raise Mismatch("computed for some tokens only it gives something else")
     return _layer_forward(module, fused)
+
+
+def _refuse_own_tensors(layer: nn.Module) -> None:
+    own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    if own:
+        raise Mismatch(f"it has a tensor {own[0][0]} of its own")
 
 
 def _layer_forward(module: nn.Module, fused: FusedLayer) -> Callable[..., Any]:
@@ -256,6 +261,7 @@ def fused_whole(
 
     Mismatch where they are to be compared one by one all the same. None of them is installed.
     """
+    _refuse_own_tensors(layer)
     passed_on = dict(calls.arguments[layer])
     x = _random_like(passed_on.pop("hidden_states", None))
     x = x * calls.known[whole_kind(layer, attention, calls, norms)].to(x.dtype)
