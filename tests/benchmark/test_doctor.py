@@ -109,7 +109,7 @@ def of_reward_model(path, **choices):
 
 
 def test_it_says_what_a_reward_model_reads_and_where(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastcompat.scoring.scorer.free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: 1 << 40)
     path = save(tmp_path, classifier("Llama", pad_token_id=2), llama3_tokenizer())
     report = of_reward_model(path)
     assert report["architecture"].found == "LlamaForSequenceClassification, float32"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from fastcompat.models.streamed_layers import GivenUp
 from fastcompat.rows.response import Response
 from fastcompat.rows.status import Status
 from fastcompat.tokens.conversations import TokenSequence
@@ -31,6 +32,7 @@ class FakeModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rope_boundary: int | None = None
     sizes: list[int] = field(default_factory=list)
+    tokens_at_once: int = 0  # above 0: packs march, and `ran_out` halves it
 
     def plan(self, forest: PrefixForest, positions: np.ndarray) -> FakePlan:
         return FakePlan(forest)
@@ -42,6 +44,15 @@ class FakeModel:
         self.raises(forest)
         nll = nll_of(forest.targets, forest.input_ids[forest.predictors], forest.position_ids[forest.predictors] + 1)
         return torch.from_numpy(nll)[:, None]
+
+    def march(self, plans: list[FakePlan], given_up: Callable[[], bool]) -> Iterator[torch.Tensor]:
+        """Memory runs out, and somebody gives up, before any of them is done."""
+        if given_up():
+            raise GivenUp
+        yield from [self.hidden(plan) for plan in plans]
+
+    def ran_out(self) -> None:
+        self.tokens_at_once = max(1, self.tokens_at_once // 2)
 
     def target_statistics(self, hidden: torch.Tensor, plan: FakePlan, statistics: tuple[str, ...]) -> torch.Tensor:
         assert statistics == ("nll",)

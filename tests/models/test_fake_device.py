@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcompat.models import fusion, packed_model
+from fastcompat.models import packed_model, replacements
 from fastcompat.models.base_model import wrap
 from fastcompat.ops import AttentionPlan, backends
 from fastcompat.ops.nll import STATISTICS
@@ -77,7 +77,7 @@ FEWER = {family: {"num_hidden_layers": 2} for family in FAMILIES} | {
 class Answers:
     """What comparisons of tensors answered on the CPU, by shape in their order; given where there are no values."""
 
-    COMPARISONS = ((fusion, "_agree"), (torch, "allclose"), (torch, "equal"))
+    COMPARISONS = ((replacements, "_agree"), (torch, "allclose"), (torch, "equal"))
 
     def __init__(self) -> None:
         self.known: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
@@ -214,7 +214,7 @@ def loading(gpu: FakeGpu) -> Iterator[None]:
         # A GPU's own needs a GPU; what is drawn has no values either way.
         patch.setattr(torch, "Generator", lambda device="cpu": generator())
         # What torch does for `float()` goes wrong with some fake parameters.
-        patch.setattr(fusion, "_in_float32", in_float32)
+        patch.setattr(replacements, "_in_float32", in_float32)
         patch.setattr(packed_model, "plan_pack", plan)
         patch.setattr(packed_model, "OneCopy", Copy)
         patch.setattr(AttentionPlan, "summary", summarised)

@@ -158,10 +158,10 @@ def test_free_memory_of_a_gpu_counts_what_torch_holds_in_reserve(monkeypatch):
 def test_a_scorer_takes_the_budget_that_is_given_or_that_memory_allows(tmp_path, monkeypatch):
     directory = str(save_small_model(tmp_path / "model"))
     assert Scorer(directory, token_budget=77).token_budget == 77
-    monkeypatch.setattr("fastcompat.scoring.scorer.free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: 1 << 40)
     plenty = Scorer(directory)
     assert plenty.token_budget == plenty.record()["token_budget"] == CPU_TOKEN_BUDGET
-    monkeypatch.setattr("fastcompat.scoring.scorer.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: 1 << 20)
     assert plenty.token_budget == CPU_TOKEN_BUDGET  # chosen once
     assert Scorer(directory).token_budget == LEAST_CPU_TOKEN_BUDGET
 
@@ -170,7 +170,7 @@ def test_a_run_keeps_the_budget_of_its_first_session(tmp_path, monkeypatch):
     directory = str(save_small_model(tmp_path / "model"))
     write_corpus(tmp_path / "corpus", generators=1, n_prompts=4)
     run = prepare_small_units(tmp_path / "run", tmp_path / "corpus", target_unit_chars=2000)
-    monkeypatch.setattr("fastcompat.scoring.scorer.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: 1 << 20)
     assert open_scorer(run, Scorer(directory), token_budget=None)[1] == LEAST_CPU_TOKEN_BUDGET
-    monkeypatch.setattr("fastcompat.scoring.scorer.free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr("fastcompat.scoring.memory_choice.free_memory", lambda device: 1 << 40)
     assert open_scorer(run, Scorer(directory), token_budget=None)[1] == LEAST_CPU_TOKEN_BUDGET

@@ -15,6 +15,7 @@ from fastcompat.version import __version__
 
 if TYPE_CHECKING:
     from fastcompat.models.packed_model import PackedModel
+    from fastcompat.scoring.memory_choice import MemoryChoice
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton")
 REBUILD = "install a C++17 compiler (g++ or clang), then install fastcompat again"
@@ -32,16 +33,21 @@ class Finding:
 
 
 def examine(
-    base_model: str | None = None, reward_model: str | None = None, *, reward_output: str | None = None
+    base_model: str | None = None,
+    reward_model: str | None = None,
+    *,
+    reward_output: str | None = None,
+    memory: str = "auto",
+    memory_limit: str | int | None = None,
 ) -> list[Finding]:
     """Everything that is known of this machine, section by section. Loads torch; takes seconds.
 
     With a model, a hub id or a directory, also what of it runs fused; of a reward model what it reads, and where.
-    reward_output: as `RewardScorer`'s output. Raises ModelError where a model cannot be loaded, UsageError where one of
-    several outputs must be chosen.
+    reward_output: as `RewardScorer`'s output; memory, memory_limit: as of `Scorer`. Raises ModelError where
+    a model cannot be loaded, UsageError where one of several outputs must be chosen.
     """
-    base = [] if base_model is None else [*_base_model(base_model)]
-    reward = [] if reward_model is None else [*_reward_model(reward_model, reward_output)]
+    base = [] if base_model is None else [*_base_model(base_model, memory, memory_limit)]
+    reward = [] if reward_model is None else [*_reward_model(reward_model, reward_output, memory, memory_limit)]
     return [*_machine(), *_kernels(), *base, *reward, *_versions()]
 
 
@@ -167,30 +173,34 @@ def _probed_libraries(section: str, model: PackedModel) -> Iterator[Finding]:
         yield Finding(section=section, subject=subject, found=found, why=problems[0] if problems else None)
 
 
-def _base_model(name: str) -> Iterator[Finding]:
+def _base_model(name: str, memory: str, memory_limit: str | int | None) -> Iterator[Finding]:
     from transformers.utils import logging as transformers_logging
 
+    from fastcompat.models import load_config, resolve_device, resolve_dtype
     from fastcompat.models.loading import load_causal_lm
-    from fastcompat.scoring.machine_memory import free_memory
-    from fastcompat.scoring.token_budget import choose_token_budget
+    from fastcompat.scoring import choose_memory, choose_token_budget, left_memory, n_bytes_of
 
     transformers_logging.disable_progress_bar()
-    model = load_causal_lm(name)
+    config, device, limit = load_config(name, None), resolve_device("auto"), n_bytes_of(memory_limit)
+    dtype = resolve_dtype("auto", config, device)
+    choice = choose_memory(memory, limit, source=name, revision=None, config=config, device=device, dtype=dtype)
+    model = load_causal_lm(name, streaming=choice.streaming)
     section = "base model"
     yield _architecture(section, model)
     yield from _fused(section, model)
     yield from _probed_libraries(section, model)
-    n_tokens = choose_token_budget(model.device, model.full.config, model.dtype, free_memory(model.device))
+    n_tokens = choose_token_budget(device, model.full.config, model.dtype, left_memory(device, limit))
     yield _token_budget(section, n_tokens)
+    yield from _memory(section, model, choice, n_tokens)
 
 
-def _reward_model(name: str, output: str | None) -> Iterator[Finding]:
+def _reward_model(name: str, output: str | None, memory: str, memory_limit: str | int | None) -> Iterator[Finding]:
     from transformers.utils import logging as transformers_logging
 
     from fastcompat.scoring.rewards import RewardScorer
 
     transformers_logging.disable_progress_bar()
-    scorer = RewardScorer(name, output=output)
+    scorer = RewardScorer(name, output=output, memory=memory, memory_limit=memory_limit)
     head, tokenizer = scorer.head, scorer.tokenizer
     section = "reward model"
     yield _architecture(section, scorer.model)
@@ -214,6 +224,7 @@ def _reward_model(name: str, output: str | None) -> Iterator[Finding]:
     yield from _fused(section, scorer.model)
     yield from _probed_libraries(section, scorer.model)
     yield _token_budget(section, scorer.token_budget)
+    yield from _memory(section, scorer.model, scorer.memory_choice, scorer.token_budget)
 
 
 def _architecture(section: str, model: PackedModel) -> Finding:
@@ -232,6 +243,14 @@ def _fused(section: str, model: PackedModel) -> Iterator[Finding]:
 def _token_budget(section: str, n_tokens: int) -> Finding:
     why = "by the memory that is free now beside it"
     return Finding(section=section, subject="token budget", found=f"{n_tokens:,} tokens a pack", why=why)
+
+
+def _memory(section: str, model: PackedModel, choice: MemoryChoice, token_budget: int) -> Iterator[Finding]:
+    """Whether layers stay in memory, and what is expected where they do not."""
+    from fastcompat.scoring import told
+
+    found, _, why = told(choice, model.layers, token_budget).partition(": ")
+    yield Finding(section=section, subject="memory", found=found, why=why)
 
 
 def _served(subject: str, device: str) -> Finding:

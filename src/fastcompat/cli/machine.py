@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from fastcompat.cli.display import LiveDisplay, console, errors, say
-from fastcompat.cli.options import Device, Dtype, ReportFormat, TokenBudget
+from fastcompat.cli.options import Device, Dtype, Memory, MemoryLimit, MemoryUse, ReportFormat, TokenBudget
 from fastcompat.errors import UsageError
 
 DEFAULT_SHAPE = "SmolLM2-135M"
@@ -27,6 +27,8 @@ def doctor(
     reward_output: Annotated[
         str | None, typer.Option(metavar="NAME|INDEX", help="Which output of a reward model with several.")
     ] = None,
+    memory: Memory = MemoryUse.auto,
+    memory_limit: MemoryLimit = None,
     format: Annotated[ReportFormat, typer.Option("--format", help="How it is written.")] = ReportFormat.table,
 ) -> None:
     """What computes what on this machine, and why nothing faster does."""
@@ -35,7 +37,11 @@ def doctor(
 
     if reward_output is not None and reward_model is None:
         raise UsageError("--reward-output is about a reward model: name one with --reward-model")
-    findings = examine(base_model, reward_model, reward_output=reward_output)
+    if (memory is not MemoryUse.auto or memory_limit) and base_model is None and reward_model is None:
+        raise UsageError("--memory and --memory-limit are about a model: name one with --base-model or --reward-model")
+    findings = examine(
+        base_model, reward_model, reward_output=reward_output, memory=memory.value, memory_limit=memory_limit
+    )
     write_findings(findings, as_json=format is ReportFormat.json)
 
 

@@ -22,6 +22,12 @@ class Bos(StrEnum):
     none = "none"
 
 
+class MemoryUse(StrEnum):
+    auto = "auto"
+    resident = "resident"
+    stream = "stream"
+
+
 class Carried(StrEnum):
     keep = "keep"
     drop = "drop"
@@ -115,6 +121,22 @@ MaxLength = Annotated[int | None, typer.Option(help="Tokens; longer rows are cut
 TokenBudget = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens of a pack.", show_default="by free memory, at most 4096, on a GPU 65536"),
+]
+
+
+Memory = Annotated[
+    MemoryUse,
+    typer.Option(
+        "--memory", help="Weights stay in memory, or each layer is read when it is needed; auto: where they do not fit."
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="What this process may take, on a GPU of its memory: 8GB, 7.5GiB.",
+        show_default="what is free",
+    ),
 ]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from fastcompat.cli.display import (
     PARTS,
     LiveDisplay,
@@ -42,7 +44,17 @@ def work_off(
 
     show_pass(served)
     display = LiveDisplay(served.name)
-    progress = Progress(notify=display.scoring)
+    memory_told = False
+
+    def notify(progress: Progress) -> None:
+        nonlocal memory_told
+        if not memory_told:  # the model is loaded only where there is something to do
+            memory_told = True
+            if (memory := served.told_memory) is not None:
+                say(f"memory: {escape(memory)}")
+        display.scoring(progress)
+
+    progress = Progress(notify=notify)
     try:
         with display.showing():
             stores = score_corpus(
@@ -72,6 +84,8 @@ def work_off(
         f"{saved_share(progress):.0%} of {progress.n_unshared_tokens:,} tokens saved by sharing"
         + (f" · {before:,} were scored before" if before else "")
     )
+    if (waited := served.waited) is not None:
+        say(waited)
     for store in stores:
         show_statuses(scorer_progress(run, store, most_parts=PARTS))
 

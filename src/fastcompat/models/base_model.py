@@ -19,6 +19,7 @@ from fastcompat.errors import ModelError
 from fastcompat.models.configuration import logit_scale, softcap
 from fastcompat.models.pack_plan import PackPlan
 from fastcompat.models.packed_model import PackedModel, packed
+from fastcompat.models.streamed_layers import StreamedLayers
 from fastcompat.ops import Statistic, linear_nll
 
 
@@ -61,15 +62,15 @@ class CausalLM(PackedModel):
         return self.statistics(hidden, plan.targets, statistics)
 
 
-def wrap(name: str, full: Any, *, fused: bool = True) -> CausalLM:
-    """A transformers `*ForCausalLM` that is already in memory as a `CausalLM` (not probed).
+def wrap(name: str, full: Any, layers: StreamedLayers | None = None, *, fused: bool = True) -> CausalLM:
+    """A transformers `*ForCausalLM` that is already in memory, but for these layers, as a `CausalLM` (not probed).
 
     fused: as `packed`; either way it computes as before outside of fastcompat.
     """
     head = full.get_output_embeddings()
     if head is None:
         raise ModelError(f"{name}: {type(full).__name__} has no LM head; is it a causal LM?")
-    model = packed(name, full, fused=fused)
+    model = packed(name, full, layers, fused=fused)
     return CausalLM(
         **{field.name: getattr(model, field.name) for field in fields(model)},
         weight=head.weight.detach().contiguous(),

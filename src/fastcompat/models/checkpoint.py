@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,59 @@ def tensor_shapes(model: str, revision: str | None = None) -> dict[str, tuple[in
     for path in weight_files(model, revision):
         with _opened(model, path) as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a weight lies: `n_bytes` from `offset` on in a file, its values one after the other."""
+
+    path: Path
+    offset: int
+    n_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# What safetensors calls them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def stored_tensors(model: str, revision: str | None = None) -> dict[str, StoredTensor]:
+    """All weights of a model by name, from the headers of its safetensors.
+
+    Raises ModelError for a file that is damaged, or shorter than its header says, or has a dtype that is not known.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(model, revision):
+        with _opened(model, path):  # safetensors checks the header, and its ends against the file's
+            pass
+        with path.open("rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(n_header))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ModelError(f"{model}: {name} in {path.name} is stored as {entry['dtype']}, which cannot be read")
+            found[name] = StoredTensor(
+                path=path,
+                offset=8 + n_header + begin,
+                n_bytes=end - begin,
+                shape=tuple(entry["shape"]),
+                dtype=_DTYPES[entry["dtype"]],
+            )
     return found
 
 

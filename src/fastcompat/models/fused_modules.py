@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcompat.models.forward_pass import AttentionArguments, ForwardPass
+from fastcompat.models.mapped_weights import unmap
 from fastcompat.ops import add_rms_norm, gated, rms_norm, rotate_
 
 
@@ -76,24 +77,61 @@ class FusedRmsNorm:
         rms_norm(x, self.weight, eps=self.eps, offset=self.offset, out=x)
 
 
+# Linear layers of one input, which become one product.
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def joined_with(name: str) -> tuple[str, ...] | None:
+    """The names of all tensors that are joined with the one of this name, in their order; None where it stays alone."""
+    path, _, leaf = name.rpartition(".")
+    parent, _, own = path.rpartition(".")
+    group = next((group for group in JOINED if own in group), None)
+    if group is None:
+        return None
+    return tuple(f"{parent}.{other}.{leaf}" if parent else f"{other}.{leaf}" for other in group)
+
+
+def adjoining(names: Sequence[str]) -> list[str]:
+    """The names in their order, but those of tensors that are joined where the first of them is."""
+    place = {name: k for k, name in enumerate(names)}
+
+    def rank(name: str) -> tuple[int, int]:
+        group = joined_with(name)
+        if group is None:
+            return place[name], 0
+        return min(place[other] for other in group if other in place), group.index(name)
+
+    return sorted(names, key=rank)
+
+
 class JoinedLinear:
-    """Linear layers of one input as one product. Their weights become views of the joined one, so memory stays."""
+    """Linear layers of one input as one product. Their weights become views of the joined one, so memory stays.
+
+    Where they adjoin already, as in a layer that was read into its slot, nothing is copied.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = linears
         self._join()
 
     def _join(self) -> None:
-        self.weight = torch.cat([linear.weight.detach() for linear in self.linears])
+        weights = [linear.weight.detach() for linear in self.linears]
         biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        begin = 0
-        for linear in self.linears:
-            end = begin + linear.out_features
-            linear.weight.data = self.weight[begin:end]
-            if self.bias is not None:
-                linear.bias.data = self.bias[begin:end]
-            begin = end
+        weight, self.bias = _adjoining(weights), _adjoining(biases)
+        if weight is not None and (self.bias is not None or not biases):
+            self.weight = weight
+        else:
+            self.weight = torch.cat(weights)
+            self.bias = torch.cat(biases) if biases else None
+            begin = 0
+            for linear in self.linears:
+                end = begin + linear.out_features
+                linear.weight.data = self.weight[begin:end]
+                if self.bias is not None:
+                    linear.bias.data = self.bias[begin:end]
+                begin = end
+            for weight in weights:
+                unmap(weight)
         self._places = self._where()
 
     def _where(self) -> list[int]:
@@ -104,6 +142,19 @@ class JoinedLinear:
         if self._where() != self._places:  # moved, or given other values
             self._join()
         return F.linear(x, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
+
+
+def _adjoining(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices or vectors that lie one after the other, as one; None where they do not, or there are none."""
+    if not parts or parts[0].device.type == "meta" or not all(part.is_contiguous() for part in parts):
+        return None
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
+        if not same or part.storage_offset() != end or part.shape[1:] != first.shape[1:]:
+            return None
+        end += part.numel()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def plain_linears(module: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
@@ -140,11 +191,15 @@ class FusedMlp:
     """x [1, T, D] -> down(act(gate(x)) * up(x)), with one product for gate and up."""
 
     def __init__(self, module: nn.Module) -> None:
-        names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else ["gate_proj", "up_proj"]
-        parts = plain_linears(module, names)
-        (self.down,) = plain_linears(module, ["down_proj"])
-        self.activation = _activation(module)
+        parts, self.down, self.activation = self.parts(module)
         self.gate_up = JoinedLinear(parts)
+
+    @staticmethod
+    def parts(module: nn.Module) -> tuple[list[nn.Linear], nn.Linear, str]:
+        """Gate and up, or both in one; down; the activation's name. Mismatch where it has none of these."""
+        names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else JOINED[1]
+        (down,) = plain_linears(module, ["down_proj"])
+        return plain_linears(module, names), down, _activation(module)
 
     def __call__(self, forward: ForwardPass | None, x: Tensor) -> Tensor:
         x = x[0]
@@ -193,7 +248,7 @@ class FusedAttention:
     def __init__(
         self, module: nn.Module, arguments: AttentionArguments, norms: Sequence[FusedRmsNorm | None], rotary: str
     ) -> None:
-        names = ["qkv_proj"] if hasattr(module, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+        names = ["qkv_proj"] if hasattr(module, "qkv_proj") else JOINED[0]
         parts = plain_linears(module, names)
         (self.output,) = plain_linears(module, ["o_proj"])
         self.arguments, self.rotary = arguments, rotary

@@ -1,36 +1,37 @@
 """Replaces the slow parts of a Hugging Face module tree by fused ones, where they are the same function.
 
 The tree stays as transformers built it. A module's forward is replaced only after the replacement gave, on random
-input, what the module itself gives: norms, MLPs and attention in float32 on a copy of the module, whole layers in the
-model's own dtype. What does not match stays as it is; `PackedModel.fusions` says what and why, and so does
-`fastcompat doctor --base-model`.
+input, what the module itself gives (`replacements.py`). What does not match stays as it is; `PackedModel.fusions` says
+what and why, and so does `fastcompat doctor --base-model`.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastcompat.models.forward_pass import AttentionArguments, ForwardPass, current_pass, forward_pass
-from fastcompat.models.fused_modules import ROTARY_LAYOUTS, FusedAttention, FusedLayer, FusedMlp, FusedRmsNorm, Mismatch
+from fastcompat.models.forward_pass import ForwardPass
+from fastcompat.models.fused_modules import FusedRmsNorm, Mismatch
+from fastcompat.models.replacements import (
+    Calls,
+    fused_attention,
+    fused_layer,
+    fused_mlp,
+    fused_norm,
+    fused_whole,
+    install,
+    whole_kind,
+)
 from fastcompat.wording import first_sentence
 
-# Largest relative difference of a token's values. A wrong formula shows as 0.01 and more; in float32 the order of sums
-# shows as 1e-6.
-FLOAT32_TOLERANCE = 2e-5
-LARGE_TOLERANCE = 1e-3
-# How much larger values are, and how much later positions, that must not make a difference either.
-LARGE, LATE = 30.0, 1 << 17
-POSITIONS = ("position_ids", "cache_position")
-LAYER_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.004, torch.float64: 2e-5}
+PARTS = ("RMSNorm", "attention", "MLP", "layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,73 +44,157 @@ class Fusion:
     why: str | None  # why the rest is kept as it is
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Calls:
-    """A forward pass as its modules saw it."""
+class Layers(Protocol):
+    """Layers that are not all in memory (`streamed_layers.py`)."""
 
-    forward: ForwardPass
-    arguments: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # of each module's last call, by name
-    order: dict[nn.Module, int] = field(default_factory=dict)
-    fused_mlps: set[nn.Module] = field(default_factory=set)
+    def follow(self, run: Callable[[], Tensor], at_each: Callable[[nn.Module, bool], None]) -> Tensor:
+        """What `run` returns; `at_each` is called with each layer that has computed, and whether it is the last."""
 
 
 @torch.no_grad()
-def fuse(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass) -> tuple[Fusion, ...]:
+def fuse(
+    body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass, layers: Layers | None = None
+) -> tuple[Fusion, ...]:
     """Replace what can be replaced in `body`; `run` sends a small pack through it, inside `forward`.
 
     Modules that the pack did not reach keep their forward.
     """
-    calls = _observe(body, run, forward)
-    # No longer noted: the copies that are compared would be kept.
-    observed, forward.observed = forward.observed, None
-    assert observed is not None
-    norms, norm_report = _fuse_norms(calls)
-    layers = [module for module in calls.arguments if any(child in observed for child in module.children())]
-    attention_report = _fuse_each(
-        "attention", list(observed), lambda module: _fused_attention(module, calls, observed[module], norms)
-    )
-    mlps = [module for module in calls.arguments if hasattr(module, "down_proj") and module not in observed]
-    mlp_report = _fuse_each("MLP", mlps, lambda module: _fused_mlp(module, calls))
-    last = max(layers, key=lambda layer: calls.order[layer], default=None)
-    layer_report = _fuse_each("layer", layers, lambda module: _fused_layer(module, calls, norms, last=module is last))
-    for module, norm in norms.items():
-        _install(module, norm)
-    return norm_report, attention_report, mlp_report, layer_report
+    fuser = _Fuser(forward)
+    with fuser.observing(body):
+        if layers is None:
+            run(forward)
+        else:
+            layers.follow(lambda: run(forward), lambda layer, last: fuser.fuse(layer.modules(), last=last))
+    whole = fuser.layers()
+    for layer in whole:
+        fuser.fuse(layer.modules(), last=layer is whole[-1])
+    fuser.fuse(body.modules(), last=False)  # what is outside of them
+    return fuser.report()
 
 
-def _observe(body: nn.Module, run: Callable[[ForwardPass], Tensor], forward: ForwardPass) -> _Calls:
-    calls = _Calls(forward=forward)
+class _Fuser:
+    """Replaces modules layer by layer, and counts."""
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        named = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named |= named.pop(name, {})
-        calls.arguments[module] = named
-        calls.order.setdefault(module, len(calls.order))
+    def __init__(self, forward: ForwardPass) -> None:
+        self._calls = Calls(forward=forward)
+        self._norms: dict[nn.Module, FusedRmsNorm] = {}
+        self._done: set[nn.Module] = set()
+        self._noting = False
+        self._counts = dict.fromkeys(PARTS, 0)
+        self._reasons = {part: Counter[str]() for part in PARTS}
 
-    hooks = [
-        module.register_forward_pre_hook(remember, with_kwargs=True) for module in body.modules() if module is not body
-    ]
-    forward.observed = {}
-    try:
-        run(forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+    @contextmanager
+    def observing(self, body: nn.Module) -> Iterator[None]:
+        """While it is entered, it is noted what the body's modules are called with."""
+        calls = self._calls
 
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._noting:
+                return
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            named = dict(bound.arguments)
+            for name, parameter in bound.signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    named |= named.pop(name, {})
+            calls.arguments[module] = named
+            calls.order.setdefault(module, len(calls.order))
 
-def _fuse_each(part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Callable[..., Any]]) -> Fusion:
-    """Install what `build` gives for each module, and count."""
-    reasons: Counter[str] = Counter()
-    for module in modules:
+        hooks = [
+            module.register_forward_pre_hook(remember, with_kwargs=True)
+            for module in body.modules()
+            if module is not body
+        ]
         try:
-            _install(module, build(module))
-        except Exception as error:  # a module that is not what it looks like breaks as it likes
-            reasons[f"{type(module).__name__}: {_reason(error)}"] += 1
-    return _report(part, len(modules), reasons)
+            with self._noted(True):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _noted(self, noting: bool) -> Iterator[None]:
+        """Not while modules are compared: copies of them would be kept."""
+        before = self._noting
+        self._noting, self._calls.forward.observed = noting, self._calls.observed if noting else None
+        try:
+            yield
+        finally:
+            self._noting, self._calls.forward.observed = before, self._calls.observed if before else None
+
+    def layers(self) -> list[nn.Module]:
+        """The modules that have attention as a part, in the order of their calls."""
+        observed = self._calls.observed
+        found = [module for module in self._calls.arguments if any(child in observed for child in module.children())]
+        return sorted(found, key=lambda module: self._calls.order[module])
+
+    @torch.no_grad()
+    def fuse(self, modules: Iterable[nn.Module], *, last: bool) -> None:
+        """Replace what can be replaced of a layer and of all that is in it, or of what is outside of layers.
+
+        last: it is the last layer.
+        """
+        calls, norms = self._calls, self._norms
+        own = [module for module in modules if module in calls.arguments and module not in self._done]
+        self._done.update(own)
+        with self._noted(False):
+            found = self._fuse_norms(own)
+            norms |= found
+            attention = [module for module in own if module in calls.observed]
+            mlps = [module for module in own if hasattr(module, "down_proj") and module not in calls.observed]
+            layers = [module for module in own if any(child in calls.observed for child in module.children())]
+            kind = None  # of the layer with all its parts
+            if (len(attention), len(mlps), len(layers)) == (1, 1, 1):
+                kind = whole_kind(layers[0], attention[0], calls, norms)
+            if kind in calls.known and not last and self._fuse_whole(layers[0], attention[0], mlps[0]):
+                attention, mlps, layers = [], [], []
+            self._fuse_each(
+                "attention", attention, lambda module: fused_attention(module, calls, calls.observed[module], norms)
+            )
+            self._fuse_each("MLP", mlps, lambda module: fused_mlp(module, calls))
+            whole = self._fuse_each(
+                "layer", layers, lambda module: fused_layer(module, calls, norms, last=last and module is layers[-1])
+            )
+            if kind is not None and whole and mlps[0] in calls.fused_mlps:
+                calls.known[kind] = calls.scales[layers[0]]
+            for module, norm in found.items():
+                install(module, norm)
+
+    def _fuse_whole(self, layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> bool:
+        """Whether a layer is of a known kind, and is replaced with its parts."""
+        try:
+            replacements = fused_whole(layer, attention, mlp, self._calls, self._norms)
+        except Exception:  # what it is then, is told where its parts are compared one by one
+            return False
+        for module, forward in replacements.items():
+            install(module, forward)
+        for part in ("attention", "MLP", "layer"):
+            self._counts[part] += 1
+        return True
+
+    def _fuse_each(self, part: str, modules: Sequence[nn.Module], build: Callable[[nn.Module], Any]) -> dict[Any, Any]:
+        """Install what `build` gives for each module, and count."""
+        found = {}
+        self._counts[part] += len(modules)
+        for module in modules:
+            try:
+                found[module] = build(module)
+                if part != "RMSNorm":
+                    install(module, found[module])
+            except Exception as error:  # a module that is not what it looks like breaks as it likes
+                self._reasons[part][f"{type(module).__name__}: {_reason(error)}"] += 1
+        return found
+
+    def _fuse_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, FusedRmsNorm]:
+        """Found, and installed when the layer was compared that has them."""
+        norms = [
+            module
+            for module in modules
+            if "norm" in type(module).__name__.lower() and next(module.children(), None) is None
+        ]
+        return self._fuse_each("RMSNorm", norms, lambda module: fused_norm(module, self._calls))
+
+    def report(self) -> tuple[Fusion, ...]:
+        return tuple(_report(part, self._counts[part], self._reasons[part]) for part in PARTS)
 
 
 def _reason(error: Exception) -> str:
@@ -119,220 +204,3 @@ def _reason(error: Exception) -> str:
 def _report(part: str, n_modules: int, reasons: Counter[str]) -> Fusion:
     why = reasons.most_common(1)[0][0] if reasons else None
     return Fusion(part=part, n_fused=n_modules - reasons.total(), n_modules=n_modules, why=why)
-
-
-def _fuse_norms(calls: _Calls) -> tuple[dict[nn.Module, FusedRmsNorm], Fusion]:
-    found, reasons, n_norms = {}, Counter[str](), 0
-    for module, arguments in calls.arguments.items():
-        if "norm" not in type(module).__name__.lower() or next(module.children(), None) is not None:
-            continue
-        n_norms += 1
-        try:
-            found[module] = _fused_norm(module, arguments)
-        except Exception as error:
-            reasons[f"{type(module).__name__}: {_reason(error)}"] += 1
-    return found, _report("RMSNorm", n_norms, reasons)
-
-
-def _fused_norm(module: nn.Module, arguments: dict[str, Any]) -> FusedRmsNorm:
-    if len(arguments) != 1:
-        raise Mismatch("it takes more than what it normalises")
-    x = _random_like(next(iter(arguments.values())))
-    candidates = FusedRmsNorm.candidates(module)
-    if candidates[0].weight.dtype != x.dtype:
-        raise Mismatch("its weight is of another dtype than what it normalises")
-    exact = _in_float32(module)
-    # A weight of ones or zeros hides what is done with it.
-    generator = torch.Generator(x.device).manual_seed(20)
-    for parameter in exact.parameters():
-        parameter.normal_(generator=generator)
-    for candidate in candidates:
-        if _agree(candidate.of(exact)(None, x.float()), exact(x.float()), FLOAT32_TOLERANCE):
-            return candidate
-    raise Mismatch("it computes something else than RMSNorm")
-
-
-def _fused_mlp(module: nn.Module, calls: _Calls) -> Callable[..., Any]:
-    arguments = calls.arguments[module]
-    if len(arguments) != 1:
-        raise Mismatch("it takes more than hidden states")
-    x = _random_like(next(iter(arguments.values()))).float()
-    if x.ndim != 3:
-        raise Mismatch("it takes no [1, T, D]")
-    # Found unfit before anything is joined.
-    exact = _in_float32(module)
-    fused = FusedMlp(exact)
-    for values in (x, LARGE * x):
-        if not _agree(_call(fused, calls.forward, values), exact(values), FLOAT32_TOLERANCE):
-            raise Mismatch("it computes something else than down(act(gate(x)) * up(x))")
-    mlp = FusedMlp(module)
-
-    def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
-        return mlp(context, *args, *kwargs.values())
-
-    _compare_in_place(module, forward, calls)
-    calls.fused_mlps.add(module)
-    return forward
-
-
-def _fused_attention(
-    module: nn.Module, calls: _Calls, arguments: AttentionArguments, norms: dict[nn.Module, FusedRmsNorm]
-) -> Callable[..., Any]:
-    passed_on = dict(calls.arguments[module])
-    x = _random_like(passed_on.pop("hidden_states", None)).float()
-    exact = _in_float32(module)
-    passed_on = {name: _to_float32(value) for name, value in passed_on.items()}
-    in_float32 = replace(arguments, sinks=None if arguments.sinks is None else arguments.sinks.float())
-    with forward_pass(calls.forward):
-        result = exact(hidden_states=x, **passed_on)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise Mismatch("it returns more than its output")
-    named = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    if any(norm is not None and norm not in norms for norm in named):
-        raise Mismatch("its norms of queries and keys are kept as they are")
-    found = [None if norm is None else norms[norm] for norm in named]
-    exact_norms = [
-        None if norm is None else norm.of(getattr(exact, name))
-        for norm, name in zip(found, ("q_norm", "k_norm"), strict=True)
-    ]
-    embeddings = passed_on.get("position_embeddings")
-    for rotary in ROTARY_LAYOUTS:
-        fused = FusedAttention(exact, in_float32, exact_norms, rotary)
-        try:
-            got = _call(fused, calls.forward, x, embeddings)
-        except (Mismatch, RuntimeError):  # the shapes are not this layout's
-            continue
-        if _agree(got, result[0], FLOAT32_TOLERANCE):
-            _compare_far_away(exact, fused, calls, x, passed_on)
-            forward = _attention_forward(FusedAttention(module, arguments, found, rotary))
-            _compare_in_place(module, forward, calls)
-            return forward
-    raise Mismatch("it computes something else than attention after a rotary embedding by halves")
-
-
-def _compare_far_away(
-    exact: nn.Module, fused: FusedAttention, calls: _Calls, x: Tensor, passed_on: dict[str, Any]
-) -> None:
-    """Mismatch where large values or late positions show what small ones hide: a clamp, a scale that grows."""
-    late = {name: passed_on[name] + LATE for name in POSITIONS if isinstance(passed_on.get(name), Tensor)}
-    with forward_pass(calls.forward):
-        here, there = exact(hidden_states=x, **passed_on)[0], exact(hidden_states=x, **(passed_on | late))[0]
-        large = exact(hidden_states=LARGE * x, **passed_on)[0]
-    if not torch.equal(here, there):
-        raise Mismatch("it depends on positions by more than its rotary embedding")
-    got = _call(fused, calls.forward, LARGE * x, passed_on.get("position_embeddings"))
-    # Softmax over such large logits is all or nothing: a few near-ties may fall either way.
-    if not _agree(got, large, LARGE_TOLERANCE, by_median=True):
-        raise Mismatch("with large values it computes something else")
-
-
-def _attention_forward(fused: FusedAttention) -> Callable[..., Any]:
-    def forward(
-        context: ForwardPass,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        return fused(context, hidden_states, position_embeddings), None
-
-    return forward
-
-
-def _fused_layer(
-    module: nn.Module, calls: _Calls, norms: dict[nn.Module, FusedRmsNorm], *, last: bool
-) -> Callable[..., Any]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    if own:
-        raise Mismatch(f"it has a tensor {own[0][0]} of its own")
-    passed_on = dict(calls.arguments[module])
-    x = _random_like(passed_on.pop("hidden_states", None))
-    fused = FusedLayer(module, norms, last=last)
-    tolerance = LAYER_TOLERANCE[x.dtype]
-    with forward_pass(calls.forward):
-        # Scaled so that what the layer adds weighs as much as what comes in.
-        added = module(x, **passed_on) - x
-        x = x * (added.float().norm() / x.float().norm()).to(x.dtype)
-        expected = module(x, **passed_on)
-    if not isinstance(expected, Tensor):
-        raise Mismatch("it returns more than hidden states")
-    # Of experts a near-tie may choose others.
-    experts = fused.mlp not in calls.fused_mlps
-    if not _agree(_call(fused, calls.forward, x, **passed_on), expected, tolerance, by_median=experts):
-        raise Mismatch("it does not add attention and MLP to its input one after the other")
-    if last:
-        needed = torch.arange(1, x.shape[1], 2, device=x.device)
-        pruned = replace(calls.forward, needed=calls.forward.plan.for_queries(needed))
-        if not _agree(_call(fused, pruned, x, **passed_on), expected[:, needed], tolerance, by_median=experts):
-            raise Mismatch("computed for some tokens only it gives something else")
-    names = list(inspect.signature(module.forward).parameters)
-
-    def forward(context: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        return fused(context, named.pop("hidden_states"), **named)
-
-    return forward
-
-
-def _call(fused: Callable[..., Tensor], forward: ForwardPass, *args: Any, **kwargs: Any) -> Tensor:
-    with forward_pass(forward):
-        return fused(forward, *args, **kwargs)
-
-
-def _compare_in_place(module: nn.Module, fused: Callable[..., Any], calls: _Calls) -> None:
-    """Mismatch unless both give the same for random input in the model's own dtype."""
-    arguments = dict(calls.arguments[module])
-    name = next(iter(arguments))
-    arguments[name] = _random_like(arguments[name])
-    with forward_pass(calls.forward):
-        results = module(**arguments), fused(calls.forward, **arguments)
-    expected, got = (result[0] if isinstance(result, tuple) else result for result in results)
-    if not _agree(got, expected, LAYER_TOLERANCE[expected.dtype], by_median=True):
-        raise Mismatch("in the model's own dtype it gives something else")
-
-
-def _install(module: nn.Module, fused: Callable[..., Any]) -> None:
-    """From now on `fused` computes for `module` inside a forward pass of ours, and its own forward elsewhere."""
-    module.forward = _Replacement(module.forward, fused)
-
-
-class _Replacement:
-    """A module's forward and what stands in for it; a deep copy of the module has its own forward again."""
-
-    def __init__(self, own: Callable[..., Any], fused: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, own)
-        self.own, self.fused = own, fused
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        context = current_pass()
-        return self.own(*args, **kwargs) if context is None else self.fused(context, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        own: Callable[..., Any] = copy.deepcopy(self.own, memo)
-        return own
-
-
-def _in_float32(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).float()
-
-
-def _to_float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    return tuple(_to_float32(item) for item in value) if isinstance(value, tuple) else value
-
-
-def _random_like(x: Any) -> Tensor:
-    """Standard normal, the same on every machine."""
-    if not isinstance(x, Tensor):
-        raise Mismatch("it takes no hidden states")
-    generator = torch.Generator().manual_seed(20)
-    return torch.randn(x.shape, generator=generator).to(x)
-
-
-def _agree(got: Any, expected: Any, tolerance: float, *, by_median: bool = False) -> bool:
-    """Whether rows [..., D] are that near to each other; their median, where a near-tie may choose other experts."""
-    if not isinstance(got, Tensor) or not isinstance(expected, Tensor) or got.shape != expected.shape:
-        return False
-    difference = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1).clamp_min(1e-300)
-    return float(difference.median() if by_median else difference.max()) <= tolerance

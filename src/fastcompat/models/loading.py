@@ -6,13 +6,14 @@ Dimension key: D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from fastcompat.errors import ModelError
+from fastcompat.errors import FastcompatError, ModelError
 from fastcompat.models.base_model import CausalLM, wrap
 from fastcompat.models.checkpoint import LAYER_WEIGHT, read_tensors, tensor_shapes, weight_files
 from fastcompat.models.configuration import (
@@ -28,6 +29,9 @@ from fastcompat.models.packed_model import PackedModel, made_ready, own_attentio
 from fastcompat.models.probe import probe, probe_reward_model
 from fastcompat.models.reward_heads import Head, ReadOutChoice, RewardHead, find_head
 from fastcompat.models.reward_model import RewardModel
+from fastcompat.models.skeleton import NotStreamable
+from fastcompat.models.streamed_layers import StreamedLayers, Streaming
+from fastcompat.models.streamed_loading import load_streamed, measure
 from fastcompat.wording import first_sentence
 
 
@@ -39,12 +43,14 @@ def load_full(
     *,
     task: Task = "CAUSAL_LM",
     own: Collection[str] = (),
-) -> Any:
-    """The transformers model in `model`, a hub id or a directory, on its device. Safetensors only, no remote code.
+    streaming: Streaming | None = None,
+) -> tuple[Any, StreamedLayers | None]:
+    """The transformers model in `model`, a hub id or a directory, on its device, and its layers where these come and
+    go. Safetensors only, no remote code.
 
     auto_class: transformers' AutoModelFor... of the task; what: how it is called in messages; own: weights that the
-    caller reads itself, or does not need, and which may be missing or too many for that class. Raises ModelError, in
-    one sentence.
+    caller reads itself, or does not need, and which may be missing or too many for that class. streaming: its layers
+    are to come and go. Raises ModelError, in one sentence.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -56,6 +62,20 @@ def load_full(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
+        if streaming is not None:
+            try:
+                return load_streamed(
+                    model,
+                    config,
+                    settings,
+                    auto_class,
+                    streaming,
+                    lambda found: _refuse_incomplete(model, found, what, own),
+                )
+            except NotStreamable as error:
+                if streaming.required:
+                    raise ModelError(f"{model}: its layers cannot be streamed: {error}") from error
+                logging.getLogger("fastcompat").warning(f"{model}: its layers cannot be streamed, and stay: {error}")
         full, report = auto_class.from_pretrained(
             model,
             config=config,
@@ -68,6 +88,8 @@ def load_full(
             output_loading_info=True,
             **_placement(device),
         )
+    except FastcompatError:
+        raise
     except Exception as error:  # the loaders raise what they like, safetensors an exception of its own
         if ATTENTION_NAME in str(error):
             raise ModelError(f"{model}: {own_attention(0, None)}") from error
@@ -79,7 +101,7 @@ def load_full(
             f"{model}: transformers attached an adapter to it; give a directory that holds the model alone"
         )
     _refuse_incomplete(model, report, what, own)
-    return full.to(device).eval()
+    return full.to(device).eval(), None
 
 
 def _placement(device: torch.device) -> dict[str, Any]:
@@ -107,20 +129,24 @@ def _refuse_incomplete(model: str, report: Mapping[str, Any], what: str, own: Co
         )
 
 
-def load_causal_lm(model: str, settings: ModelSettings | None = None) -> CausalLM:
+def load_causal_lm(
+    model: str, settings: ModelSettings | None = None, *, streaming: Streaming | None = None
+) -> CausalLM:
     """Load `model`, a hub id or a directory, for scoring. Safetensors only, no remote code.
 
-    Raises ModelError, in one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of
-    an architecture that cannot be packed correctly.
+    streaming: its layers are read when they are needed, within so much memory; None: they stay. Raises ModelError, in
+    one sentence, when it does not exist, holds only pickled weights, wants remote code, or is of an architecture that
+    cannot be packed correctly.
     """
     # Late: importing transformers' modelling code takes seconds.
     from transformers import AutoModelForCausalLM
 
     settings = settings or ModelSettings()
-    full = load_full(model, settings, AutoModelForCausalLM, "a causal language model")
+    full, layers = load_full(model, settings, AutoModelForCausalLM, "a causal language model", streaming=streaming)
     with made_ready(model):
-        loaded = replace(wrap(model, full), deterministic=settings.deterministic)
+        loaded = replace(wrap(model, full, layers), deterministic=settings.deterministic)
         probe(loaded)
+        measure(loaded)
     return loaded
 
 
@@ -153,10 +179,12 @@ def load_reward_model(
     output: str | int | None = None,
     read_out: ReadOutChoice = "auto",
     described: Described | None = None,
+    streaming: Streaming | None = None,
 ) -> RewardModel:
     """Load `model`, a hub id or a directory, for rewards. Safetensors only, no remote code.
 
-    output, read_out: as `find_head`. described: what `describe` gave for it, instead of these two. Raises ModelError,
+    output, read_out: as `find_head`. described: what `describe` gave for it, instead of these two. streaming: as of
+    `load_causal_lm`. Raises ModelError,
     in one sentence, when it does not exist, is no reward model or one of an unknown kind, holds only pickled weights or
     NaN, or is of an architecture that cannot be packed correctly.
     """
@@ -168,18 +196,20 @@ def load_reward_model(
         config = load_config(model, settings.revision)
         described = describe(model, config, settings.revision, output=output, read_out=read_out)
     head = described.head
-    full = load_full(
+    full, layers = load_full(
         model,
         settings,
         AutoModelForSequenceClassification,
         "a reward model",
         task="SEQUENCE_CLASSIFICATION",
         own={*head.weights, "lm_head.weight"} | (set() if head.has_own_class else {"score.weight"}),
+        streaming=streaming,
     )
     with made_ready(model):
-        body = replace(packed(model, full), deterministic=settings.deterministic)
+        body = replace(packed(model, full, layers), deterministic=settings.deterministic)
         loaded = reward_model_on(body, model, described)
         probe_reward_model(loaded)
+        measure(loaded)
     return loaded
 
 

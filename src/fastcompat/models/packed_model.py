@@ -10,9 +10,10 @@ calls, so that a layer that went another way is an error and never a wrong figur
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from fastcompat.models.configuration import (
 from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
 from fastcompat.models.fusion import Fusion, fuse
 from fastcompat.models.pack_plan import PackPlan, plan_pack
+from fastcompat.models.streamed_layers import Journey, StreamedLayers
 from fastcompat.ops import OneCopy, exact_products, used_libraries
 from fastcompat.tokens import PrefixForest, pack_forest
 from fastcompat.wording import first_sentence
@@ -55,6 +57,7 @@ class PackedModel:
     windows: tuple[int | None, ...]  # the sliding window of each attention layer in tokens, in the order of their calls
     query_blocks: tuple[int, ...]  # queries of the lists that Triton's attention reads; none where it does not serve
     deterministic: bool = False  # on a GPU no product is divided along what it sums over
+    layers: StreamedLayers | None = field(default=None, repr=False)  # where they do not stay in memory
 
     @property
     def embedding(self) -> Tensor:
@@ -97,9 +100,46 @@ class PackedModel:
 
         The plan is on the model's device. Nothing is asked of a GPU: all is queued when this returns.
         """
-        forward = ForwardPass(plan=plan.attention, needed=plan.last_attention)
-        with self.exact_products():
-            hidden = _last_hidden(self.body, forward, plan.input_ids, plan.position_ids)
+        (hidden,) = self.march([plan])
+        return hidden
+
+    def march(self, plans: Sequence[PackPlan], given_up: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
+        """`hidden` of several packs, in their order. Layers that do not stay in memory come once for all of them.
+
+        given_up: asked between such layers. Raises GivenUp once it is true.
+        """
+        passes = [ForwardPass(plan=plan.attention, needed=plan.last_attention) for plan in plans]
+        journeys = [self.journey(plan, forward) for plan, forward in zip(plans, passes, strict=True)]
+        for plan, forward, hidden in zip(plans, passes, self.each(journeys, given_up), strict=True):
+            yield self._read(plan, forward, hidden)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of the packs that should be on one march; 0: each goes by itself."""
+        return 0 if self.layers is None else self.layers.tokens_at_once
+
+    def ran_out(self) -> None:
+        """Memory ran out on a march: fewer tokens at once from here on."""
+        if self.layers is not None:
+            self.layers.ran_out()
+
+    def journey(self, plan: PackPlan, forward: ForwardPass) -> Journey:
+        """A pack's way through the body."""
+
+        @contextmanager
+        def within() -> Iterator[None]:
+            with self.exact_products(), forward_pass(forward):
+                yield
+
+        run = partial(_last_hidden, self.body, plan.input_ids, plan.position_ids)
+        return Journey(run=run, within=within, n_tokens=len(plan.input_ids))
+
+    def each(self, journeys: Sequence[Journey], given_up: Callable[[], bool] = lambda: False) -> Iterator[Any]:
+        """What each of the journeys gives, in their order."""
+        return each(self.layers, journeys, given_up)
+
+    def _read(self, plan: PackPlan, forward: ForwardPass, hidden: Tensor) -> Tensor:
+        """[P, D] of what the body gave, [T, D] or [Q, D]."""
         if forward.n_calls != self.n_attention_layers:
             raise ModelError(f"{self.name}: {own_attention(forward.n_calls, self.n_attention_layers)}")
         if forward.n_windowed != self.n_windowed_layers:
@@ -149,8 +189,8 @@ def made_ready(name: str) -> Iterator[None]:
         ) from error
 
 
-def packed(name: str, full: Any, *, fused: bool = True) -> PackedModel:
-    """A transformers model that is in memory, ready for prefix forests (not probed).
+def packed(name: str, full: Any, layers: StreamedLayers | None = None, *, fused: bool = True) -> PackedModel:
+    """A transformers model that is in memory but for these layers, ready for prefix forests (not probed).
 
     fused: its modules are replaced by fused ones where they agree; outside of `PackedModel.forward` it computes as
     before. False: nothing of it is touched but the name of its attention.
@@ -168,7 +208,7 @@ def packed(name: str, full: Any, *, fused: bool = True) -> PackedModel:
     context_length, rope_boundary = model_lengths(config)
     device = full.get_input_embeddings().weight.device
     with exact_products(device):
-        fusions, prunes, seen = _fuse(full, context_length, fused)
+        fusions, prunes, seen = _fuse(full, context_length, layers, fused)
     if fused and device.type == "cuda":
         # The weights as they were before they were joined; each lay in a segment that the joined ones do not fit into.
         torch.cuda.empty_cache()
@@ -184,6 +224,7 @@ def packed(name: str, full: Any, *, fused: bool = True) -> PackedModel:
         prunes=prunes,
         windows=tuple(seen.windows),
         query_blocks=tuple(sorted({query_block for _, query_block in seen.plan.summaries})),
+        layers=layers,
     )
 
 
@@ -195,15 +236,29 @@ def sample_pack(vocabulary: int, length: int) -> tuple[list[NDArray[np.int32]], 
     return ids, forest
 
 
-def _last_hidden(body: torch.nn.Module, forward: ForwardPass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    with forward_pass(forward):
-        out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+def each(
+    layers: StreamedLayers | None, journeys: Sequence[Journey], given_up: Callable[[], bool] = lambda: False
+) -> Iterator[Any]:
+    """What each of the journeys gives, in their order, through layers that stay (None) or that come and go."""
+    if layers is not None:
+        yield from layers.each(journeys, given_up)
+        return
+    for journey in journeys:
+        with journey.within(), torch.no_grad():
+            result = journey.run()
+        yield result
+
+
+def _last_hidden(body: torch.nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    out = body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
 
 
 @torch.no_grad()
-def _fuse(full: Any, context_length: int | None, fused: bool) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
+def _fuse(
+    full: Any, context_length: int | None, layers: StreamedLayers | None, fused: bool
+) -> tuple[tuple[Fusion, ...], bool, ForwardPass]:
     """Fuse what can be, if it is to be; try whether the last layer can do with the needed tokens; see what is attended.
 
     Nothing where the model cannot run a pack at all, which its probe will say.
@@ -214,11 +269,17 @@ def _fuse(full: Any, context_length: int | None, fused: bool) -> tuple[tuple[Fus
     plan = OneCopy(plan_pack(forest, None, prunes=False, windows=(), device=device), device).to(device)
     body = full.base_model
 
+    def journey(forward: ForwardPass) -> Journey:
+        return Journey(
+            run=partial(_last_hidden, body, plan.input_ids, plan.position_ids), within=partial(forward_pass, forward)
+        )
+
     def run(forward: ForwardPass) -> Tensor:
-        return _last_hidden(body, forward, plan.input_ids, plan.position_ids)
+        with forward_pass(forward):
+            return _last_hidden(body, plan.input_ids, plan.position_ids)
 
     try:
-        fusions = fuse(body, run, ForwardPass(plan=plan.attention)) if fused else ()
+        fusions = fuse(body, run, ForwardPass(plan=plan.attention), layers) if fused else ()
     except Exception as error:
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
         return (), False, ForwardPass(plan=plan.attention)
@@ -226,8 +287,8 @@ def _fuse(full: Any, context_length: int | None, fused: bool) -> tuple[tuple[Fus
     try:
         # A body may do more with its layers' output than normalise it.
         needed = torch.arange(0, forest.n_tokens, 2, device=device)
-        every = run(every_layer)
-        some = run(ForwardPass(plan=plan.attention, needed=plan.attention.for_queries(needed)))
+        some_queries = ForwardPass(plan=plan.attention, needed=plan.attention.for_queries(needed))
+        every, some = each(layers, [journey(every_layer), journey(some_queries)])
     except Exception as error:
         logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
         return fusions, False, every_layer
@@ -243,6 +304,7 @@ def settings_of(model: PackedModel) -> dict[str, object]:
         "architecture": type(model.full).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "layers": "resident" if model.layers is None else "streamed",
         "deterministic": model.deterministic and model.device.type == "cuda",
         "vocabulary": model.vocabulary,
         "context_length": model.context_length,

@@ -8,7 +8,10 @@ NLL of `CausalLM.nll`, the outputs of a reward head (otherwise something unknown
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +19,10 @@ from numpy.typing import NDArray
 
 from fastcompat.errors import ModelError
 from fastcompat.models.base_model import CausalLM
-from fastcompat.models.forward_pass import ATTENTION_NAME, AttentionArguments, current_pass
+from fastcompat.models.forward_pass import ATTENTION_NAME, AttentionArguments, ForwardPass, current_pass
 from fastcompat.models.packed_model import PackedModel, made_ready, sample_pack
 from fastcompat.models.reward_model import RewardModel
+from fastcompat.models.streamed_layers import Journey
 from fastcompat.ops import AttentionKind, probe_libraries
 from fastcompat.tokens import PrefixForest, ReadOut, pack_forest, packed_reads
 
@@ -105,18 +109,41 @@ def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _T
     (apart,) = pack_forest(ids[1:], [np.zeros(len(x), np.bool_) for x in ids[1:]], token_budget=1 << 20)
     # Another library may serve one of them and not the other; whether it is right is known before either.
     probe_libraries(model.device, lambda: attention_kinds(model))
-    packs = [(forest, model.forward(forest)), (apart.renumbered([1, 2]), model.forward(apart))]
-    try:
-        model.full.set_attn_implementation("eager")
-        inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
-        hidden = [model.body(x, use_cache=False).last_hidden_state[0] for x in inputs]
-        outputs = [model.full(x, use_cache=False).logits[0] for x in inputs] if whole else []
-    finally:
-        model.full.set_attn_implementation(ATTENTION_NAME)
-    for pack, states in packs:
+    packs = [forest, apart.renumbered([1, 2])]
+    plans = [model.plan(pack).to(model.device) for pack in packs]
+    inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
+    # All on one way through the layers, where these come and go.
+    journeys = [model.journey(plan, ForwardPass(plan=plan.attention)) for plan in plans]
+    journeys += [Journey(run=partial(_alone, model, x, whole), within=partial(_own_attention, model)) for x in inputs]
+    first, second, *alone = model.each(journeys)
+    hidden, outputs = [states for states, _ in alone], [output for _, output in alone]
+    for pack, states in zip(packs, (first, second), strict=True):
         for k, n in enumerate(pack.sequences.tolist()):
             _compare_hidden(model, states[pack.path(k)], hidden[n])
-    return _Tried(ids, forest, hidden, outputs)
+    return _Tried(ids, forest, hidden, outputs if whole else [])
+
+
+@contextmanager
+def _own_attention(model: PackedModel) -> Iterator[None]:
+    """The model attends as transformers does, and not as a pack."""
+    model.full.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.full.set_attn_implementation(ATTENTION_NAME)
+
+
+def _alone(model: PackedModel, input_ids: torch.Tensor, whole: bool) -> tuple[torch.Tensor, Any]:
+    """Hidden states [n, D] of a sequence, and what the whole model gives for it."""
+    if not whole:
+        return model.body(input_ids, use_cache=False).last_hidden_state[0], None
+    hidden: list[torch.Tensor] = []
+    hook = model.body.register_forward_hook(lambda body, args, out: hidden.append(out.last_hidden_state[0]))
+    try:
+        outputs = model.full(input_ids, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return hidden[-1], outputs
 
 
 def _compare_hidden(model: PackedModel, got: torch.Tensor, alone: torch.Tensor) -> None:

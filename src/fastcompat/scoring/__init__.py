@@ -8,6 +8,7 @@ leaving_out     which rows of a unit are computed, and how a part gets those tha
 pipeline        what runs beside it: tokenising ahead, writing behind
 token_budget    how large a pack may be
 machine_memory  how much there is for it
+memory_choice   whether a model's layers stay there, or are read when they are needed
 scorer          a model with all its settings, and its identity
 batches         what it does with batches of somebody's pipeline: names of columns, one warning
 portable        how it travels into another process: pickled as its settings
@@ -23,6 +24,15 @@ run_scoring     all of it by one call
 
 from fastcompat.scoring.losses import ResponseScores, Scorer, score_sequences
 from fastcompat.scoring.machine_memory import free_memory
+from fastcompat.scoring.memory_choice import (
+    MEMORIES,
+    MemoryChoice,
+    choose_memory,
+    left_memory,
+    n_bytes_of,
+    told,
+    waited,
+)
 from fastcompat.scoring.packs import pack_sequences
 from fastcompat.scoring.rewards import RewardScorer, RewardScores, score_conversations
 from fastcompat.scoring.run_scoring import score
@@ -36,17 +46,24 @@ from fastcompat.scoring.token_budget import (
 
 __all__ = [
     "ACTIVE_EXPERTS",
+    "MEMORIES",
     "MEMORY_SHARE",
+    "MemoryChoice",
     "ResponseScores",
     "RewardScorer",
     "RewardScores",
     "Scorer",
+    "choose_memory",
     "choose_token_budget",
     "free_memory",
+    "left_memory",
+    "n_bytes_of",
     "out_of_memory",
     "pack_sequences",
     "score",
     "score_conversations",
     "score_sequences",
     "token_bytes",
+    "told",
+    "waited",
 ]

@@ -13,13 +13,13 @@ from fastcompat.scoring.portable import absolute, names_a_file
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
 
-_OF_BOTH = ("device", "dtype", "token_budget", "deterministic")
+_OF_BOTH = ("device", "dtype", "token_budget", "deterministic", "memory", "memory_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedModels:
-    """base, reward: hub ids or directories. device, dtype, token_budget, deterministic: of all of them, as of
-    `Scorer`.
+    """base, reward: hub ids or directories. device, dtype, token_budget, deterministic, memory, memory_limit: of all of
+    them, as of `Scorer`.
 
     base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these. The `output` of reward models is
     for those that have it, and one of several must. Raises UsageError where there is no model.
@@ -31,6 +31,8 @@ class AskedModels:
     dtype: str = "auto"
     token_budget: int | None = None
     deterministic: bool = False
+    memory: str = "auto"
+    memory_limit: str | int | None = None
     base_settings: Mapping[str, Any] = field(default_factory=dict)
     reward_settings: Mapping[str, Any] = field(default_factory=dict)
 

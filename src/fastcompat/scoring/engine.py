@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastcompat.errors import Interrupted, RunError
 from fastcompat.rows import Response, from_table
 from fastcompat.scoring.leaving_out import Share, share_of
-from fastcompat.scoring.packs import Pack, PackQueue, pack_sequences, plan_packs
+from fastcompat.scoring.packs import Pack, PackQueue, groups, pack_sequences, plan_packs
 from fastcompat.scoring.pipeline import Stopwatch, Writer, prefetch, sharing_processor
 from fastcompat.scoring.scores import Model, Scores
 from fastcompat.scoring.token_budget import PackLimit
@@ -64,13 +64,13 @@ def score_run(
     progress.began = progress.began or time.monotonic()
     timings = progress.timings
     prepare = partial(prepare_unit, run, stores, model, begin, token_budget, leave_out)
+    stopping = _Stopping(stop)
     with (
         sharing_processor(with_forward_pass=model.device.type == "cpu") if ahead else nullcontext(),
         closing(prefetch(prepare, units, ahead=ahead, waited=timings.preparation)) as prepared_units,
         Writer(behind=UNITS_BEHIND if ahead else 0, waited=timings.writing) as writer,
-        PackQueue(model, PackLimit(token_budget), forward=timings.forward) as queue,
+        PackQueue(model, PackLimit(token_budget), forward=timings.forward, given_up=stopping.asked) as queue,
     ):
-        stopping = _Stopping(stop)
         for prepared_unit in prepared_units:
             if prepared_unit is None:
                 queue.finish()
@@ -92,16 +92,15 @@ def score_run(
                 progress.count_rows(prepared.n_rows_without_tokens)
             beginning = _Beginning(stores, unit, prepared, token_budget, writer)
 
-            def done(forest: PrefixForest, beginning: _Beginning) -> None:
-                progress.count(forest, beginning.prepared.n_rows(forest))
+            def done(beginning: _Beginning, pack: Pack) -> None:
+                progress.count(pack.forest, beginning.prepared.n_rows(pack.forest))
                 writer.check()
                 beginning.n_packs += 1
                 if not stopping.asked():
                     beginning.keep_if_old()
 
-            while prepared.packs:
-                pack = prepared.packs.popleft()
-                queue.put(pack, scores, partial(done, pack.forest, beginning))
+            for group in groups(model, prepared.take_packs()):
+                queue.put_together(group, scores, partial(done, beginning))
                 if stopping.now:
                     queue.finish()
                     beginning.keep()
@@ -138,6 +137,11 @@ class PreparedUnit:
     n_done: int  # packs before them that an interrupted session has finished; `scores` has their figures
     n_rows_done: int  # of those
     n_rows_without_tokens: int
+
+    def take_packs(self) -> Iterator[Pack]:
+        """The packs that are left, each when it is asked for, and not kept."""
+        while self.packs:
+            yield self.packs.popleft()
 
     def n_rows(self, forest: PrefixForest) -> int:
         """Rows whose first, or only, sequence is in this pack."""

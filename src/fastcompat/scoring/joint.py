@@ -9,7 +9,7 @@ Dimension key: N responses, S scored tokens, K statistics. The base model's sequ
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,17 @@ class JointModel:
     def hidden(self, plan: PackPlan) -> Tensor:
         """As `PackedModel.hidden`, of the one body."""
         return self.base.hidden(plan)
+
+    @property
+    def tokens_at_once(self) -> int:
+        return self.base.tokens_at_once
+
+    def march(self, plans: Sequence[PackPlan], given_up: Callable[[], bool]) -> Iterator[Tensor]:
+        """As `PackedModel.march`, of the one body."""
+        return self.base.march(plans, given_up)
+
+    def ran_out(self) -> None:
+        self.base.ran_out()
 
 
 class JointScores(Scores):

@@ -231,6 +231,10 @@ class Scorer(ModelScorer):
     deterministic: on a GPU cuBLAS divides no product along what it sums over, so that a loss's last bits depend less on
     what else is in its pack; on a CPU they depend on nothing else as it is.
 
+    memory: "resident" keeps the weights in memory, "stream" reads each layer when it is needed, for all packs that are
+    under way; "auto" does that where they do not fit. memory_limit: what this process may take, or on a GPU of the
+    device's memory: bytes, "8GB". Figures are the same, bit for bit.
+
     A hub model is downloaded at once, the weights are loaded when the first response is scored. Raises ModelError or
     TemplateError with what to do.
     """
@@ -259,6 +263,8 @@ class Scorer(ModelScorer):
         token_ids: str = "file",
         extras: Sequence[str] = (),
         deterministic: bool = False,
+        memory: str = "auto",
+        memory_limit: str | int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -269,6 +275,8 @@ class Scorer(ModelScorer):
             max_length=max_length,
             revision=revision,
             deterministic=deterministic,
+            memory=memory,
+            memory_limit=memory_limit,
         )
         unknown = sorted(set(extras) - set(EXTRAS))
         if unknown:
@@ -296,7 +304,9 @@ class Scorer(ModelScorer):
     @cached_property
     def model(self) -> CausalLM:
         """The loaded model."""
-        return load_causal_lm(self.source, self.settings)
+        loaded = load_causal_lm(self.source, self.settings, streaming=self.choose_memory().streaming)
+        self._say_memory(loaded)
+        return loaded
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -326,6 +336,8 @@ class Scorer(ModelScorer):
             "revision": self.settings.revision,
             "token_budget": self._given_token_budget,
             "deterministic": self.settings.deterministic,
+            "memory": self.memory,
+            "memory_limit": self.memory_limit,
             "extras": list(self.extras.columns),
         }
 

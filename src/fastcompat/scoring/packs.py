@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from fastcompat.models import GivenUp
 from fastcompat.ops import Arrays
 from fastcompat.rows import Status
 from fastcompat.scoring.pipeline import Stopwatch
@@ -39,15 +40,28 @@ def score_all(
     model: Model, scores: Scores, *, token_budget: int, then: Callable[[PrefixForest], object] = lambda forest: None
 ) -> None:
     """Fill in the scores of sequences that are in memory. then: called after each pack."""
+    packs = plan_packs(model, scores, pack_sequences(model, scores, token_budget=token_budget))
     with PackQueue(model, PackLimit(token_budget)) as queue:
-        for pack in plan_packs(model, scores, pack_sequences(model, scores, token_budget=token_budget)):
-            queue.put(pack, scores, partial(then, pack.forest))
+        for group in groups(model, packs):
+            queue.put_together(group, scores, lambda pack: then(pack.forest))
 
 
 def plan_packs(model: Model, scores: Scores, forests: Iterable[PrefixForest]) -> Iterator[Pack]:
     """Each forest with its plan, when it is asked for."""
     for forest in forests:
         yield Pack(forest=forest, plan=model.plan(forest, scores.positions(forest)))
+
+
+def groups(model: Model, packs: Iterable[Pack]) -> Iterator[list[Pack]]:
+    """Packs that go through the model's layers together; one by one where all layers stay in memory."""
+    group: list[Pack] = []
+    for pack in packs:
+        group.append(pack)
+        if sum(own.forest.n_tokens for own in group) >= model.tokens_at_once:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def pack_sequences(model: Model, scores: Scores, *, token_budget: int) -> list[PrefixForest]:
@@ -74,8 +88,17 @@ class PackQueue:
     exception of somebody else's is on its way; an interruption from the keyboard leaves it.
     """
 
-    def __init__(self, model: Model, limit: PackLimit, *, forward: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        limit: PackLimit,
+        *,
+        forward: Stopwatch | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """given_up: whether packs that are on their way through layers that come and go need not arrive."""
         self._model = model
+        self._given_up = given_up
         self._limit = limit
         self._forward = forward or Stopwatch()
         self._behind = 1 if model.device.type == "cuda" else 0
@@ -86,8 +109,24 @@ class PackQueue:
 
         A pack that runs out of memory while it is queued is computed when all before it is done, with nothing beside.
         """
-        begun = self._forward.time(self._begin, pack, scores) if self._behind else None
+        self._put(pack, scores, then, self._forward.time(self._begin, pack, scores) if self._behind else None)
 
+    def put_together(
+        self, packs: Sequence[Pack], scores: Scores, then: Callable[[Pack], object] = lambda pack: None
+    ) -> None:
+        """`put` of one of the `groups`; where it was given up on its way, nothing is called and nothing counts."""
+        if not self._model.tokens_at_once:
+            for pack in packs:
+                self.put(pack, scores, partial(then, pack))
+            return
+        try:
+            begun = self._forward.time(self._march, packs, scores)
+        except GivenUp:
+            return
+        for pack, own in zip(packs, begun, strict=True):
+            self._put(pack, scores, partial(then, pack), own)
+
+    def _put(self, pack: Pack, scores: Scores, then: Callable[[], object], begun: Arrays | None) -> None:
         def finish() -> None:
             self._forward.time(score_pack, self._model, pack, scores, self._limit, begun)
             then()
@@ -131,6 +170,24 @@ class PackQueue:
                 raise
         _free_memory(self._model)
         return None
+
+    def _march(self, packs: Sequence[Pack], scores: Scores) -> list[Arrays | None]:
+        """Compute packs together, in halves where memory runs out; None for one that is to be computed by itself."""
+        if any(_is_above(self._limit, pack.forest) for pack in packs):
+            return [None] * len(packs)
+        try:
+            plans = [pack.plan.to(self._model.device) for pack in packs]
+            states = self._model.march(plans, self._given_up)
+            return [Arrays(scores.compute(self._model, *both)) for both in zip(plans, states, strict=True)]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        _free_memory(self._model)
+        if len(packs) == 1:
+            return [None]
+        self._model.ran_out()
+        half = len(packs) // 2
+        return self._march(packs[:half], scores) + self._march(packs[half:], scores)
 
 
 def score_pack(model: Model, pack: Pack, scores: Scores, limit: PackLimit, begun: Arrays | None = None) -> None:

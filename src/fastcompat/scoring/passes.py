@@ -14,6 +14,7 @@ from fastcompat.scoring.engine import Progress, score_run
 from fastcompat.scoring.joint import JointScorer, share_body
 from fastcompat.scoring.losses import Scorer
 from fastcompat.scoring.machine_memory import free_memory
+from fastcompat.scoring.memory_choice import waited
 from fastcompat.scoring.portable import versions
 from fastcompat.scoring.rewards import RewardScorer
 from fastcompat.scoring.scorer import ModelScorer
@@ -69,6 +70,20 @@ class Pass:
         """Roughly what the weights take when they are loaded; of two models that share a body, the body counts once."""
         scorer = self.scorers[0]
         return sum(path.stat().st_size for path in weight_files(scorer.source, scorer.settings.revision))
+
+    @property
+    def told_memory(self) -> str | None:
+        """Where the weights of the one body are, and why, for somebody who had a say in it; None where nobody had, or
+        it was told as a warning. The model is loaded for it."""
+        scorer = self.scorers[0]
+        limited = scorer.memory_limit is not None and scorer.model.layers is None
+        return scorer.tell_memory(scorer.model) if scorer.memory != "auto" or limited else None
+
+    @property
+    def waited(self) -> str | None:
+        """What was waited for so far; None where all layers stay in memory."""
+        layers = self.scorers[0].model.layers
+        return None if layers is None else waited(layers)
 
     def unload(self) -> None:
         """Give the weights' memory back."""

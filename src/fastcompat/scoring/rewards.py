@@ -95,7 +95,7 @@ class RewardScorer(ModelScorer):
 
     model: a hub id or a directory of a *ForSequenceClassification, of ArmoRM or of QRM. Safetensors only; code from a
     model's repository is never run.
-    device, dtype, token_budget, deterministic: as `Scorer`.
+    device, dtype, token_budget, deterministic, memory, memory_limit: as `Scorer`.
     bos: "auto" (as tokenizer and template have it), "one" or "none"; never two.
     max_length: tokens, the model's context if not given; a longer conversation has status `too_long` and no reward,
     unless truncate: then its beginning is judged, with status `truncated`.
@@ -130,6 +130,8 @@ class RewardScorer(ModelScorer):
         revision: str | None = None,
         token_ids: str = "file",
         deterministic: bool = False,
+        memory: str = "auto",
+        memory_limit: str | int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -140,6 +142,8 @@ class RewardScorer(ModelScorer):
             max_length=max_length,
             revision=revision,
             deterministic=deterministic,
+            memory=memory,
+            memory_limit=memory_limit,
         )
         self._described = describe(
             self.source,
@@ -167,7 +171,10 @@ class RewardScorer(ModelScorer):
     @cached_property
     def model(self) -> RewardModel:
         """The loaded model."""
-        return load_reward_model(self.source, self.settings, described=self._described)
+        streaming = self.choose_memory().streaming
+        loaded = load_reward_model(self.source, self.settings, described=self._described, streaming=streaming)
+        self._say_memory(loaded)
+        return loaded
 
     def share(self, body: PackedModel) -> None:
         """Compute with a loaded model's body, which must have this model's weights, instead of loading its own."""
@@ -197,6 +204,8 @@ class RewardScorer(ModelScorer):
             "revision": self.settings.revision,
             "token_budget": self._given_token_budget,
             "deterministic": self.settings.deterministic,
+            "memory": self.memory,
+            "memory_limit": self.memory_limit,
         }
 
     def begin(self, rows: list[Response]) -> RewardScores:

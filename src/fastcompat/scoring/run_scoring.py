@@ -35,6 +35,8 @@ def score(
     dtype: str = "auto",
     token_budget: int | None = None,
     deterministic: bool = False,
+    memory: str = "auto",
+    memory_limit: str | int | None = None,
     base_settings: Mapping[str, Any] | None = None,
     reward_settings: Mapping[str, Any] | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -53,8 +55,9 @@ def score(
 
     inputs, mapping, strict, extend: as INPUT, --map, --strict and --extend of `fastcompat score`; no inputs: those that
     the run was made from.
-    base_model, reward_model: a hub id or a directory, or several. device, dtype, token_budget, deterministic: as of
-    `Scorer`, for all of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take beside these.
+    base_model, reward_model: a hub id or a directory, or several. device, dtype, token_budget, deterministic, memory,
+    memory_limit: as of `Scorer`, for all of them; base_settings, reward_settings: what `Scorer` and `RewardScorer` take
+    beside these.
     engine: "process" works here, as one worker: "1/1", or "auto" beside any number of others, whatever is free; "ray"
     has `workers` actors work (None: one for each GPU, or machine) in the cluster at `ray_address`: "auto", "local" or
     HOST:PORT.
@@ -75,6 +78,8 @@ def score(
         dtype=dtype,
         token_budget=token_budget,
         deterministic=deterministic,
+        memory=memory,
+        memory_limit=memory_limit,
         base_settings=base_settings or {},
         reward_settings=reward_settings or {},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -38,7 +39,7 @@ from fastcompat.rows import (
     with_columns,
 )
 from fastcompat.scoring.batches import Batches, names_for
-from fastcompat.scoring.machine_memory import free_memory
+from fastcompat.scoring.memory_choice import MEMORIES, MemoryChoice, choose_memory, left_memory, n_bytes_of, told
 from fastcompat.scoring.packs import score_all
 from fastcompat.scoring.portable import Portable, compute_alone_where_forked
 from fastcompat.scoring.scores import OneFigure
@@ -64,10 +65,15 @@ class ModelScorer(Portable):
         max_length: int | None,
         revision: str | None,
         deterministic: bool,
+        memory: str,
+        memory_limit: str | int | None,
     ) -> None:
         for name, value in (("token_budget", token_budget), ("max_length", max_length)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if memory not in MEMORIES:
+            raise UsageError(f"memory {memory!r} is not one of {', '.join(MEMORIES)}")
+        self.memory, self.memory_limit = memory, n_bytes_of(memory_limit)
         self.source = str(model)
         self.settings = ModelSettings(device=device, dtype=dtype, revision=revision, deterministic=deterministic)
         self.config = load_config(self.source, revision)
@@ -88,13 +94,39 @@ class ModelScorer(Portable):
         """The loaded model."""
         raise NotImplementedError
 
+    def choose_memory(self) -> MemoryChoice:
+        """Whether the layers stay in memory, as it is now."""
+        self.memory_choice = choose_memory(
+            self.memory,
+            self.memory_limit,
+            source=self.source,
+            revision=self.settings.revision,
+            config=self.config,
+            device=self.device,
+            dtype=resolve_dtype(self.settings.dtype, self.config, self.device),
+        )
+        return self.memory_choice
+
+    def tell_memory(self, loaded: PackedModel) -> str:
+        """What became of it, for people."""
+        return told(self.memory_choice, loaded.layers, self._given_token_budget or self._budget_beside(loaded))
+
+    def _say_memory(self, loaded: PackedModel) -> None:
+        """Somebody who has not asked for it is told that layers stream, and why."""
+        if loaded.layers is not None:
+            level = logging.WARNING if self.memory == "auto" else logging.INFO
+            logging.getLogger("fastcompat").log(level, f"{self.name}: {self.tell_memory(loaded)}")
+
     @cached_property
     def token_budget(self) -> int:
         """Tokens of a pack: as given, else chosen from the memory that is free beside the loaded model."""
         if self._given_token_budget is not None:
             return self._given_token_budget
-        dtype = self.model.dtype  # loaded from here on: what is free below is free beside it
-        return choose_token_budget(self.device, self.config, dtype, free_memory(self.device))
+        return self._budget_beside(self.model)
+
+    def _budget_beside(self, loaded: PackedModel) -> int:
+        left = left_memory(self.device, self.memory_limit)
+        return choose_token_budget(self.device, self.config, loaded.dtype, left)
 
     def compute_in(self, dtype: str) -> None:
         """Compute in this dtype from now on."""

@@ -6,7 +6,7 @@ Dimension key: S scored tokens, N sequences, P positions whose hidden states are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +42,16 @@ class Model(Protocol):
 
     def hidden(self, plan: Any, /) -> Any:
         """[P, D] hidden states of a plan that is on the model's device. Waits for nothing."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of the packs that go through the layers together, because these come and go; 0: all layers stay."""
+
+    def march(self, plans: Sequence[Any], given_up: Callable[[], bool], /) -> Iterator[Any]:
+        """`hidden` of such packs, in their order. Raises GivenUp once `given_up()` is true between layers."""
+
+    def ran_out(self) -> None:
+        """Memory ran out on a march: fewer tokens at once from here on."""
 
 
 class Scores(ABC):
