@@ -26,7 +26,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark --numprocesses auto --dist worksteal -m "not long"
 
-# Processes on Ray that load a model each, and what the interpreter takes long for.
+# Processes on Ray that load a model each, what Triton's interpreter takes long for, memory of large models and runs.
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -m long
 

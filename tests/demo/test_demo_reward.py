@@ -238,7 +238,7 @@ def test_training_text_is_what_the_template_renders() -> None:
     assert conversation(thing, thing.text) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])])
 def test_held_out_accuracy_is_that_of_the_log(kind: str) -> None:
     """60 pairs, one style after the other: at most two standard errors below the log's figure for these styles."""
     things = held_out_things()

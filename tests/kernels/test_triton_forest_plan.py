@@ -139,6 +139,7 @@ def test_lists_found_in_chunks_are_those_found_at_once(monkeypatch, pairs):
         assert torch.equal(getattr(whole, name), getattr(chunked, name)), name
 
 
+@pytest.mark.long
 def test_lists_of_a_million_tokens_grow_with_what_is_seen():
     """A thousand sequences: 17 blocks of keys at most for each of 8,192 of queries."""
     T = 1 << 20

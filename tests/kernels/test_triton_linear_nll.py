@@ -167,6 +167,7 @@ def test_descriptors_give_the_bits_of_pointers():
     assert same_bits(statistics(hidden, weight, target, tiles=replace(SMALL, descriptors=True)), want)
 
 
+@pytest.mark.long
 def test_more_token_tiles_than_share_a_tile_of_weights():
     """Two groups, the second with fewer tiles than the first, and three ranges."""
     tiles = replace(SMALL, block_v=16, lanes=4, slices=1)
@@ -310,7 +311,7 @@ def test_nan_and_infinite_logits_are_not_hidden_and_stay_in_their_row(value, col
     assert same_bits(got[:, [0, 2]], before[:, [0, 2]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16], ids=str)
 def test_a_tokens_bits_depend_neither_on_its_neighbours_nor_on_its_place(dtype):
     hidden, weight, target = problem(37, 40, RANGE + 70, dtype)
     together = statistics(hidden, weight, target)

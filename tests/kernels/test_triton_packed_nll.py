@@ -191,7 +191,7 @@ def test_masked_with_the_lowest_number_instead_of_infinity():
     assert_exact(packed_nll(logits, target, all_statistics=True), logits, target)
 
 
-@pytest.mark.parametrize("n_columns", [SPLIT + 48, 1237])
+@pytest.mark.parametrize("n_columns", [pytest.param(SPLIT + 48, marks=pytest.mark.long), 1237])
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_another_order(n_columns):
     logits = rows(6, n_columns, torch.bfloat16)
     target = targets(logits)

@@ -242,6 +242,7 @@ def test_negative_rewards_leave_the_page_without_car(tmp_path):
     assert shifted.json_of("rankings")["rankings"][0]["beta"] == [beta for beta in BETAS for _ in range(2)]
 
 
+@pytest.mark.long
 def test_a_hundred_generators_and_many_pairs_stay_small(tmp_path):
     names = [f"generator-{k:03d}-{'x' * 100}" for k in range(100)]
     run = make_run(tmp_path, names, 12, reward=normal_rewards, text=lambda name, prompt: "&" * 20_000)

@@ -339,6 +339,7 @@ print(0, peak())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_of_a_million_tokens_takes_no_more_memory_than_a_short_one(tmp_path):
     tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)

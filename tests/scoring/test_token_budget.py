@@ -88,12 +88,15 @@ print(peak() - before, 4096 * token_bytes(full.config, {dtype}), head_bytes(torc
     ("family", "dtype", "shape"),
     [
         ("Llama", "torch.bfloat16", SHAPE),
-        ("GPT-2", "torch.float32", dict(n_embd=512, n_head=8, n_positions=8192)),  # GELU, operation by operation
-        ("gpt-oss (sinks)", "torch.float32", SHAPE),  # a mixture of experts
-        (
+        pytest.param(  # GELU, operation by operation
+            *("GPT-2", "torch.float32", dict(n_embd=512, n_head=8, n_positions=8192)), marks=pytest.mark.long
+        ),
+        pytest.param("gpt-oss (sinks)", "torch.float32", SHAPE, marks=pytest.mark.long),  # a mixture of experts
+        pytest.param(
             "Gemma-4 (shared keys, inputs per layer)",
             "torch.float32",
             SHAPE | dict(head_dim=64, global_head_dim=128, hidden_size_per_layer_input=64),
+            marks=pytest.mark.long,
         ),
     ],
 )

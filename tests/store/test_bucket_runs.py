@@ -152,6 +152,7 @@ def stuttering() -> Callable[[str, str, int], str | int]:
     return fate
 
 
+@pytest.mark.long
 def test_workers_through_a_store_that_stutters(s3, models, on_disk, tmp_path, monkeypatch):
     """No part is lost, and none is another one's."""
     monkeypatch.setattr(Objects, "patience", 0.1)

@@ -316,7 +316,7 @@ class LayerStore:
 
 
 def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="fastcompat-read", initializer=_give_way)
+    return ThreadPoolExecutor(1, thread_name_prefix="layers-read", initializer=_give_way)
 
 
 def _give_way() -> None:
