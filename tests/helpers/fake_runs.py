@@ -14,7 +14,7 @@ from fastcompat.scoring.packs import pack_sequences
 from fastcompat.store.parts import ScorerStore, Unit, part_name
 from fastcompat.store.run import Run
 
-BUDGET = 64
+BUDGET = 48
 
 
 def new_run(directory: Path, corpus: Path, *, target_unit_chars: int = 1200) -> tuple[Run, ScorerStore]:

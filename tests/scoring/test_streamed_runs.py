@@ -66,10 +66,10 @@ def test_memory_that_runs_out_on_a_march_makes_it_smaller(most):
 
 
 def test_a_march_that_is_given_up_is_done_again_and_nothing_else(corpus, tmp_path):
-    run, store = new_run(tmp_path / "whole", corpus, target_unit_chars=2400)
+    run, store = new_run(tmp_path / "whole", corpus)
     score(run, store, FakeModel())
     whole = parts(store)
-    run, store = new_run(tmp_path / "broken", corpus, target_unit_chars=2400)
+    run, store = new_run(tmp_path / "broken", corpus)
     marches = []
 
     class Marching(FakeModel):
