@@ -51,7 +51,8 @@ class Pooled:
         down, up = self.rho - self.low, self.high - self.rho
 
         def reach(own: FloatArray, others: FloatArray) -> FloatArray:
-            return np.sqrt(np.maximum(own**2 + others**2 - 2 * together * own * others, 0.0))
+            far: FloatArray = np.sqrt(np.maximum(own**2 + others**2 - 2 * together * own * others, 0.0))
+            return far
 
         d = self.rho[..., k] - self.rho[..., other]
         low = d - reach(down[..., k], up[..., other])
@@ -176,7 +177,8 @@ def _mean(z: FloatArray) -> FloatArray:
 def _before(values: FloatArray) -> FloatArray:
     """[..., G, G] whether the second comes before the first; half where they are equal. Sums are average ranks."""
     one, two = values[..., :, None], values[..., None, :]
-    return (two < one) + 0.5 * (two == one)
+    before: FloatArray = (two < one) + 0.5 * (two == one)
+    return before
 
 
 def _correlation(x: FloatArray, y: FloatArray) -> FloatArray:
