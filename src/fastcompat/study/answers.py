@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 
 from fastcompat.errors import Interrupted
 from fastcompat.rows import SCORED_STATUSES, Message, Response
-from fastcompat.study.training import load_trainable
 from fastcompat.tokens import ConversationTokenizer
 
 ANSWERS_SCHEMA = pa.schema(
@@ -71,19 +69,17 @@ def encoded(tokenizer: ConversationTokenizer, rows: Sequence[Response]) -> list[
 
 
 def answer(
-    directory: Path,
+    model: Any,
     tokenizer: ConversationTokenizer,
     rows: Sequence[Response],
     *,
     max_new_tokens: int,
-    device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> pa.Table:
     """`ANSWERS_SCHEMA`, one row for each row of `asked`, in order. What cannot be asked has a null answer.
 
-    Raises Interrupted between two batches once `stop` says so.
+    model: transformers' own, as `load_trainable` gives it. Raises Interrupted between two batches once `stop` says so.
     """
-    model = load_trainable(str(directory), device).eval()
     prompts = encoded(tokenizer, rows)
     said: dict[int, list[int]] = {}
     # The longest first: what does not fit shows at once.

@@ -77,7 +77,6 @@ def work_off(
             status, detail = _reason(error)
             row = _row(study, cell, one, status=status, detail=detail)
         rows.append(row | {"seconds": round(time.perf_counter() - started, 3)})
-    tuned.__dict__.pop("scorer", None)
     _commit(place, rows, record, time.perf_counter() - began)
     if not keep_model:
         shutil.rmtree(directory / MODEL, ignore_errors=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from fastcompat.study.checkable import is_right
 from fastcompat.study.constraints import constraint_of
 from fastcompat.study.plan import Cell, Study, read_file, set_of
 from fastcompat.study.settings import ALL, OWN, Evaluation
+from fastcompat.study.training import load_trainable
 from fastcompat.tokens import ConversationTokenizer
 
 
@@ -69,9 +70,10 @@ class Judges:
         return self._references[model, generator]
 
     def unload(self) -> None:
-        """Give their memory back while something is trained."""
+        """Give a GPU's memory back while something is trained there."""
         for scorer in self._scorers.values():
-            scorer.unload()
+            if scorer.device.type == "cuda":
+                scorer.unload()
 
 
 @dataclass
@@ -91,13 +93,17 @@ class Tuned:
         name, most = set_of(evaluation)
         file = "answers-" + "".join(c if c.isalnum() or c in "-._" else "-" for c in name) + f"-{most}.parquet"
         if not self.place.has(file):
-            device = resolve_device(self.study.settings.training.device)
-            table = answer(self.directory, self.tokenizer, rows, max_new_tokens=most, device=device, stop=self.stop)
+            table = answer(self.model, self.tokenizer, rows, max_new_tokens=most, stop=self.stop)
             self.place.put_new_table(file, table)
         try:
             return self.place.read_table(file)
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"{self.place.path(file)} is damaged ({error}); remove it, then study run again") from error
+
+    @cached_property
+    def model(self) -> Any:
+        """The tuned model as transformers runs it, for answers."""
+        return load_trainable(str(self.directory), resolve_device(self.study.settings.training.device)).eval()
 
     @cached_property
     def scorer(self) -> Scorer:

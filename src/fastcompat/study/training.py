@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,21 @@ def _configuration(
 ) -> Any:
     # One row at a time: where responses are rows of their own, a step adds up as many as it has on average.
     together = 1 if packed else max(1, round(sum(map(len, steps)) / len(steps)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that TRL itself still uses
+        return _sft_config(trl, training, seed, device, output, len(steps), packed, together)
+
+
+def _sft_config(
+    trl: Any,
+    training: Training,
+    seed: int,
+    device: torch.device,
+    output: Path,
+    n_steps: int,
+    packed: bool,
+    together: int,
+) -> Any:
     return trl.SFTConfig(
         output_dir=str(output),
         use_cpu=device.type == "cpu",
@@ -258,7 +274,7 @@ def _configuration(
         dataset_kwargs={"skip_prepare_dataset": True},
         learning_rate=training.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=round(training.warm_up * len(steps)),
+        warmup_steps=round(training.warm_up * n_steps),
         gradient_checkpointing=training.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -31,7 +31,8 @@ def outcome_section(table: pa.Table) -> Section:
     for row in table.to_pylist():
         cells = [row["outcome"], row["base_model"], str(row["generators"]), str(row["seeds"])]
         cells += [_figure(row["lowest"]), _figure(row["highest"])]
-        cells += ["one seed" if row["reliability"] is None else f"{row['reliability']:.2f}", _rho(row["ceiling"])]
+        none = "one seed" if row["seeds"] < 2 else "none"
+        cells += [none if row["reliability"] is None else f"{row['reliability']:.2f}", _rho(row["ceiling"])]
         cells += [("" if row["length_bias"] is None else f"{row['length_bias']:.0%}")] if biased else []
         cells += [str(row["failed"] or "")] if failed else []
         judge = row["reward_model"] or ""
@@ -52,13 +53,16 @@ def sections(table: pa.Table, betas: pa.Table) -> Iterator[Section]:
     for outcome in pc.unique(table["outcome"]).to_pylist():
         own = table.filter(pc.equal(table["outcome"], outcome)).to_pylist()
         bases = list(dict.fromkeys(row["base_model"] for row in own))
+        if all(row["rho"] is None for row in own) and len({row["note"] for row in own}) == 1:
+            yield Section(outcome, ["metric", "rho"], [["any", "none"]], [f"{own[0]['note']}.".capitalize()])
+            continue
         several = len({row["reward_model"] for row in own if row["reward_model"]}) > 1
         by_metric: dict[str, dict[str | None, dict[str, Any]]] = {}
         for row in own:
             by_metric.setdefault(_name(row, several), {})[row["base_model"]] = row
         header = ["metric", "rho", "95% interval", "without one", "given length", "less CAR", "95% interval", "power"]
         header += [str(name) for name in bases[1:]] if bases[0] is None else []
-        ordered = sorted(by_metric.items(), key=lambda item: -(item[1][bases[0]]["rho"] or -2.0))
+        ordered = sorted(by_metric.items(), key=lambda item: -_or_least(item[1][bases[0]]["rho"]))
         rows = [_cells(name, by_base, bases) for name, by_base in ordered]
         where = "mean over base models" if bases[0] is None else str(bases[0])
         yield Section(f"{outcome}, {where}", header, rows, _notes(own, best, outcome))
@@ -110,6 +114,10 @@ def _cells(name: str, by_base: Mapping[str | None, dict[str, Any]], bases: list[
         known = one is not None and one["rho"] is not None
         cells.append(f"{_rho(one['rho'])} ({_span(one, 'rho')})" if known and one else "none")
     return cells
+
+
+def _or_least(rho: float | None) -> float:
+    return -2.0 if rho is None else rho
 
 
 def _span(row: Mapping[str, Any], name: str) -> str:
