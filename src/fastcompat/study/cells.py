@@ -77,7 +77,7 @@ def work_off(
             status, detail = _reason(error)
             row = _row(study, cell, one, status=status, detail=detail)
         rows.append(row | {"seconds": round(time.perf_counter() - started, 3)})
-    _commit(place, rows, record, time.perf_counter() - began)
+    _commit(place, rows, record, time.perf_counter() - began, model_kept=keep_model)
     if not keep_model:
         shutil.rmtree(directory / MODEL, ignore_errors=True)
 
@@ -131,8 +131,18 @@ def _row(
     }
 
 
-def _commit(place: Place, rows: list[dict[str, Any]], training: dict[str, Any], seconds: float) -> None:
-    place.put_new_json(OUTCOME, {"rows": rows, "training": training, "seconds": round(seconds, 3)})
+def remove_left_model(study: Study, cell: Cell) -> None:
+    """Of a finished cell whose model was not to be kept, and whose process was killed before it was removed."""
+    model = Path(str(study.cell_place(cell))) / MODEL
+    if model.is_dir() and not study.cell_place(cell).read_json(OUTCOME).get("model_kept", True):
+        shutil.rmtree(model, ignore_errors=True)
+
+
+def _commit(
+    place: Place, rows: list[dict[str, Any]], training: dict[str, Any], seconds: float, *, model_kept: bool = False
+) -> None:
+    told = {"rows": rows, "training": training, "seconds": round(seconds, 3), "model_kept": model_kept}
+    place.put_new_json(OUTCOME, told)
 
 
 def _number(value: float) -> float | None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from fastcompat.decisions import OUTCOMES, STUDY_SCHEMA
 from fastcompat.errors import Interrupted
 from fastcompat.store import TRIES, Claims, forget_dead
-from fastcompat.study.cells import OUTCOME, is_finished, work_off
+from fastcompat.study.cells import OUTCOME, is_finished, remove_left_model, work_off
 from fastcompat.study.evaluations import Judges, lower_is_better
 from fastcompat.study.plan import Cell, Study, open_study, plan
 from fastcompat.study.settings import Settings
@@ -48,6 +48,9 @@ def run(
     claims_place = study.place / CLAIMS
     if not worker:
         forget_dead(claims_place)  # whoever starts it by hand has seen to what killed it
+    for cell in cells:
+        if is_finished(study, cell):
+            remove_left_model(study, cell)
     by_name = {cell.name: cell for cell in cells}
     with Claims(claims_place, is_done=lambda name: is_finished(study, by_name[name])) as claims:
         while True:

@@ -89,11 +89,12 @@ class Key(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """values[b][key][generator]: what each metric says, turned so that more is better."""
+    """values[b][key][generator]: what each metric says, turned so that more is better; notes[key]: why it has none."""
 
     base_models: tuple[str, ...]
     generators: tuple[str, ...]
     values: Mapping[str, Mapping[Key, Mapping[str, float]]]
+    notes: Mapping[Key, str]
 
 
 def study_tables(figures: pa.Table, rows: pa.Table) -> tuple[pa.Table, pa.Table, pa.Table]:
@@ -185,7 +186,7 @@ def _rows(
     for key in keys:
         values = _matrix([known.values[m][key] for m in members], generators)
         if not np.isfinite(values).all():
-            found.append((key, "a generator has no such figure"))
+            found.append((key, known.notes.get(key, "a generator has no such figure")))
         elif (values == values[:, :1]).all(axis=1).any():
             found.append((key, "the same for every generator"))
         else:
@@ -265,14 +266,17 @@ def _figures(table: pa.Table) -> Figures:
     if not bases:
         raise UsageError("the run has no losses of a base model: fastcompat score --base-model, then study show")
     values: dict[str, dict[Key, dict[str, float]]] = {base: {} for base in bases}
+    notes: dict[Key, str] = {}
     for row in records:
         key = Key(row["metric"], row["reward_model"], row["beta"])
+        if row["note"]:
+            notes.setdefault(key, row["note"])
         figure = np.nan if row["value"] is None else row["value"]
         if METRICS[row["metric"]].lower_is_better:
             figure = -figure
         for base in bases if row["base_model"] is None else (row["base_model"],):
             values[base].setdefault(key, {})[row["generator"]] = figure
-    return Figures(bases, tuple(dict.fromkeys(r["generator"] for r in records)), values)
+    return Figures(bases, tuple(dict.fromkeys(r["generator"] for r in records)), values, notes)
 
 
 def partners_in(scores: pa.Table, source: str, base_model: str | None) -> tuple[str, str]:
