@@ -152,7 +152,7 @@ def _evaluation(item: Any, where: str) -> Evaluation:
     if not isinstance(item, dict):
         raise UsageError(f'{where} is a table: [[evaluations]], then name = "reward"')
     name = item.get("name")
-    if name not in TAKES:
+    if not isinstance(name, str) or name not in TAKES:
         raise UsageError(f"{where}: {name!r} is none of {', '.join(TAKES)}{_nearest(str(name), TAKES)}")
     needed, allowed = TAKES[name]
     for key in item:
@@ -169,7 +169,7 @@ def _evaluation(item: Any, where: str) -> Evaluation:
 
 
 _Kind = TypeVar("_Kind", Settings, Training, Evaluation)
-_NUMBERS = {"int": int, "float": (int, float), "int | None": int}
+_NUMBERS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "int | None": (int,)}
 
 
 def _read(kind: type[_Kind], values: Mapping[str, Any], where: str) -> _Kind:
