@@ -136,7 +136,7 @@ def show(
         if format in (TableFormat.csv, TableFormat.json):
             write_table(table, format)
             return
-        shown = [outcome_section(own), *sections(table, best)]
+        shown = [outcome_section(own), *sections(table, best, of_car=beta or ())]
     elif format in (TableFormat.csv, TableFormat.json):
         write_table(outcome_table(rows), format)
         return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcompat.decisions.validation.several_base_models import smallest_rho
-from fastcompat.metrics import METRICS
+from fastcompat.metrics import BETA, METRICS
 
 
 class Section(NamedTuple):
@@ -47,8 +47,9 @@ def outcome_section(table: pa.Table) -> Section:
     return Section("What training gave", header, rows, notes)
 
 
-def sections(table: pa.Table, betas: pa.Table) -> Iterator[Section]:
-    """One for each outcome: every metric over all base models, and under each."""
+def sections(table: pa.Table, betas: pa.Table, *, of_car: Sequence[float] = ()) -> Iterator[Section]:
+    """One for each outcome: every metric over all base models, and under each. of_car: betas of CAR beside 3."""
+    table = table.filter(pc.or_kleene(table["beta"].is_null(), pc.is_in(table["beta"], pa.array([BETA, *of_car]))))
     best = {(row["outcome"], row["reward_model"]): row for row in betas.to_pylist()}
     for outcome in pc.unique(table["outcome"]).to_pylist():
         own = table.filter(pc.equal(table["outcome"], outcome)).to_pylist()
