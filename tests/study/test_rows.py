@@ -55,15 +55,20 @@ def test_a_generator_with_too_few_is_named_with_its_number(tmp_path):
         choose_rows(settings(tmp_path, generators=["alpha", "nobody"]))
 
 
-def test_what_another_test_asks_is_not_trained_on(tmp_path):
+def test_what_an_evaluation_asks_is_not_trained_on(tmp_path):
     write_responses(tmp_path)
-    own = settings(tmp_path, examples=10)
-    asked = choose_rows(own).trained["alpha"][:2]
+    rows = choose_rows(settings(tmp_path, examples=10))
+    asked = rows.trained["alpha"][:2]
+    lines = [json.dumps({"prompt": row.messages[0].content, "answer": "4"}) for row in asked]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines))
+    task = f'[[evaluations]]\nname = "exact_match"\nfile = "{tmp_path / "tasks.jsonl"}"\n'
     with pytest.raises(UsageError, match="2 of them are asked by an evaluation"):
-        choose_rows(own, asked=asked)
-    assert not {key_of(row) for row in asked} & {
-        key_of(row) for row in choose_rows(settings(tmp_path, examples=8), asked=asked).trained["alpha"]
-    }
+        choose_rows(settings_of(settings_text(tmp_path, examples=10) + task, "s"))
+    found = choose_rows(settings_of(settings_text(tmp_path, examples=8) + task, "s"))
+    assert not {key_of(row) for row in asked} & {key_of(row) for row in found.trained["alpha"]}
+    write_rows(place_of(tmp_path), found)
+    assert read_rows(place_of(tmp_path)) == found
+    assert [row.messages[-1].content for row in found.files[str(tmp_path / "tasks.jsonl")]] == ["4", "4"]
 
 
 def test_what_was_chosen_is_kept(tmp_path):

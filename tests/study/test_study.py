@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import fail, succeed
 from small_studies import GENERATORS, save_models, settings_text, write_responses
+from warm_processes import popen
 
 import fastcompat as fc
 from fastcompat import study
@@ -19,6 +22,7 @@ from fastcompat.decisions import STUDY_SCHEMA
 from fastcompat.decisions.validation.outcomes import outcomes
 from fastcompat.errors import Interrupted, RunError, UsageError
 from fastcompat.study import cells, evaluations
+from fastcompat.study.settings import Evaluation
 
 pytest.importorskip("trl", reason="trl is not installed")
 
@@ -32,6 +36,11 @@ on = "each"
 [[evaluations]]
 name = "constraints"
 max_new_tokens = 4
+
+[[evaluations]]
+name = "exact_match"
+file = "TASKS"
+max_new_tokens = 3
 """
 
 
@@ -43,7 +52,9 @@ def finished(tmp_path_factory):
     base, judge = save_models(directory)
     fc.score(responses, directory / "run", base_model=str(base), reward_model=str(judge), device="cpu", dtype="float32")
     text = settings_text(directory, inputs=None, run=str(directory / "run"))
-    (directory / "settings.toml").write_text(text + EXTRA)
+    tasks = directory / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"prompt": f"{n} + {n}?", "answer": str(2 * n)}) + "\n" for n in range(3)))
+    (directory / "settings.toml").write_text(text + EXTRA.replace("TASKS", str(tasks)))
     study.plan(directory / "study", directory / "settings.toml", measure=False)
     study.run(directory / "study", keep_models=True)
     return directory, directory / "study"
@@ -58,7 +69,8 @@ def test_there_is_a_row_for_every_cell_and_evaluation(finished):
     _, path = finished
     table = pq.read_table(path / "outcomes.parquet")
     assert table.schema.equals(STUDY_SCHEMA)
-    labels = ["reward", "win_rate", "held_out_loss", *(f"loss/{name}" for name in GENERATORS), "constraints"]
+    labels = ["reward", "win_rate", "held_out_loss", *(f"loss/{name}" for name in GENERATORS)]
+    labels += ["constraints", "exact_match"]
     assert table.num_rows == 5 * 2 * len(labels)
     assert set(table["evaluation"].to_pylist()) == set(labels)
     assert set(table["status"].to_pylist()) == {"ok"}
@@ -191,7 +203,7 @@ def test_a_cell_that_fails_is_a_row_and_the_others_go_on(finished, monkeypatch, 
     failed = [row for row in table.to_pylist() if row["status"] != "ok"]
     assert {(row["generator"], row["seed"], row["status"]) for row in failed} == {(cell.generator, 0, status)}
     assert all(str(error) in row["detail"] and row["value"] is None for row in failed)
-    assert len(failed) == 9
+    assert len(failed) == 10
     assert f"{cell.generator}, seed 0, reward: {status}" in succeed("study", "show", copy)
     # The mean over the seeds that are left.
     whole = dict(zip(*outcomes(copy, column="reward").to_pydict().values(), strict=True))
@@ -265,8 +277,46 @@ def test_the_plan_says_what_it_will_cost(finished, tmp_path):
         for cell in opened.cells
     )
     assert opened.cost.trained_tokens == trained
-    assert opened.cost.generated_tokens == 10 * (4 + 4) * 4
+    assert opened.cost.generated_tokens == 10 * ((4 + 4) * 4 + 3 * 3)
     assert "reward: judge (circular" in printed
     measured = study.plan(tmp_path / "measured", directory / "settings.toml")
     assert 0 < measured.cost.hours < 1
     assert [cell.name for cell in measured.cells] == [cell.name for cell in opened.cells]
+
+
+def test_a_task_of_the_harness(finished, monkeypatch):
+    """With a harness that answers at once, for the call and what is read of its answer."""
+    _, path = finished
+    opened = study.open_study(path)
+    calls = []
+
+    def simple_evaluate(**given):
+        calls.append(given)
+        own = {"acc,none": 0.25, "acc_stderr,none": 0.05, "alias": "some_task"}
+        return {"results": {"some_task": own}, "n-samples": {"some_task": {"original": 100, "effective": 80}}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    (cell, *_) = opened.cells
+    tuned = SimpleNamespace(study=opened, cell=cell, directory=path / "cells" / cell.name / "model")
+    one = Evaluation(name="lm_eval", label="acc", task="some_task", metric="acc", limit=80)
+    assert evaluations.measure(tuned, one)[:3] == (0.25, 80, 0.05)
+    assert calls[0]["model_args"]["pretrained"] == str(tuned.directory)
+    assert calls[0]["limit"] == 80
+    with pytest.raises(evaluations.EvaluationError, match="no metric f1; it has acc"):
+        evaluations.measure(tuned, Evaluation(name="lm_eval", label="f1", task="some_task", metric="f1"))
+
+
+def test_several_processes_share_the_cells(finished, tmp_path, monkeypatch):
+    _, path = finished
+    copy = tmp_path / "study"
+    shutil.copytree(path, copy)
+    for cell in study.open_study(copy).cells[4:6]:
+        shutil.rmtree(copy / "cells" / cell.name)
+    monkeypatch.setattr("fastcompat.cli.study.subprocess.Popen", popen)
+    printed = succeed("study", "run", copy, "--processes", 2)
+    assert "10 cells finished, 100 outcomes, 0 failed" in printed
+    without = [name for name in STUDY_SCHEMA.names if name != "seconds"]
+    found = pq.read_table(copy / "outcomes.parquet")
+    assert found.select(without).equals(pq.read_table(path / "outcomes.parquet").select(without))
+    said = "".join(log.read_text() for log in (copy / "log").glob("process-*.txt"))
+    assert said.count("tiny on") >= 2

@@ -71,7 +71,7 @@ def run(
     if not worker:
         _show_plan(study)
     with stopping() as stop:
-        if len(children) > 1:
+        if children:
             arguments = ["study", "run", directory, *(["--keep-models"] if keep_models else [])]
             _in_processes(study, children, arguments, retry=retry, stop=stop)
         table = run_study(
@@ -125,7 +125,7 @@ def show(
             raise UsageError(f"no outcome {unknown[0]}; there are {', '.join(there)}")
         rows = rows.filter(pc.is_in(rows["evaluation"], value_set=_strings(outcome)))
     if run is None:
-        run = json.loads((Path(directory) / "plan.json").read_text(encoding="utf-8"))["settings"]["run"]
+        run = json.loads((Path(directory) / "plan.json").read_text(encoding="utf-8"))["run"]
     opened = open_run(run) if run else None
     scored = opened is not None and bool(opened.scorers())
     shown = [outcome_section(outcome_table(rows))]

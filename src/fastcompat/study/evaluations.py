@@ -22,7 +22,7 @@ from fastcompat.store import Place
 from fastcompat.study.answers import answer, answered, asked
 from fastcompat.study.checkable import is_right
 from fastcompat.study.constraints import constraint_of
-from fastcompat.study.plan import Cell, Study, read_file, set_of
+from fastcompat.study.plan import Cell, Study, set_of
 from fastcompat.study.settings import ALL, OWN, Evaluation
 from fastcompat.study.training import load_trainable
 from fastcompat.tokens import ConversationTokenizer
@@ -54,7 +54,7 @@ class Judges:
         """[N] NaN where it does not judge."""
         if model not in self._scorers:
             told = self.study.record["judges"][model]
-            scorer = RewardScorer(model, device=self.study.settings.training.device)
+            scorer = RewardScorer(told["source"], device=self.study.settings.training.device)
             if scorer.identity["model_sha256"] != told["fingerprint"]:
                 raise RunError(f"{model} is another model than when the study was planned")
             self._scorers[model] = scorer
@@ -119,18 +119,13 @@ class Tuned:
 
 
 def _reward(tuned: Tuned, evaluation: Evaluation) -> Result:
-    rows, answers = _held_out_answers(tuned, evaluation)
-    assert evaluation.reward_model is not None
-    return _mean(
-        tuned.judges.rewards(evaluation.reward_model, [answered(*pair) for pair in zip(rows, answers, strict=True)])
-    )
+    return _mean(_judged(tuned, evaluation)[0])
 
 
 def _win_rate(tuned: Tuned, evaluation: Evaluation) -> Result:
-    rows, answers = _held_out_answers(tuned, evaluation)
+    own, answers = _judged(tuned, evaluation)
     assert evaluation.reward_model is not None
     assert evaluation.reference is not None
-    own = tuned.judges.rewards(evaluation.reward_model, [answered(*pair) for pair in zip(rows, answers, strict=True)])
     others = tuned.judges.of_reference(evaluation.reward_model, evaluation.reference)
     theirs = [row.messages[-1].content for row in tuned.study.rows.held_out[evaluation.reference]]
     known = np.isfinite(own) & np.isfinite(others)
@@ -142,7 +137,7 @@ def _win_rate(tuned: Tuned, evaluation: Evaluation) -> Result:
 
 def _held_out_loss(tuned: Tuned, evaluation: Evaluation) -> Result:
     if evaluation.file is not None:
-        rows = read_file(evaluation.file)
+        rows = tuned.study.rows.files[evaluation.file]
     elif evaluation.on == ALL:
         rows = [row for own in tuned.study.rows.held_out.values() for row in own]
     else:
@@ -161,7 +156,7 @@ def _held_out_loss(tuned: Tuned, evaluation: Evaluation) -> Result:
 
 def _exact_match(tuned: Tuned, evaluation: Evaluation) -> Result:
     assert evaluation.file is not None
-    rows = read_file(evaluation.file)
+    rows = tuned.study.rows.files[evaluation.file]
     references = [row.messages[-1].content if row.messages else "" for row in rows]
     answers = tuned.answers(evaluation, [asked(row) for row in rows])["answer"].to_pylist()
     pairs = zip(answers, references, strict=True)
@@ -238,11 +233,16 @@ def lower_is_better(name: str) -> bool:
     return EVALUATIONS[name].lower_is_better
 
 
-def _held_out_answers(tuned: Tuned, evaluation: Evaluation) -> tuple[list[Response], list[str]]:
-    """The held-out prompts, and what the model says; of what cannot be asked nothing."""
+def _judged(tuned: Tuned, evaluation: Evaluation) -> tuple[FloatArray, list[str]]:
+    """([N] rewards of the model's answers to the held-out prompts, the answers). NaN and "" of what cannot be asked."""
+    assert evaluation.reward_model is not None
     rows = tuned.study.rows.prompts
     said = tuned.answers(evaluation, [asked(row) for row in rows])["answer"].to_pylist()
-    return rows, [text or "" for text in said]
+    answers = [text or "" for text in said]
+    rewards = tuned.judges.rewards(
+        evaluation.reward_model, [answered(*pair) for pair in zip(rows, answers, strict=True)]
+    )
+    return np.where([text is None for text in said], np.nan, rewards), answers
 
 
 def _mean(values: FloatArray) -> Result:

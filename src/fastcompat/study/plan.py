@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastcompat.corpus import iter_responses
 from fastcompat.errors import RunError, UsageError
 from fastcompat.models import fingerprint, resolve_device, tensor_shapes
 from fastcompat.rows import Response
@@ -142,15 +141,16 @@ def plan(
             )
         return there
     base_models = _base_models(given)
-    tests = [row for one in given.evaluations if one.file for row in read_file(one.file)]
-    rows = choose_rows(given, asked=tests)
+    rows = choose_rows(given)
     every = expanded(given.evaluations, rows.generators)
     _check_evaluations(every, rows)
     judges = {one.reward_model: _judge(one.reward_model, given.run) for one in every if one.reward_model}
     content = {
         "settings": asdict(given),
         "base_models": base_models,
-        "rows": _digest_of([row for half in (rows.trained, rows.held_out) for own in half.values() for row in own]),
+        "rows": _digest_of(
+            [row for half in (rows.trained, rows.held_out, rows.files) for own in half.values() for row in own]
+        ),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     record = {
@@ -160,6 +160,7 @@ def plan(
         "base_models": base_models,
         "generators": rows.generators,
         "judges": judges,
+        "run": None if given.run is None else _absolute(given.run),
         "cells": [
             Cell(base, generator, seed, _cell_name(base, generator, seed, digest))
             for seed in given.seeds
@@ -215,14 +216,6 @@ def set_of(evaluation: Evaluation) -> tuple[str, int]:
     return ("constraints" if evaluation.name == "constraints" else "held-out"), evaluation.max_new_tokens
 
 
-def read_file(path: str) -> list[Response]:
-    """The rows of a reference set, or of tasks with their answers. Raises CorpusError, UsageError without rows."""
-    rows = list(iter_responses([path]))
-    if not rows:
-        raise UsageError(f"{path}: no rows")
-    return rows
-
-
 def _place(directory: str | os.PathLike[str]) -> Place:
     if is_remote(directory):
         raise UsageError(f"{directory}: a study lies in a directory, because models are trained into it")
@@ -270,12 +263,17 @@ def _judge(model: str, run: str | None) -> dict[str, Any]:
     """A reward model's name, and whether it is one whose rewards the run has; then the name is the run's."""
     own = fingerprint(model)
     path = Path(model)
+    told = {"source": str(path.resolve()) if path.is_dir() else model, "fingerprint": own}
     name = path.resolve().name if path.is_dir() else model
     for store in open_run(run).scorers() if run else []:
         identity = store.record["identity"]
         if identity["kind"] == "reward_model" and identity.get("model_sha256") == own:
-            return {"name": store.record["settings"]["model"], "fingerprint": own, "circular": True}
-    return {"name": name, "fingerprint": own, "circular": False}
+            return told | {"name": store.record["settings"]["model"], "circular": True}
+    return told | {"name": name, "circular": False}
+
+
+def _absolute(run: str) -> str:
+    return run if is_remote(run) else str(Path(run).resolve())
 
 
 def _digest_of(rows: Sequence[Response]) -> str:
@@ -302,7 +300,7 @@ def _cost(
     seeds, training = len(settings.seeds), settings.training
     asked_of: dict[str, int] = {"held-out": len(rows.prompts), "constraints": len(rows.prompts)}
     new_tokens = sum(
-        most * (asked_of[name] if name in asked_of else len(read_file(str(one.file))))
+        most * (asked_of[name] if name in asked_of else len(rows.files[str(one.file)]))
         for (name, most), one in answer_sets(evaluations).items()
     )
     trained = generated_ = 0

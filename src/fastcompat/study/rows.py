@@ -6,8 +6,8 @@ or nearly so, cannot be trained on and asked. Dimension key: G generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import pyarrow as pa
@@ -19,15 +19,20 @@ from fastcompat.store import Place, open_run
 from fastcompat.study.settings import Settings
 
 TRAINED, HELD_OUT = "trained", "held_out"
+_FILE = "file "
 ROWS = "rows.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The responses of a study: half -> generator -> responses, each generator's to the same prompts in one order."""
+    """The responses of a study: half -> generator -> responses, each generator's to the same prompts in one order.
+
+    files: the rows that evaluations read, by their path.
+    """
 
     trained: dict[str, list[Response]]
     held_out: dict[str, list[Response]]
+    files: dict[str, list[Response]] = field(default_factory=dict)
 
     @property
     def generators(self) -> list[str]:
@@ -40,8 +45,8 @@ class Rows:
         return next(iter(self.held_out.values()))
 
 
-def choose_rows(settings: Settings, *, asked: Sequence[Response] = ()) -> Rows:
-    """Read the corpus and choose. asked: prompts of other tests, which nothing may be trained on either.
+def choose_rows(settings: Settings) -> Rows:
+    """Read the corpus and choose. Prompts that an evaluation's file asks are not trained on either.
 
     Raises UsageError where a generator is not there, or where too few prompts are answered by all.
     """
@@ -59,7 +64,8 @@ def choose_rows(settings: Settings, *, asked: Sequence[Response] = ()) -> Rows:
     common = {
         key for key, prompt in answered[chosen[0]].items() if all(answered[name].get(key) == prompt for name in chosen)
     }
-    untrained = {key_of(row) for row in asked}
+    files = {one.file: _rows_of(one.file) for one in settings.evaluations if one.file is not None}
+    untrained = {key_of(row) for own in files.values() for row in own}
     order = sorted(common, key=_hash)
     held_out = order[: settings.held_out]
     trained = [key for key in order[settings.held_out :] if key not in untrained][: settings.examples]
@@ -85,6 +91,7 @@ def choose_rows(settings: Settings, *, asked: Sequence[Response] = ()) -> Rows:
     return Rows(
         trained={name: [found[TRAINED][name][key] for key in trained] for name in chosen},
         held_out={name: [found[HELD_OUT][name][key] for key in held_out] for name in chosen},
+        files=files,
     )
 
 
@@ -94,6 +101,8 @@ def write_rows(place: Place, rows: Rows) -> None:
     for half, by_generator in ((TRAINED, rows.trained), (HELD_OUT, rows.held_out)):
         for own in by_generator.values():
             tables.append(to_table(own).append_column("half", pa.array([half] * len(own), pa.string())))
+    for path, own in rows.files.items():
+        tables.append(to_table(own).append_column("half", pa.array([_FILE + path] * len(own), pa.string())))
     place.put_table(ROWS, pa.concat_tables(tables))
 
 
@@ -108,9 +117,13 @@ def read_rows(place: Place) -> Rows:
             f"{place.path(ROWS)} is missing or damaged ({error}); plan the study in a new directory"
         ) from error
     found: dict[str, dict[str, list[Response]]] = {TRAINED: {}, HELD_OUT: {}}
+    files: dict[str, list[Response]] = {}
     for half, response in zip(halves, responses, strict=True):
-        found[half].setdefault(response.generator, []).append(response)
-    return Rows(trained=found[TRAINED], held_out=found[HELD_OUT])
+        if half.startswith(_FILE):
+            files.setdefault(half.removeprefix(_FILE), []).append(response)
+        else:
+            found[half].setdefault(response.generator, []).append(response)
+    return Rows(trained=found[TRAINED], held_out=found[HELD_OUT], files=files)
 
 
 def key_of(response: Response) -> str:
@@ -121,6 +134,14 @@ def key_of(response: Response) -> str:
 
 def _hash(key: str) -> bytes:
     return blake2b(key.encode(), digest_size=16, person=b"held out").digest()
+
+
+def _rows_of(path: str) -> list[Response]:
+    """A reference set, or tasks with their answers. Raises CorpusError, UsageError without rows."""
+    rows = list(iter_responses([path]))
+    if not rows:
+        raise UsageError(f"{path}: no rows")
+    return rows
 
 
 def _responses(settings: Settings) -> Iterator[Response]:

@@ -124,6 +124,8 @@ def train(
         raise TrainingError("failed", "no response of this generator can be trained on")
     trl = _trl()
     device = resolve_device(training.device)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UsageError("one process sees several GPUs: fastcompat study run --gpus all, or CUDA_VISIBLE_DEVICES=0")
     began = time.perf_counter()
     set_seed(seed)
     model = load_trainable(source, device)
