@@ -264,6 +264,13 @@ def test_show_prints_every_metric_against_every_outcome(finished):
     assert not car["circular"]
     markdown = succeed("study", "show", path, "--format", "md", "--run", directory / "run", "--outcome", "reward")
     assert "| metric | rho | 95% interval |" in markdown
+    page = directory / "page.html"
+    succeed("study", "show", path, *SHIFT, "--outcome", "reward", "--html", page)
+    text = page.read_text()
+    assert text.count("<svg") == 1
+    assert "CAR, beta 3" in text
+    assert all(f">{name}<" in text for name in GENERATORS)
+    assert "<script" not in text
     assert "no outcome nothing" in fail(UsageError, "study", "show", path, "--outcome", "nothing")
 
 

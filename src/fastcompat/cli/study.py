@@ -103,16 +103,17 @@ def show(
     reward_shift: RewardShift = 0.0,
     outcome: Annotated[list[str] | None, typer.Option(help="Only this evaluation. Repeatable.")] = None,
     format: Annotated[TableFormat, typer.Option("--format", help="How the tables are written.")] = TableFormat.table,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="A page too: outcomes against metrics, and these tables.")
+    ] = None,
 ) -> None:
     """How well every metric predicted each outcome, per base model and over all, and how well anything could."""
-    import json
-
     import pyarrow.compute as pc
 
     from fastcompat.cli.display import plain_table
     from fastcompat.cli.tables import write_table
-    from fastcompat.decisions.validation.study import BETAS, outcome_table, study_tables
-    from fastcompat.decisions.validation.study_outcomes import failures, read_outcomes
+    from fastcompat.decisions.validation.study import BETAS, outcome_table, points, study_tables
+    from fastcompat.decisions.validation.study_outcomes import failures, read_outcomes, run_of
     from fastcompat.decisions.validation.study_reading import closing_notes, outcome_section, sections
     from fastcompat.decisions.validation.validation import generator_metrics
     from fastcompat.store import open_run
@@ -124,8 +125,7 @@ def show(
         if unknown := [name for name in outcome if name not in there]:
             raise UsageError(f"no outcome {unknown[0]}; there are {', '.join(there)}")
         rows = rows.filter(pc.is_in(rows["evaluation"], value_set=_strings(outcome)))
-    if run is None:
-        run = json.loads((Path(directory) / "plan.json").read_text(encoding="utf-8"))["run"]
+    run = run or run_of(directory)
     opened = open_run(run) if run else None
     scored = opened is not None and bool(opened.scorers())
     shown = [outcome_section(outcome_table(rows))]
@@ -137,6 +137,10 @@ def show(
             write_table(table, format)
             return
         shown = [outcome_section(own), *sections(table, best, of_car=beta or ())]
+        if html is not None:
+            from fastcompat.report.study_page import write_study_page
+
+            say(f"[bold]{escape(str(write_study_page(html, shown, points(figures, rows), closing_notes())))}[/]")
     elif format in (TableFormat.csv, TableFormat.json):
         write_table(outcome_table(rows), format)
         return

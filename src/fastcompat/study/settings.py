@@ -190,7 +190,7 @@ def _read(kind: type[_Kind], values: Mapping[str, Any], where: str) -> _Kind:
         if type_ in _NUMBERS:
             if isinstance(value, bool) or not isinstance(value, _NUMBERS[type_]):
                 raise UsageError(f"{where}: {name} is {value!r}, not a number")
-            value = float(value) if type_ == "float" else value
+            value = float(values[name]) if type_ == "float" else value
         elif type_ == "bool" and not isinstance(value, bool):
             raise UsageError(f"{where}: {name} is {value!r}, not true or false")
         elif type_.startswith("str") and not isinstance(value, str):

@@ -11,7 +11,7 @@ from fastcompat.decisions.validation.correlation import spearman
 from fastcompat.decisions.validation.outcomes import outcomes
 from fastcompat.decisions.validation.several_base_models import pooled
 from fastcompat.decisions.validation.study import outcome_table, study_tables
-from fastcompat.decisions.validation.study_outcomes import STUDY_SCHEMA, measured, read_outcomes, study_file
+from fastcompat.decisions.validation.study_outcomes import STUDY_SCHEMA, measured, read_outcomes, run_of, study_file
 from fastcompat.decisions.validation.study_reading import closing_notes, outcome_section, sections
 from fastcompat.decisions.validation.validation import FIGURES_SCHEMA
 from fastcompat.errors import RunError, UsageError
@@ -181,6 +181,12 @@ def test_other_base_models_and_damaged_files_are_refused(tmp_path):
         outcomes(tmp_path, column="loss")
     found = outcomes(tmp_path, column="reward", base_model="small")
     np.testing.assert_allclose(found["outcome"], means("small"))
+    assert run_of(tmp_path) is None
+    (tmp_path / "plan.json").write_text('{"run": "r"}')
+    assert run_of(tmp_path) == "r"
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(RunError, match=r"plan\.json is damaged"):
+        run_of(tmp_path)
     pq.write_table(outcome_rows().drop_columns("detail"), tmp_path / "outcomes.parquet")
     with pytest.raises(RunError, match="damaged"):
         read_outcomes(tmp_path)

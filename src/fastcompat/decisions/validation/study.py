@@ -161,6 +161,46 @@ def outcome_table(rows: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(found, OUTCOME_TABLE_SCHEMA)
 
 
+def points(
+    figures: pa.Table, rows: pa.Table, metrics: Sequence[str] = ("reward", "loss", "car")
+) -> list[dict[str, Any]]:
+    """What a chart of outcome against metric shows: a point an outcome, metric, base model and generator.
+
+    x: the figure as it is, y: the outcome's mean over seeds, low and high: its lowest and highest seed. Of CAR with the
+    paper's beta; of several reward models the first. metrics: those that the figures lack have no points.
+    """
+    known = _figures(figures)
+    bases = _partners(known.base_models, list(dict.fromkeys(rows["base_model"].to_pylist())))
+    found = []
+    for outcome, by_base in measured(rows).items():
+        for ours, theirs in bases.items():
+            if theirs not in by_base:
+                continue
+            own, means = by_base[theirs], by_base[theirs].means()
+            partners = match_generators(known.generators, list(means))
+            keys = [key for key in known.values[ours] if key.beta in (None, BETA)]
+            for metric in metrics:
+                key = next((key for key in keys if key.metric == metric), None)
+                for name, other in partners.items() if key else ():
+                    x = known.values[ours][key].get(name, np.nan)
+                    seeds = own.values[own.generators.index(other)]
+                    if np.isfinite(x):
+                        x = -x if METRICS[metric].lower_is_better else x
+                        found.append(
+                            {
+                                "outcome": outcome,
+                                "metric": metric,
+                                "base_model": ours,
+                                "generator": name,
+                                "x": float(x),
+                                "y": means[other],
+                                "low": float(np.nanmin(seeds)),
+                                "high": float(np.nanmax(seeds)),
+                            }
+                        )
+    return found
+
+
 def _rows(
     told: Mapping[str, Any],
     base_model: str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -83,6 +84,19 @@ def read_outcomes(source: str | os.PathLike[str]) -> pa.Table:
         return pq.read_table(path).select(STUDY_SCHEMA.names).cast(STUDY_SCHEMA)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged ({error}); fastcompat study run writes it again") from error
+
+
+def run_of(directory: str | os.PathLike[str]) -> str | None:
+    """The run that a study was planned with; None where it was planned from files, or only its outcomes are there.
+    Raises RunError for a damaged plan."""
+    path = Path(directory) / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); name the run with --run") from error
+    return None if run is None else str(run)
 
 
 def measured(rows: pa.Table) -> dict[str, dict[str, Measured]]:
