@@ -69,7 +69,7 @@ def panels(points: Sequence[Mapping[str, Any]]) -> str:
         x = alt.X("x:Q", scale=alt.Scale(zero=False), title=_TITLES.get(metric, metric))
         title = outcome if metric == metrics[0] else None
         y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=title)
-        base = alt.Chart(alt.Data(values=own))
+        base = alt.Chart(alt.InlineData(values=own))
         rule = base.mark_rule(color="#999").encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q")
         mark = base.mark_point(size=60, filled=True, opacity=1)
         if several:

@@ -180,24 +180,24 @@ def points(
             partners = match_generators(known.generators, list(means))
             keys = [key for key in known.values[ours] if key.beta in (None, BETA)]
             for metric in metrics:
-                key = next((key for key in keys if key.metric == metric), None)
-                for name, other in partners.items() if key else ():
-                    x = known.values[ours][key].get(name, np.nan)
+                values = next((known.values[ours][key] for key in keys if key.metric == metric), {})
+                for name, other in partners.items():
+                    x = values.get(name, np.nan)
+                    if not np.isfinite(x):
+                        continue
                     seeds = own.values[own.generators.index(other)]
-                    if np.isfinite(x):
-                        x = -x if METRICS[metric].lower_is_better else x
-                        found.append(
-                            {
-                                "outcome": outcome,
-                                "metric": metric,
-                                "base_model": ours,
-                                "generator": name,
-                                "x": float(x),
-                                "y": means[other],
-                                "low": float(np.nanmin(seeds)),
-                                "high": float(np.nanmax(seeds)),
-                            }
-                        )
+                    found.append(
+                        {
+                            "outcome": outcome,
+                            "metric": metric,
+                            "base_model": ours,
+                            "generator": name,
+                            "x": float(-x if METRICS[metric].lower_is_better else x),
+                            "y": means[other],
+                            "low": float(np.nanmin(seeds)),
+                            "high": float(np.nanmax(seeds)),
+                        }
+                    )
     return found
 
 
