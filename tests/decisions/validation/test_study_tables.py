@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_script
 
 from fastcompat.decisions.validation.correlation import spearman
 from fastcompat.decisions.validation.outcomes import outcomes
@@ -190,3 +191,17 @@ def test_other_base_models_and_damaged_files_are_refused(tmp_path):
     pq.write_table(outcome_rows().drop_columns("detail"), tmp_path / "outcomes.parquet")
     with pytest.raises(RunError, match="damaged"):
         read_outcomes(tmp_path)
+
+
+def test_show_loads_no_torch(tmp_path):
+    pq.write_table(outcome_rows(), tmp_path / "outcomes.parquet")
+    code = """
+import sys
+from fastcompat.cli.application import app
+app(["study", "show", sys.argv[1]], standalone_mode=False)
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    printed = run_script(code, str(tmp_path), seconds=60)
+    assert "What training gave" in printed
+    assert "No scored run" in printed
+    assert printed.splitlines()[-1] == "[]"
