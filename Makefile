@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install peers demo test test-long test-adapters check sanitize format docs bench bench-all bench-kernels real compat triton-report
+.PHONY: install peers demo study test test-long test-adapters check sanitize format docs bench bench-all bench-kernels real compat triton-report
 .PHONY: gpu-check gpu-check-dry-run clean
 
 install: $(INSTALLED)
@@ -21,6 +21,17 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 demo: install
 	rm -rf demo-run demo-run-corpus demo-run-report.html
 	HF_HUB_OFFLINE=1 $(BIN)/fastcompat demo --output demo-run
+
+# Was the ranking right? Every generator of the demo is trained on and what came of it measured; ten minutes on two cores.
+# It goes on where it was; other settings than those of build/study/demo want another directory.
+STUDY := build/study
+study: export HF_HUB_OFFLINE = 1
+study: install
+	test -d $(STUDY)/answers || $(BIN)/python -c "from fastcompat.demo.corpus import write_corpus; write_corpus('$(STUDY)/answers', n_prompts=300)"
+	$(BIN)/fastcompat score $(STUDY)/answers --base-model src/fastcompat/demo/base-model \
+	    --reward-model src/fastcompat/demo/reward-model --dtype float32 --for ifd,rsr -o $(STUDY)/run
+	$(BIN)/fastcompat study run $(STUDY)/demo --settings studies/demo/settings.toml --processes 2
+	$(BIN)/fastcompat study show $(STUDY)/demo
 
 # One torch thread a worker: two processes of two threads each would fight over two cores.
 test: install

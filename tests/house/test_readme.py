@@ -47,9 +47,14 @@ def test_every_command_and_option_in_the_pages_exists():
     blocks = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", text, flags=re.DOTALL))
     commands = set(re.findall(r"^(?:\$ )?fastcompat ([a-z]+)", blocks, flags=re.MULTILINE))
     assert commands >= {"score", "rank", "inspect", "report", "select", "bench"}
-    every = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert commands <= set(every)
-    helps = [CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).output for name in every]
+    every = [[command.name or command.callback.__name__] for command in app.registered_commands if command.callback]
+    for group in app.registered_groups:
+        named = group.typer_instance
+        every += [
+            [named.info.name, command.callback.__name__] for command in named.registered_commands if command.callback
+        ]
+    assert commands <= {name for name, *_ in every}
+    helps = [CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "300"}).output for names in every]
     # There options are other packages' too.
     own = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name not in OTHERS_OPTIONS)
     for option in set(re.findall(r"`(--[a-z-]+)", own)):

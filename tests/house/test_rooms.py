@@ -24,11 +24,11 @@ STOREYS = [
     {"corpus", "tokens", "metrics"},
     {"store", "models"},
     {"decisions", "scoring"},
-    {"report", "benchmark", "demo", "adapters"},
+    {"report", "benchmark", "demo", "adapters", "study"},
     {"cli"},
 ]
 # The rooms behind the wall: nothing else loads torch, at import or late, but the command line's doors into them.
-TORCH = {"ops", "models", "scoring", "benchmark", "adapters"}
+TORCH = {"ops", "models", "scoring", "benchmark", "adapters", "study"}
 # Rooms that hand on at their door what others use of them. The others have no guests, or must be entered late.
 WITH_DOORS = {"rows", "ops", "corpus", "tokens", "metrics", "store", "models", "decisions", "scoring"}
 HEAVY = {"torch", "transformers"}

@@ -15,7 +15,8 @@ import pytest
 
 from fastcompat.store import claims as module
 from fastcompat.store import durable
-from fastcompat.store.claims import TRIES, Claims, forget
+from fastcompat.store.claims import TRIES, Claims, forget, forget_dead
+from fastcompat.store.durable import process_name
 from fastcompat.store.places import Disk
 
 UNIT = "00000-0003"
@@ -232,3 +233,20 @@ def test_of_hosts_that_share_a_name_one_does_not_judge_the_others_processes(monk
     assert not durable.is_gone(f"{here}-{process}-{nonce}")
     elsewhere = here.rpartition("~")[0] + "~01234567"
     assert not durable.is_gone(f"{elsewhere}-{gone.pid}-{nonce}")
+
+
+def test_the_dead_of_this_host_are_forgotten_and_the_living_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "is_gone", durable.is_gone)
+    place = Disk(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead = process_name().rpartition("-")[0] + f"-{gone.pid}-0123abcd"
+    for name, worker in (("one", dead), ("two", f"{process_name()}-0123abcd"), ("three", "elsewhere~0-1-0123abcd")):
+        claim = {"worker": worker, "nonce": name, "beat": 0, "attempt": 3}
+        place.put(f"{name}.json", json.dumps(claim).encode())
+    place.put("one.taken-x", b"{}")
+    place.put("four.aside.json", b"{}")
+    place.put("four.taken-y", b"{}")
+    place.put("five.json", b"half written")
+    forget_dead(place)
+    assert place.names() == {"two.json", "three.json", "five.json"}

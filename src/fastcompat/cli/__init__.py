@@ -9,6 +9,7 @@ cluster      score --ray
 racing       score --until: the loop of a race
 decide       rank, report, select, reproduce
 status       status, verify
+study        study plan, run, show
 inspect      inspect: one row, its tokens, and what of them counts
 machine      doctor, bench
 demo         demo

@@ -1,6 +1,6 @@
 """The command line: it reads options, calls the library, shows what came back.
 
-`score`, `demo`, `bench` and `doctor` load torch, the last two are in `machine.py`.
+`score`, `demo`, `bench`, `doctor`, `study plan` and `study run` load torch; bench and doctor are in `machine.py`.
 
 Exit codes: 0 done; 1 an error; 2 usage; 3 the corpus; 4 the model or its template; 5 the run directory;
 130 interrupted, everything finished kept.
@@ -22,6 +22,7 @@ from fastcompat.cli.inspect import inspect
 from fastcompat.cli.machine import bench, doctor
 from fastcompat.cli.score import score
 from fastcompat.cli.status import status, verify
+from fastcompat.cli.study import app as study
 from fastcompat.errors import FastcompatError, Interrupted
 from fastcompat.version import __version__
 
@@ -75,3 +76,4 @@ def options(
 
 for command in (score, rank, select, report, reproduce, status, verify, inspect, demo, bench, doctor):
     app.command()(command)
+app.add_typer(study)

@@ -32,9 +32,12 @@ def rank(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|paper:BASE_MODEL",
+            metavar="FILE|STUDY|paper:BASE_MODEL",
             help="Outcomes of training on each generator: how well does every metric predict them?",
         ),
+    ] = None,
+    outcome: Annotated[
+        str | None, typer.Option(help="With --against: the column of the file, or the study's evaluation.")
     ] = None,
     format: Annotated[TableFormat, typer.Option("--format", help="How the ranking is written.")] = TableFormat.table,
 ) -> None:
@@ -52,8 +55,10 @@ def rank(
     if against is not None:
         if (average, sort, leave_out) != (Average.response, SortBy.auto, LeaveOut.response):
             raise UsageError("--against takes every metric as it is defined: leave --average, --sort, --leave-out away")
-        _validate(run, against, by, base_model, reward_model, beta or [3.0], reward_shift, format)
+        _validate(run, against, outcome, by, base_model, reward_model, beta or [3.0], reward_shift, format)
         return
+    if outcome is not None:
+        raise UsageError("--outcome is what --against compares with: give both")
     figure = None if sort is SortBy.auto else cast(Figure, sort.value)
     ranking = rank_scores(
         run,
@@ -83,6 +88,7 @@ def rank(
 def _validate(
     run: Run,
     against: str,
+    outcome: str | None,
     by: str,
     base_model: str | None,
     reward_model: str | None,
@@ -93,12 +99,19 @@ def _validate(
     """What `rank --against` prints."""
     from fastcompat.cli.display import plain_table
     from fastcompat.cli.tables import write_table
+    from fastcompat.decisions.validation.outcomes import outcomes
+    from fastcompat.decisions.validation.study import partners_in
+    from fastcompat.decisions.validation.study_outcomes import study_file
     from fastcompat.decisions.validation.validation import formatted, notes, validate
     from fastcompat.wording import markdown
 
+    scores = run.scores()
+    trained = None
+    if study_file(against) is not None:
+        base_model, trained = partners_in(scores, against, base_model)
     table = validate(
-        run.scores(),
-        against,
+        scores,
+        outcomes(against, column=outcome, base_model=trained),
         betas=betas,
         reward_shift=reward_shift,
         by=by,

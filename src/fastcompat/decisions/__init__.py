@@ -25,10 +25,13 @@ from fastcompat.decisions.ranking.unfinished import Models, Unfinished, unfinish
 from fastcompat.decisions.selection.selection import select
 from fastcompat.decisions.selection.training_file import write_selection
 from fastcompat.decisions.validation.correlation import average_ranks
+from fastcompat.decisions.validation.study_outcomes import OUTCOMES, STUDY_SCHEMA
 
 __all__ = [
     "FIGURE_NAMES",
     "MIN_PROMPTS",
+    "OUTCOMES",
+    "STUDY_SCHEMA",
     "BetaRange",
     "Figure",
     "History",

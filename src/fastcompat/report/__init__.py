@@ -6,7 +6,7 @@
 histograms, correlations; `examples.py` reads the few responses that are shown; `headline.py` says in two lines what
 came out; `race.py` says what a race asked and found; `charts.py` and `race_chart.py` draw, `labels.py` finds room for
 names; `page.py` puts it together with `page.html.jinja`, `page.css` and `page.js`; `shown.py` is the path that a
-notebook shows as the page.
+notebook shows as the page. `study_page.py` is another page: a study's outcomes against the metrics.
 
 The room is called as well: `fc.report(run)` is `report(run)`.
 """

@@ -17,7 +17,7 @@ verification  how far a run is, and whether every file is what it should be
 """
 
 from fastcompat.store.beginnings import Packing
-from fastcompat.store.claims import TRIES, Claims, forget
+from fastcompat.store.claims import TRIES, Claims, forget, forget_dead
 from fastcompat.store.durable import process_name
 from fastcompat.store.parts import LeaveOut, ScorerStore, Unit, leave_nothing_out
 from fastcompat.store.places import Place, is_remote, new_file, place_of
@@ -41,6 +41,7 @@ __all__ = [
     "Snapshot",
     "Unit",
     "forget",
+    "forget_dead",
     "is_remote",
     "leave_nothing_out",
     "n_prompts",

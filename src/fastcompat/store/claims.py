@@ -237,6 +237,28 @@ def forget(place: Place, process: str) -> None:
                 place.put_new(_dead(name, claim["nonce"]), b"", lasting=False)
 
 
+def forget_dead(place: Place) -> None:
+    """Have no death in `place` count any more: nothing is set aside, and what processes of this host that are gone have
+    claimed is free, as if nobody had tried it."""
+    files = place.names()
+    for file in files:
+        name = file.removesuffix(".json")
+        if file.endswith(_aside("")):
+            name = file.removesuffix(_aside(""))
+        elif name == file or not _is_of_the_dead(place, file):
+            continue
+        for other in files:
+            if other.startswith(f"{name}."):
+                place.delete(other)
+
+
+def _is_of_the_dead(place: Place, file: str) -> bool:
+    try:
+        return is_gone(str(json.loads(place.read(file))["worker"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def _claim(name: str) -> str:
     return f"{name}.json"
 

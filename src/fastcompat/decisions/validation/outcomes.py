@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from fastcompat.corpus import GENERATORS, number_of
 from fastcompat.decisions.validation import paper
+from fastcompat.decisions.validation.study_outcomes import one_figure_each, read_outcomes, study_file
 from fastcompat.errors import UsageError
 
 PAPER = "paper:"
@@ -24,13 +25,15 @@ OUTCOMES_SCHEMA = pa.schema([("generator", pa.string()), ("outcome", pa.float64(
 METADATA_KEY = b"fastcompat.validation"
 
 
-def outcomes(source: str | os.PathLike[str], *, column: str | None = None) -> pa.Table:
+def outcomes(source: str | os.PathLike[str], *, column: str | None = None, base_model: str | None = None) -> pa.Table:
     """What training on each generator's responses brought: `OUTCOMES_SCHEMA`, one row per generator, in file order.
 
     source: a CSV, TSV, JSON (a list of records, or an object generator -> number), JSONL or Parquet file with a column
     that names the generator and a numeric one; or "paper:BASE_MODEL", the average performance in the paper's Table 6
     for one of its five base models, named freely (`paper.find_base_model`). column: the outcome, where a file has
-    several numeric columns; without it, one called `outcome` is taken.
+    several numeric columns; without it, one called `outcome` is taken. Or a study, its directory or its
+    outcomes.parquet: then column is one of its evaluations, base_model one of its base models (each may be left away
+    where there is one only), and a generator's outcome is the mean over its training seeds.
 
     Raises UsageError: no such file or base model, no generator column, no or several numeric columns, an outcome that
     is no finite number, a generator twice.
@@ -41,6 +44,12 @@ def outcomes(source: str | os.PathLike[str], *, column: str | None = None) -> pa
         table = paper.average_performance().filter(pc.equal(paper.average_performance()["base_model"], base_model))
         told = {"source": text, "outcome": "average_performance", "base_model": base_model}
         return _outcome_table(table["generator"].to_pylist(), table["average_performance"].to_pylist(), told)
+    if study_file(source) is not None:
+        evaluation, trained, means = one_figure_each(
+            text, read_outcomes(source), evaluation=column, base_model=base_model
+        )
+        told = {"source": text, "outcome": evaluation, "trained": trained}
+        return _outcome_table(list(means), list(means.values()), told)
     return outcomes_in(_records(Path(text)), text, column=column)
 
 

@@ -206,6 +206,8 @@ def notes(table: pa.Table) -> list[str]:
     told = json.loads(table.schema.metadata[METADATA_KEY])
     n = len(told["matched"])
     against = f"{told['outcome']} in {told['source']}"
+    if "trained" in told:
+        against = f"{told['outcome']} of {told['trained']}, mean over training seeds, in {told['source']}"
     kind = (
         f"all {math.factorial(n):,} permutations" if n <= MAX_EXACT else f"{told['permutations']:,} random permutations"
     )

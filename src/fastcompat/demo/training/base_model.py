@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from fastcompat.demo.corpus import digest, first_paragraph
 from fastcompat.demo.library import Documented, load
@@ -125,16 +125,20 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tens
     return torch.tensor(ids[: n_blocks * BLOCK + 1]).unfold(0, BLOCK + 1, BLOCK)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, family: str = "llama", width: int = 256, layers: int = 4
+) -> PreTrainedModel:
+    """The shipped model's shape, or a relative of it: heads of 64, two that share their keys."""
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family,
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=max(1, width // 128),
             head_dim=64,
             max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -146,7 +150,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def mean_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
+def mean_loss(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, nats, over the blocks' tokens, each given those before it in its block."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
@@ -154,7 +158,7 @@ def mean_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
     model.eval()
     losses = [mean_loss(model, part).item() * len(part) for part in torch.split(blocks, BLOCKS_PER_PASS)]
     model.train()
@@ -181,7 +185,7 @@ def save(model: PreTrainedModel, out: Path) -> None:
     (out / "generation_config.json").unlink(missing_ok=True)  # says only what config.json says
 
 
-def train(out: Path, n_steps: int) -> None:
+def train(out: Path, n_steps: int, family: str = "llama", width: int = 256, layers: int = 4) -> None:
     out.mkdir(parents=True, exist_ok=True)
     held_out, texts = held_out_and_training()
 
@@ -193,7 +197,7 @@ def train(out: Path, n_steps: int) -> None:
     held_out_blocks = f"{len(held_out_documents)} + {len(held_out_conversations)}"
     print(f"{len(texts)} texts, {len(blocks)} blocks of {BLOCK}; held out {held_out_blocks}", flush=True)
 
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, family, width, layers)
     optimizer = new_optimizer(model)
     order = torch.Generator().manual_seed(SEED)
     queue = torch.empty(0, dtype=torch.int64)
@@ -248,10 +252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory that the model is written to")
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps (default: %(default)s)")
+    families = ("llama", "qwen3", "olmo2", "phi3")
+    parser.add_argument("--family", choices=families, default="llama", help="(default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train(arguments.out, arguments.steps)
+    train(arguments.out, arguments.steps, arguments.family, arguments.width, arguments.layers)
 
 
 if __name__ == "__main__":
