@@ -29,6 +29,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_no_finished_cell_is_done_again_and_the_outcomes_are_the_same(tmp_path):
     write_responses(tmp_path, n_prompts=8, generators=GENERATORS)
     save_models(tmp_path)
