@@ -14,7 +14,8 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit("fastcompat needs Python 3.11 or newer (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# What is imported is compiled when it is: of all that is installed it would take a minute.
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # The whole job on the embedded corpus and model; nothing reaches the network.
