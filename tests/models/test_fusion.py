@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES, VOCABULARY, small_model
 from torch import nn
 
+from fastcompat.models import replacements
 from fastcompat.models.base_model import CausalLM, wrap
 from fastcompat.models.forward_pass import ATTENTION_NAME
 from fastcompat.ops import backends
@@ -150,6 +151,34 @@ def test_what_computes_something_else_is_kept():
     assert "LlamaMLP: it computes something else" in next(f.why for f in loaded.fusions if f.part == "MLP")
     (forest,) = pack_forest([ids[0].numpy().astype(np.int32)], [np.zeros(37, np.bool_)], token_budget=100)
     torch.testing.assert_close(loaded.forward(forest), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_later_layer_with_a_setting_of_its_own_is_of_another_kind(dtype):
+    """Which large values show only: it is compared with them, though the layers before it were."""
+    model = small_model("Llama", dtype=dtype)
+    own = type(model.model.layers[0].mlp)
+
+    class Clamped(own):
+        def forward(self, x):
+            return own.forward(self, x.clamp(-self.limit, self.limit))
+
+    for k, layer in enumerate(model.model.layers):
+        layer.mlp.__class__ = Clamped
+        layer.mlp.limit = 20.0 if k == 1 else 1e9
+    counts = {fusion.part: (fusion.n_fused, fusion.n_modules) for fusion in wrap("test", model).fusions}
+    assert counts["MLP"] == (2, 3)
+
+
+def test_memory_that_runs_out_while_modules_are_compared_is_no_module_that_differs(monkeypatch):
+    model = small_model("Llama")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(replacements, "_in_float32", full)
+    with pytest.raises(MemoryError):
+        wrap("test", model)
 
 
 def test_a_swapped_gate_an_adapter_and_another_residual_are_kept():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, small_model
 from reward_makers import classifier
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizer_makers import make_tokenizer
 
@@ -211,7 +215,7 @@ def test_a_shard_that_shrinks_later_is_an_error_and_no_figure(llama, tmp_path):
     list(model.march(plans(model)))
     for shard in tmp_path.glob("*.safetensors"):
         os.truncate(shard, 4096)
-    with pytest.raises(ModelError, match="shorter than its header says"):
+    with pytest.raises(ModelError, match="was changed while it was read"):
         list(model.march(plans(model)))  # though two layers were read already
 
 
@@ -275,18 +279,21 @@ def test_stored_tensors_are_where_the_headers_say(llama):
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=place.dtype).view(place.shape), values[name])
 
 
-def test_a_forked_process_reads_for_itself(llama):
-    """As `datasets` does it with several processes: threads do not survive a fork."""
-    model = load_causal_lm(str(llama), streaming=streaming())
+def test_forked_processes_read_side_by_side(tmp_path):
+    """As `datasets` does it with several processes: threads do not survive a fork, and each converts what it reads."""
+    small_model("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), ModelSettings(dtype="float32"), streaming=streaming())
     want = bits(model)
     torch.set_num_threads(1)
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if all(map(torch.equal, bits(model), want)) else 2
+            code = 0 if all(all(map(torch.equal, bits(model), want)) for _ in range(5)) else 2
         finally:
             os._exit(code)
+    for _ in range(5):
+        assert_equal(bits(model), want)
     for _ in range(300):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -297,3 +304,74 @@ def test_a_forked_process_reads_for_itself(llama):
         os.waitpid(child, 0)
         pytest.fail("it waits for ever")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_two_threads_have_the_layers_by_turns(llama):
+    model = load_causal_lm(str(llama), streaming=streaming())
+    want = bits(model)
+    with ThreadPoolExecutor(2) as threads:
+        for got in threads.map(lambda _: bits(model), range(6)):
+            assert_equal(got, want)
+
+
+def test_memory_that_ran_out_is_remembered(llama):
+    model = load_causal_lm(str(llama), streaming=streaming())
+    layers = model.layers
+    layers._wanted = before = layers.tokens_at_once + 1000
+    model.ran_out()
+    half = layers.tokens_at_once
+    assert half <= before // 2
+    list(model.march(plans(model)))
+    assert layers.tokens_at_once <= half
+
+
+@pytest.mark.parametrize("n_good", [0, 3, 40])
+def test_a_read_error_names_the_file_and_says_nothing_of_the_model(llama, monkeypatch, n_good):
+    """While it is loaded, and when it computes: it is never a model of which less is fused."""
+    left, own = [n_good], os.preadv
+
+    def preadv(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return own(*arguments)
+
+    def use() -> None:
+        model = load_causal_lm(str(llama), streaming=streaming())
+        for _ in range(20):
+            list(model.march(plans(model)))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(ModelError, match=r"\.safetensors cannot be read \(Input/output error\)"):
+        use()
+
+
+def test_reads_that_are_short_or_not_possible_past_the_page_cache(tmp_path, monkeypatch):
+    small_model("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    settings = ModelSettings(dtype="float32")
+    want = bits(load_causal_lm(str(tmp_path), settings))
+    own = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: own(file, [to[0][:5000]], at))
+    assert_equal(bits(load_causal_lm(str(tmp_path), settings, streaming=streaming())), want)
+
+    def not_direct(file, to, at):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return own(file, to, at)
+
+    monkeypatch.setattr(os, "preadv", not_direct)
+    assert_equal(bits(load_causal_lm(str(tmp_path), settings, streaming=streaming())), want)
+
+
+def test_weights_in_a_dtype_that_is_not_known_stay(llama, tmp_path):
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    name = "model.layers.1.mlp.up_proj.weight"
+    place = stored_tensors(str(tmp_path))[name]
+    with safe_open(place.path, "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, place.path, {"format": "pt"})
+    assert load_causal_lm(str(tmp_path)).layers is None
+    with pytest.raises(ModelError, match=r"up_proj.weight is stored in a dtype"):
+        load_causal_lm(str(tmp_path), streaming=streaming())

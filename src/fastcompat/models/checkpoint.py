@@ -109,7 +109,7 @@ class StoredTensor:
     offset: int
     n_bytes: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: one that is not known here
 
 
 # What safetensors calls them.
@@ -130,7 +130,7 @@ _DTYPES = {
 def stored_tensors(model: str, revision: str | None = None) -> dict[str, StoredTensor]:
     """All weights of a model by name, from the headers of its safetensors.
 
-    Raises ModelError for a file that is damaged, or shorter than its header says, or has a dtype that is not known.
+    Raises ModelError for a file that is damaged, or shorter than its header says.
     """
     found: dict[str, StoredTensor] = {}
     for path in weight_files(model, revision):
@@ -142,14 +142,12 @@ def stored_tensors(model: str, revision: str | None = None) -> dict[str, StoredT
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise ModelError(f"{model}: {name} in {path.name} is stored as {entry['dtype']}, which cannot be read")
             found[name] = StoredTensor(
                 path=path,
                 offset=8 + n_header + begin,
                 n_bytes=end - begin,
                 shape=tuple(entry["shape"]),
-                dtype=_DTYPES[entry["dtype"]],
+                dtype=_DTYPES.get(entry["dtype"]),
             )
     return found
 

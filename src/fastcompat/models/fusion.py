@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastcompat.models.forward_pass import ForwardPass
 from fastcompat.models.fused_modules import FusedRmsNorm, Mismatch
+from fastcompat.models.layer_store import UnreadableError
 from fastcompat.models.replacements import (
     Calls,
     fused_attention,
@@ -32,6 +33,13 @@ from fastcompat.models.replacements import (
 from fastcompat.wording import first_sentence
 
 PARTS = ("RMSNorm", "attention", "MLP", "layer")
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether it says nothing of the model: weights that could not be read, memory that ran out."""
+    return isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError, UnreadableError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +171,9 @@ class _Fuser:
         """Whether a layer is of a known kind, and is replaced with its parts."""
         try:
             replacements = fused_whole(layer, attention, mlp, self._calls, self._norms)
-        except Exception:  # what it is then, is told where its parts are compared one by one
+        except Exception as error:  # what it is then, is told where its parts are compared one by one
+            if is_of_the_machine(error):
+                raise
             return False
         for module, forward in replacements.items():
             install(module, forward)
@@ -181,6 +191,8 @@ class _Fuser:
                 if part != "RMSNorm":
                     install(module, found[module])
             except Exception as error:  # a module that is not what it looks like breaks as it likes
+                if is_of_the_machine(error):
+                    raise
                 self._reasons[part][f"{type(module).__name__}: {_reason(error)}"] += 1
         return found
 

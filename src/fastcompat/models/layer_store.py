@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,8 +107,11 @@ class Files:
                 self._direct = {path: os.open(path, os.O_RDONLY | direct) for path in self._plain}
         self._stay = sum(os.fstat(file).st_size for file in self._plain.values()) <= n_bytes_free // 2
         self._measured: dict[bool, tuple[int, float]] = {True: (0, 0.0), False: (0, 0.0)}
+        self._can_direct = len(self._direct) == len(self._plain)
         self.direct = False
-        self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES))  # which begins at a page
+        # It begins at a page, and is each process's own: forked ones read side by side.
+        self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._as_opened = {path: _state_of(file) for path, file in self._plain.items()}
 
     def close(self) -> None:
         for file in (*self._plain.values(), *self._direct.values()):
@@ -117,7 +120,7 @@ class Files:
 
     def choose(self, turn: int) -> None:
         """Before a layer is read: the first ones are read in both ways by turns, those after them in the faster."""
-        if len(self._direct) < len(self._plain) or self._stay:
+        if not self._can_direct or self._stay:
             self.direct = False
         elif turn < 4:
             self.direct = turn % 2 == 0
@@ -134,7 +137,7 @@ class Files:
         """Fill `destination` from `offset` on. Raises ModelError where the file ends before."""
         view, done = destination.data, 0
         while done < len(view):
-            n_read = os.preadv(self._plain[path], [view[done:]], offset + done)
+            n_read = _read_some(path, self._plain[path], view[done:], offset + done)
             if not n_read:
                 raise _shorter(path)
             done += n_read
@@ -160,19 +163,53 @@ class Files:
         file = self._direct[path] if self.direct else self._plain[path]
         done, wanted = 0, end - begin
         while done < wanted:
-            n_read = os.preadv(file, [destination[done:wanted]], begin + done)
-            done += n_read
-            if not n_read or n_read % BLOCK:
+            try:
+                n_read = _read_some(path, file, destination[done:wanted], begin + done)
+            except UnreadableError:
+                if file == self._plain[path]:
+                    raise
+                self._can_direct, self.direct, file = False, False, self._plain[path]  # it opens, but is not read so
+                continue
+            if not n_read:
                 break
+            done += n_read
+            if n_read % BLOCK:  # where a block begins, nothing can be read past the page cache any more
+                file = self._plain[path]
         return done
+
+    def refuse_changed(self, paths: Iterable[Path]) -> None:
+        """ModelError for a file that was written to since it was opened."""
+        for path in paths:
+            if _state_of(self._plain[path]) != self._as_opened[path]:
+                raise UnreadableError(f"{path.name} was changed while it was read; copy it anew, and score again")
 
     @property
     def staging(self) -> memoryview:
         return self._staging
 
 
-def _shorter(path: Path) -> ModelError:
-    return ModelError(f"{path.name} is shorter than its header says: it was changed while it was read; copy it anew")
+class UnreadableError(ModelError):
+    """Weights could not be read, which says nothing of the model."""
+
+
+def _read_some(path: Path, file: int, destination: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(file, [destination], offset)
+    except OSError as error:
+        raise UnreadableError(
+            f"{path} cannot be read ({error.strerror or error}); what was finished is kept: give the same command again"
+        ) from error
+
+
+def _state_of(file: int) -> tuple[int, int]:
+    state = os.fstat(file)
+    return state.st_size, state.st_mtime_ns
+
+
+def _shorter(path: Path) -> UnreadableError:
+    return UnreadableError(
+        f"{path.name} is shorter than its header says: it was changed while it was read; copy it anew"
+    )
 
 
 def overlaps(pieces: Sequence[Piece], path: Path, begin: int, n_bytes: int) -> Iterator[tuple[Piece, int, int, int]]:
@@ -308,6 +345,7 @@ class LayerStore:
         self._files.choose(turn)
         began = time.perf_counter()
         self._slots[slot].fill(layout, self._files)
+        self._files.refuse_changed({piece.path for piece in layout.pieces})
         seconds, n_bytes = time.perf_counter() - began, sum(piece.n_bytes for piece in layout.pieces)
         self._files.measured(n_bytes, seconds)
         self.reading += seconds

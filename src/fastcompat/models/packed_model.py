@@ -30,7 +30,7 @@ from fastcompat.models.configuration import (
     refuse_unsupported,
 )
 from fastcompat.models.forward_pass import ATTENTION_NAME, ForwardPass, forward_pass, register
-from fastcompat.models.fusion import Fusion, fuse
+from fastcompat.models.fusion import Fusion, fuse, is_of_the_machine
 from fastcompat.models.pack_plan import PackPlan, plan_pack
 from fastcompat.models.streamed_layers import Journey, StreamedLayers
 from fastcompat.ops import OneCopy, exact_products, used_libraries
@@ -183,6 +183,10 @@ def made_ready(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
+        if is_of_the_machine(error):
+            told = first_sentence(error) or "memory ran out"
+            advice = "" if isinstance(error, OSError) else "; with --memory stream it takes less"
+            raise ModelError(f"{name}: while it was made ready: {told}{advice}") from error
         raise ModelError(
             f"{name}: it cannot be run on packed sequences ({type(error).__name__}: {first_sentence(error)}); it is "
             "not supported"
@@ -281,6 +285,8 @@ def _fuse(
     try:
         fusions = fuse(body, run, ForwardPass(plan=plan.attention), layers) if fused else ()
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         logging.getLogger("fastcompat").debug("nothing is fused: %s", error)
         return (), False, ForwardPass(plan=plan.attention)
     every_layer = ForwardPass(plan=plan.attention)
@@ -290,6 +296,8 @@ def _fuse(
         some_queries = ForwardPass(plan=plan.attention, needed=plan.attention.for_queries(needed))
         every, some = each(layers, [journey(every_layer), journey(some_queries)])
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         logging.getLogger("fastcompat").debug("the last layer is computed whole: %s", error)
         return fusions, False, every_layer
     near = some.shape == every[needed].shape and torch.allclose(some, every[needed], rtol=0.05, atol=0.05)

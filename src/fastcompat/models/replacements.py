@@ -59,7 +59,7 @@ def _kind(module: nn.Module, *more: Hashable) -> Hashable:
     settings = sorted(
         (name, value)
         for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and name != "layer_idx"
+        if isinstance(value, (bool, int, float, str, type(None))) and name != "layer_idx"
     )
     return type(module), vars(module).get("forward"), shapes, tuple(settings), *more
 
@@ -247,7 +247,7 @@ def _layer_forward(module: nn.Module, fused: FusedLayer) -> Callable[..., Any]:
 def whole_kind(layer: nn.Module, attention: nn.Module, calls: Calls, norms: dict[nn.Module, FusedRmsNorm]) -> Hashable:
     """Of what kind a layer with all its parts is."""
     _, _, kind = _attention_kind(attention, calls, calls.observed[attention], norms)
-    return _kind(layer, kind)
+    return _kind(layer, kind, tuple((name, _kind(part)) for name, part in layer.named_modules() if part is not layer))
 
 
 def fused_whole(

@@ -206,6 +206,8 @@ def _pieces(name: str, place: Place, source: _Source, stored: Mapping[str, Store
     for names, own in zip(source.names, begins, strict=True):
         for stored_name, begin in zip(names, own, strict=True):
             at = stored[stored_name]
+            if at.dtype is None:
+                raise NotStreamable(f"{stored_name} is stored in a dtype that is not read layer by layer")
             if at.dtype != place.dtype and at.offset % at.dtype.itemsize:
                 raise NotStreamable(f"{stored_name} begins in the middle of an element")
             pieces.append(

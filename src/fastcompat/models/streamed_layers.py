@@ -11,6 +11,7 @@ through the body's own loop, one after the other.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -94,6 +95,8 @@ class StreamedLayers:
         self.token_bytes = 0  # of each token of a pack on its march
         self.mode: Callable[[_Stop, tuple[Any, ...], dict[str, Any]], Any] = self._compute
         self._wanted = FIRST_TOKENS
+        self._most: int | None = None  # tokens, since memory ran out
+        self._lock = threading.RLock()  # the layers are in one place at a time
         self._way = _Way()
         self.computing = 0.0  # seconds
         self._marks: list[tuple[Any, Any]] = []
@@ -120,11 +123,11 @@ class StreamedLayers:
         if not self.marches:
             return 1
         room = int(STATES_SHARE * self._streaming.free() / max(self.token_bytes, 1))
-        return max(1, min(self._wanted, room))
+        return max(1, min(self._wanted, room, self._most or room))
 
     def ran_out(self) -> None:
-        """Memory ran out on a march."""
-        self._wanted = max(1, self.tokens_at_once // 2)
+        """Memory ran out on a march: those after it are half as large at most."""
+        self._most = max(1, self.tokens_at_once // 2)
 
     def waiting_share(self, n_tokens: int) -> float | None:
         """The share of the time that a march of so many tokens is expected to wait for the disk; None: not measured."""
@@ -141,7 +144,12 @@ class StreamedLayers:
     # ---- computing
 
     def each(self, journeys: Sequence[Journey], given_up: Callable[[], bool] = lambda: False) -> Iterator[Any]:
-        """What each of the calls returns, in their order. Raises GivenUp once `given_up()` is true between layers."""
+        """What each of the calls returns, in their order. Raises GivenUp once `given_up()` is true between layers of a
+        march. Another thread waits until all of it has been taken."""
+        with self._lock:
+            yield from self._each(journeys, given_up)
+
+    def _each(self, journeys: Sequence[Journey], given_up: Callable[[], bool]) -> Iterator[Any]:
         if len(journeys) > 1 and self.marches:
             try:
                 ways = [self._noted(journey) for journey in journeys]
@@ -171,13 +179,14 @@ class StreamedLayers:
         """Find out how long a layer takes to compute and to read, by the first two."""
         if self.n_layers < 2:
             return
-        way = self._noted(journey)
-        for k in range(2):
-            with self._present(k):
-                self._go_on(journey, way, k)
-        seconds = self._computed()
-        if journey.n_tokens:
-            self._measure(seconds / 2 / journey.n_tokens)
+        with self._lock:
+            way = self._noted(journey)
+            for k in range(2):
+                with self._present(k):
+                    self._go_on(journey, way, k)
+            seconds = self._computed()
+            if journey.n_tokens:
+                self._measure(seconds / 2 / journey.n_tokens)
 
     def _noted(self, journey: Journey) -> _Way:
         """The beginning of a march."""

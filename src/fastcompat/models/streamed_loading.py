@@ -52,9 +52,13 @@ def load_streamed(
     if needed > streaming.free():
         raise streaming.refuse(needed)
     files = Files([tensor.path for tensor in stored.values()], streaming.cache())
-    bones.furnish(files, device)
-    slots = _slots(bones.layer_bytes, device)
-    return bones.full, StreamedLayers(bones.layers, LayerStore(bones.layouts, slots, files), streaming, device)
+    try:
+        bones.furnish(files, device)
+        slots = _slots(bones.layer_bytes, device)
+        return bones.full, StreamedLayers(bones.layers, LayerStore(bones.layouts, slots, files), streaming, device)
+    except BaseException:
+        files.close()
+        raise
 
 
 def _slots(n_bytes: int, device: torch.device) -> tuple[Slot, Slot]:
