@@ -15,8 +15,8 @@ TOKEN = "hf_a_secret"
 
 
 class FakeHub:
-    """repos: USER/NAME -> the files of its main branch, USER/NAME@BRANCH those of another; commits: what every commit said,
-    in order.
+    """repos: USER/NAME -> the files of its main branch, USER/NAME@BRANCH those of another; commits: what every commit
+    said, in order.
 
     Who comes without `TOKEN` may read public repositories; of users other than "me" nobody may make or change one.
     """
