@@ -49,6 +49,11 @@ def test_documents_get_the_figures_of_score_and_none_is_dropped(scorer):
     assert step.stats["ok"].total == step.stats["empty"].total == 2
 
 
+def test_documents_without_prompts_are_not_told_to_sort_by_prompt(scorer, caplog):
+    assert len(list(ScoreDocuments(scorer, batch_size=2)(iter(documents(["One.", "Two.", "Three."]))))) == 3
+    assert "prompt" not in caplog.text
+
+
 def test_a_whole_number_that_is_not_there_is_no_zero():
     own = fc.Scorer(str(model_directory()), template="plain", device="cpu", extras=["greedy_matches"])
     first, second = ScoreDocuments(own)(iter(documents(["One bird sings.", ""])))
