@@ -143,6 +143,22 @@ def test_what_fails_for_all_rows_stops_and_drops_none(operators, tmp_path):
         operator.compute_stats({"other": ["a"], STATS: [{}]})
 
 
+def test_a_response_without_the_column_that_it_answers_is_refused(operators):
+    operator = operators["fastcompat_loss_filter"](model=MODEL)
+    with pytest.raises(UsageError, match="no column query that response answers; there are question, response"):
+        operator.compute_stats({"question": ["What?"], "response": ["It."], STATS: [{}]})
+
+
+def test_settings_of_the_scorer(operators):
+    for name in ("fastcompat_loss_filter", "fastcompat_reward_filter"):
+        with pytest.raises(UsageError, match="has no foo; it has device, "):
+            operators[name](model=MODEL, scorer_params={"foo": 1})
+    params = {"extras": ["entropy_sum"]}
+    operator = operators["fastcompat_loss_filter"](model=MODEL, metric="ifd_ppl", scorer_params=params)
+    (own,) = operator.compute_stats({"query": ["What?"], "response": ["It."], STATS: [{}]})[STATS]
+    assert own["fastcompat_ifd_ppl"] > 0
+
+
 def test_metrics_of_more_than_a_row_are_refused(operators):
     for metric in ("car", "s_ifd", "excess_loss", "nonsense"):
         with pytest.raises(UsageError, match=metric):

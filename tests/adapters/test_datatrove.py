@@ -49,6 +49,19 @@ def test_documents_get_the_figures_of_score_and_none_is_dropped(scorer):
     assert step.stats["ok"].total == step.stats["empty"].total == 2
 
 
+def test_documents_without_prompts_are_not_told_to_sort_by_prompt(scorer, caplog):
+    assert len(list(ScoreDocuments(scorer, batch_size=2)(iter(documents(["One.", "Two.", "Three."]))))) == 3
+    assert "prompt" not in caplog.text
+
+
+def test_a_whole_number_that_is_not_there_is_no_zero():
+    own = fc.Scorer(str(model_directory()), template="plain", device="cpu", extras=["greedy_matches"])
+    first, second = ScoreDocuments(own)(iter(documents(["One bird sings.", ""])))
+    assert (first.metadata["greedy_matches"] >= 0, math.isnan(second.metadata["greedy_matches"])) == (True, True)
+    assert [type(one.metadata["greedy_matches"]) for one in (first, second)] == [float, float]
+    assert second.metadata["n_tokens"] == 0
+
+
 def test_responses_conversations_and_a_second_scorer(scorer):
     texts = ["The length.", "The length of a list.", "A number.", "No."]
     prompts = ["What does len do?"] * 3 + [None]
@@ -156,7 +169,9 @@ def test_a_run_is_read_whole_by_any_number_of_tasks(run):
     assert (own["loss"], own["reward"], own["status"]) == (1.0 + 19 % 5, 9.0, "ok")
     unscored = [own.metadata for own in found.values() if own.text.endswith("question 3.")]
     assert [(own["status"], math.isnan(own["loss"])) for own in unscored] == [("oom", True)] * 2
-    assert {type(own.metadata["reward"]) for own in found.values()} == {float}
+    assert all(math.isnan(own["n_tokens"]) for own in unscored)
+    for name in ("reward", "n_tokens"):
+        assert {type(own.metadata[name]) for own in found.values()} == {float}
 
 
 def test_the_chosen_rows_are_those_of_select(run):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastcompat.demo import model_directory
-from fastcompat.errors import UsageError
+from fastcompat.errors import ModelError, UsageError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: make test-adapters")
 
@@ -363,3 +363,47 @@ def test_the_command_line_names_the_model_and_says_mistakes_in_a_sentence(monkey
         assert stopped.value.code == 2
         assert sys.argv[1:] == expected
         assert capsys.readouterr().err.splitlines()[-1].startswith("peft=adapter: merge the two")
+
+
+def test_a_device_among_the_model_arguments():
+    common = {"batch_size": 2, "max_batch_size": None, "device": "cuda:0"}
+    own = FastcompatLM.create_from_arg_string(f"pretrained={MODEL},dtype=float32,device=cpu", common)
+    assert (str(own.device), own.batch_size) == ("cpu", 2)
+    assert FastcompatLM.create_from_arg_obj({"pretrained": MODEL, "device": "cpu", "batch_size": 3}).batch_size == 3
+
+
+def test_a_model_that_is_not_there_is_told_as_everywhere():
+    with pytest.raises(ModelError, match="no such directory; give a model directory"):
+        FastcompatLM("/no/such/model", device="cpu")
+
+
+def test_the_last_token_does_not_choose_the_rotary_frequencies(tmp_path):
+    """It is only predicted: a context of exactly the original length is a short one."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    length = 64
+    rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": length}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4 * length,
+        rope_parameters=rope,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    own = FastcompatLM(str(tmp_path), device="cpu", dtype="float32")
+    other = HFLM(str(tmp_path), device="cpu", dtype="float32")
+    ids = tokenizer.encode(sentence(random.Random(1), 200))
+    for n in (length, length + 1, length + 2):
+        asked = [(("a", "b"), ids[: n - 2], ids[n - 2 : n])]
+        found = own._loglikelihood_tokens(asked, disable_tqdm=True)
+        assert flat(found) == pytest.approx(flat(other._loglikelihood_tokens(asked, disable_tqdm=True)), abs=TOLERANCE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import fastcompat as fc
-from fastcompat.adapters.reward_server import Company, RewardServer
+from fastcompat.adapters.reward_server import Company, RewardServer, main
 from fastcompat.demo import reward_model_directory
 from fastcompat.errors import UsageError
 
@@ -82,9 +84,16 @@ def test_what_cannot_be_judged_has_the_reward_that_was_chosen_or_none_at_all(jud
             {"query": [1], "prompts": ["b"]},
             {"prompts": ["b"]},
             [],
+            {"query": "ab", "prompts": "a"},
+            {"query": [None], "prompts": ["b"]},
+            {"messages": None},
+            {"messages": 5},
+            {"messages": "abc"},
+            {"messages": [5]},
+            {"messages": [{"role": "user", "content": "One conversation, no list of them."}]},
         ):
             status, answer = post(server, wrong)
-            assert (status, bool(answer["error"])) == (400, True)
+            assert (status, bool(answer["error"])) == (400, True), wrong
         assert post(server, {"messages": []}) == (200, {"rewards": [], "scores": [], "extra_logs": {"unjudged": []}})
     with serving(judge, unjudged=-2.5) as server:
         _, answer = post(server, empty)
@@ -116,3 +125,26 @@ def test_a_model_that_fails_answers_all_who_waited(judge, monkeypatch):
     with serving(judge) as server:
         status, answer = post(server, {"query": [PROMPT + "a"], "prompts": [PROMPT]})
     assert (status, answer["error"]) == (500, "RuntimeError: no memory")
+
+
+def test_the_thread_survives_what_is_no_list_of_conversations(judge):
+    company = Company(judge)
+    with pytest.raises(TypeError):
+        company.judge(None)
+    talk = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "The length."}]
+    ((reward, _),) = company.judge([talk])
+    company.close()
+    assert [reward] == rewards(judge, ["The length."])
+
+
+def test_a_port_that_is_taken_and_a_bad_pattern_are_told_before_the_model_is_read(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for options, told in (
+            (["--port", str(taken.getsockname()[1])], "cannot be listened on"),
+            (["--port", "0", "--turns", "(?P<role>"], "is no pattern"),
+            (["--port", "99999"], "cannot be listened on"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["reward_server", "/no/such/model", *options])
+            with pytest.raises(SystemExit):
+                main()
+            assert told in capsys.readouterr().err.splitlines()[-1]

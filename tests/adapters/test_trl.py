@@ -173,3 +173,46 @@ def test_what_cannot_be_scored_is_refused_before_the_training(trained):
     with pytest.raises(UsageError, match="spread over processes"):
         CompatibilityCallback(trained, ROWS)
     trained.is_fsdp_enabled = False
+
+
+def test_rows_of_which_none_can_be_scored_are_refused(trained):
+    with pytest.raises(UsageError, match="no rows"):
+        CompatibilityCallback(trained, [])
+    with pytest.raises(UsageError, match="none of 1 responses can be scored: 1 empty"):
+        CompatibilityCallback(trained, [{"prompt": "What?", "response": "", "generator": "docs"}])
+
+
+@pytest.fixture
+def untrained(tmp_path) -> Any:
+    return new_trainer(tmp_path, max_steps=1, save_strategy="no")
+
+
+def test_several_sets_are_one_evaluation_of_the_same_weights(untrained):
+    untrained.eval_dataset = {"a": untrained.eval_dataset, "b": untrained.eval_dataset}
+    untrained.add_callback(CompatibilityCallback(untrained, ROWS))
+    found = untrained.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_loss/docs"} <= set(found)
+    assert len(logged(untrained)) == 1
+    with torch.no_grad():
+        untrained.model.model.norm.weight.mul_(2)
+    other = untrained.evaluate(untrained.eval_dataset["a"], metric_key_prefix="test")
+    assert abs(other["eval_loss/docs"] - found["eval_loss/docs"]) > 1e-3
+    assert len(logged(untrained)) == 2
+
+
+def test_a_loss_that_is_not_finite_any_more_makes_the_mean_nan(untrained, caplog):
+    callback = CompatibilityCallback(untrained, ROWS)
+    untrained.add_callback(callback)
+    (token,) = untrained.processing_class(" yellow", add_special_tokens=False).input_ids[:1]
+    before = untrained.evaluate()
+    names = {name for name in before if name.startswith(("eval_loss/", "eval_car/"))}
+    with torch.no_grad():
+        untrained.model.model.embed_tokens.weight[token] = float("nan")  # "weak" has it, "docs" has not
+    found = untrained.evaluate()
+    assert np.isnan([found["eval_loss/weak"], found["eval_car/weak"]]).all()
+    with torch.no_grad():
+        untrained.model.model.norm.weight.fill_(float("nan"))
+    found = untrained.evaluate()
+    assert len(names) == 4
+    assert np.isnan([found[name] for name in names]).all()
+    assert caplog.text.count("have lost their loss") == 1

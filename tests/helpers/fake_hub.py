@@ -15,7 +15,8 @@ TOKEN = "hf_a_secret"
 
 
 class FakeHub:
-    """repos: USER/NAME -> the files of its main branch; commits: what every commit said, in order.
+    """repos: USER/NAME -> the files of its main branch, USER/NAME@BRANCH those of another; commits: what every commit
+    said, in order.
 
     Who comes without `TOKEN` may read public repositories; of users other than "me" nobody may make or change one.
     """
@@ -92,8 +93,15 @@ class FakeHub:
         files = self.repos.get(repo)
         if files is None or (repo in self.private and not may_write):
             return _json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if verb == "branch":
+            if not may_write or not repo.startswith("me/"):
+                return _json({"error": "Forbidden"}, 403)
+            is_there = f"{repo}@{rest[0]}" in self.repos or rest[0] == "main"
+            self.repos.setdefault(f"{repo}@{rest[0]}", dict(files))
+            return _json({"error": "Reference already exists"} if is_there else {}, 409 if is_there else 201)
+        files = self.repos.get(f"{repo}@{rest[0]}", files) if rest else files
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
-        if rest and rest[0] not in ("main", sha):
+        if rest and rest[0] not in ("main", sha) and f"{repo}@{rest[0]}" not in self.repos:
             return _json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
         if not is_api:
             name = "/".join(rest[1:])

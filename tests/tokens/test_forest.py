@@ -118,6 +118,13 @@ def test_sequences_above_the_rope_boundary_are_alone_and_unshared():
     check_packs(packs, ids, scored, 100, alone_above=4)
 
 
+def test_where_ends_are_not_given_they_are_no_length():
+    ids, scored = sequences_of([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 4, 6])
+    packs = pack_forest(ids, scored, token_budget=100, alone_above=4, ends_given=False)
+    assert [(pack.n_tokens, pack.sequences.tolist()) for pack in packs] == [(4, [1, 2, 3]), (5, [0])]
+    check_packs(packs, ids, scored, 100)
+
+
 def test_a_token_scored_by_one_sequence_and_not_by_the_other():
     ids = [np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 3, 4, 5], np.int32)]
     scored = [np.array([0, 0, 1, 1], bool), np.array([0, 0, 0, 0, 1], bool)]

@@ -6,6 +6,7 @@ Data-Juicer loads them by the path of `data_juicer_ops.py`; in Python, importing
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ from data_juicer.utils.constant import Fields  # noqa: E402
 
 # What every scorer of a base model tells without being asked.
 _ALWAYS = {"loss", "nll_sum", "n_tokens"}
+
+
+def _settings(kind: type[Scorer | RewardScorer]) -> list[str]:
+    """What `scorer_params` may name."""
+    return [name for name in inspect.signature(kind).parameters if name != "model"]
 
 
 class FastcompatFilter(Filter):  # type: ignore[misc]
@@ -49,6 +55,11 @@ class FastcompatFilter(Filter):  # type: ignore[misc]
     ) -> None:
         # What fails for a row is its status. All else would drop a whole batch, and has to stop.
         super().__init__(**{**kwargs, "skip_op_error": False})
+        unknown = sorted(set(scorer_params or {}) - set(_settings(kind)))
+        if unknown:
+            raise UsageError(
+                f"scorer_params: {kind.__name__} has no {', '.join(unknown)}; it has {', '.join(_settings(kind))}"
+            )
         device = "auto" if self.accelerator == "cuda" else "cpu"
         self._scorer = packed(kind(model, **{"device": device, **(scorer_params or {})}))
         self.key = key
@@ -107,8 +118,13 @@ class FastcompatFilter(Filter):  # type: ignore[misc]
         if self.messages_key in there:
             parts = {"messages": self.messages_key, "system": self.system_key, "tools": "tools"}
         elif self.response_key in there:
-            parts = {"prompt": self.query_key, "response": self.response_key}
-            parts |= beside if self.query_key in there else {}
+            if self.query_key not in there:
+                raise UsageError(
+                    f"no column {self.query_key} that {self.response_key} answers; there are {', '.join(there)}: name "
+                    f"yours with query_key, or give {self.response_key} as text_key (and another response_key) if it "
+                    "answers nothing"
+                )
+            parts = {"prompt": self.query_key, "response": self.response_key, **beside}
         elif self.text_key in there:
             parts = {"response": self.text_key}
         else:
@@ -154,11 +170,12 @@ class FastcompatLossFilter(FastcompatFilter):
         needs = METRICS[metric].needs
         if metric == "s_ifd" or not set(needs) <= _ALWAYS | set(EXTRAS):
             raise UsageError(f"{metric} is no metric of one row under one base model: fastcompat score has it")
-        extras = [name for name in needs if name in EXTRAS]
+        given = dict(scorer_params or {})
+        extras = dict.fromkeys([*(name for name in needs if name in EXTRAS), *(given.get("extras") or ())])
         super().__init__(
             Scorer,
             model,
-            {"extras": extras, **(scorer_params or {})},
+            {**given, "extras": list(extras)},
             stats_key or f"fastcompat_{metric}",
             min_score,
             max_score,

@@ -89,7 +89,10 @@ class ScoreDocuments(PipelineStep):  # type: ignore[misc]
         rows = self._rows(documents)
         scorer = scorer_of(self._scorer)
         found = scorer(rows, rank, mapping={name: name for name in rows}, prefix="own_")
-        columns = {new: _typed(pa.chunked_array([pa.array(found[f"own_{name}"])])) for name, new in self._names.items()}
+        columns = {
+            new: _typed(pa.chunked_array([pa.array(found[f"own_{name}"])]), counted=name == "n_tokens")
+            for name, new in self._names.items()
+        }
         for n, document in enumerate(documents):
             document.metadata |= {name: values[n] for name, values in columns.items()}
         for status in found["own_status"]:
@@ -202,7 +205,7 @@ def _documents(rows: pa.Table, figures: pa.Table, found: Mapping[str, int]) -> I
     """figures: in any order; found: the place of a row's key in them."""
     named = [name for name in figures.column_names if name not in _OF_THE_ROW]
     places = [found.get(key) for key in rows["row_key"].to_pylist()]
-    values = {name: _typed(figures[name].take(pa.array(places, pa.int64()))) for name in named}
+    values = {name: _typed(figures[name].take(pa.array(places, pa.int64())), counted=name == "rank") for name in named}
     for n, row in enumerate(rows.to_pylist()):
         turns = [Message(**turn) for turn in row["messages"]]
         metadata = {name: row[name] for name in ("prompt_id", "generator", "source")}
@@ -215,14 +218,16 @@ def _documents(rows: pa.Table, figures: pa.Table, found: Mapping[str, int]) -> I
         yield Document(text=turns[-1].content if turns else "", id=row["row_key"], metadata=metadata)
 
 
-def _typed(column: pa.ChunkedArray) -> list[Any]:
-    """Values of one type, as a writer of Parquet wants them that goes by the first document: NaN, 0, "" and [] for
-    null."""
+def _typed(column: pa.ChunkedArray, *, counted: bool) -> list[Any]:
+    """Values of one type, as a writer of Parquet wants them that goes by the first document: NaN, "" and [] for null.
+
+    counted: whether these are whole numbers that every document has; else such are floats, as a NaN is.
+    """
     nothing: Any = math.nan
     if pa.types.is_string(column.type):
         nothing = ""
     elif pa.types.is_list(column.type):
         nothing = []
-    elif pa.types.is_integer(column.type):
-        nothing = 0
+    elif pa.types.is_integer(column.type) and not counted:
+        column = column.cast(pa.float64())
     return [nothing if value is None else value for value in column.to_pylist()]

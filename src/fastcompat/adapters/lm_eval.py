@@ -21,7 +21,15 @@ import torch
 
 from fastcompat.adapters.packages import require
 from fastcompat.errors import FastcompatError, ModelError, UsageError
-from fastcompat.models import CausalLM, ModelSettings, load_causal_lm, plain_attention, resolve_device
+from fastcompat.models import (
+    CausalLM,
+    ModelSettings,
+    load_causal_lm,
+    load_config,
+    plain_attention,
+    refuse_unsupported,
+    resolve_device,
+)
 from fastcompat.rows import Extras, Status
 from fastcompat.scoring import ResponseScores, choose_token_budget, free_memory, score_sequences
 from fastcompat.tokens import PrefixForest, TokenSequence
@@ -31,6 +39,7 @@ try:
     try:
         from lm_eval.api.registry import MODEL_REGISTRY, register_model
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.utils import simple_parse_args_string
     except ImportError as missing:
         raise UsageError(
             f"lm-evaluation-harness cannot be imported ({missing}): pip install 'fastcompat[lm-eval]'"
@@ -111,6 +120,7 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
         self._revision, self._deterministic = revision, bool(deterministic)
+        refuse_unsupported(pretrained, load_config(pretrained, revision))
         super().__init__(
             pretrained,
             backend="causal",
@@ -137,6 +147,18 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
         )
         self.packed: CausalLM = load_causal_lm(pretrained, settings)
         self._model = self.packed.full
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> FastcompatLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> FastcompatLM:
+        """arg_dict: `--model_args`, which go before what has an option of its own (`--device` ...)."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
 
     @property
     def max_length(self) -> int:
@@ -181,7 +203,12 @@ class FastcompatLM(HFLM):  # type: ignore[misc]  # of a package without types
                     bar.update(len(forest.sequences))
 
                 scores = score_sequences(
-                    self.packed, sequences, token_budget=self.token_budget, extras=GREEDY, then=take
+                    self.packed,
+                    sequences,
+                    token_budget=self.token_budget,
+                    extras=GREEDY,
+                    ends_given=False,
+                    then=take,
                 )
                 failed = [k for k, n in enumerate(chosen) if n not in answers]
                 if failed:

@@ -66,9 +66,9 @@ class Company:
             self._answer(together)
 
     def _answer(self, together: Sequence[tuple[list[Conversation], Future[list[Judged]]]]) -> None:
-        rows = [{"messages": conversation} for conversations, _ in together for conversation in conversations]
         try:
             judged: list[Judged] = []
+            rows = [{"messages": conversation} for conversations, _ in together for conversation in conversations]
             if rows:
                 table = self._scorer.score(rows, mapping={"messages": "messages"})
                 told = zip(*(table[name].to_pylist() for name in ("reward", "status", "detail")), strict=True)
@@ -85,7 +85,9 @@ class Company:
 class RewardServer(ThreadingHTTPServer):
     """unjudged: the reward of what cannot be judged (an empty response, one that is too long); None refuses the
     request. turns: a pattern that finds the turns of a rendered prompt, with the groups role and content; None: a
-    prompt is a user's text. end: what a rendered response ends with."""
+    prompt is a user's text. end: what a rendered response ends with. company: None only takes the port, until `open`.
+
+    Raises UsageError for a port that cannot be taken and for turns that are no such pattern."""
 
     daemon_threads = True
     request_queue_size = 1024  # a trainer asks for a whole batch at once
@@ -93,19 +95,30 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(
         self,
         address: tuple[str, int],
-        company: Company,
+        company: Company | None,
         *,
         unjudged: float | None = None,
         turns: str | None = None,
         end: str = "",
     ) -> None:
-        self.company = company
         self._unjudged = unjudged
         self._end = end
-        self._turns = None if turns is None else re.compile(turns, re.DOTALL)
-        if self._turns is not None and not {"role", "content"} <= set(self._turns.groupindex):
-            raise UsageError(f"turns {turns!r} has not both groups (?P<role>...) and (?P<content>...)")
-        super().__init__(address, _Handler)
+        self._turns = None if turns is None else _pattern(turns)
+        super().__init__(address, _Handler, bind_and_activate=False)
+        try:
+            self.server_bind()
+        except (OSError, OverflowError) as error:
+            self.server_close()
+            raise UsageError(
+                f"{address[0]}:{address[1]} cannot be listened on: {error}; give --host or --port"
+            ) from error
+        if company is not None:
+            self.open(company)
+
+    def open(self, company: Company) -> None:
+        """Listen. company: who judges."""
+        self.company = company
+        self.server_activate()
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """What a request is answered with. Raises UsageError for what cannot be judged."""
@@ -119,11 +132,17 @@ class RewardServer(ThreadingHTTPServer):
 
     def _conversations(self, asked: Mapping[str, Any]) -> list[Conversation]:
         if "messages" in asked:
-            conversations: list[Conversation] = asked["messages"]
-            return conversations
+            conversations = asked["messages"]
+            if not (_is_list(conversations, list) and all(_is_list(own, dict) for own in conversations)):
+                raise UsageError(
+                    '"messages" is a list of conversations, each of them a list of turns, which are objects'
+                )
+            return list(conversations)
         if "query" not in asked or "prompts" not in asked:
             raise UsageError('a request has "query" and "prompts", lists of texts, or "messages", conversations')
         queries, prompts = asked["query"], asked["prompts"]
+        if not (_is_list(queries, str) and _is_list(prompts, str)):
+            raise UsageError('"query" and "prompts" are lists of texts')
         if len(queries) != len(prompts):
             raise UsageError(f"{len(queries)} queries but {len(prompts)} prompts")
         found = []
@@ -143,6 +162,21 @@ class RewardServer(ThreadingHTTPServer):
         if not turns:
             raise UsageError(f"no turn is found in the prompt {prompt[:80]!r} by --turns")
         return turns
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+def _pattern(turns: str) -> re.Pattern[str]:
+    """Raises UsageError for what is no pattern of turns."""
+    try:
+        pattern = re.compile(turns, re.DOTALL)
+    except re.error as error:
+        raise UsageError(f"turns {turns!r} is no pattern: {error}") from None
+    if not {"role", "content"} <= set(pattern.groupindex):
+        raise UsageError(f"turns {turns!r} has not both groups (?P<role>...) and (?P<content>...)")
+    return pattern
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -191,11 +225,11 @@ def main() -> None:
     parser.add_argument("--end", default="", help="what a rendered response ends with, as <|im_end|>")
     given = parser.parse_args()
     try:
-        scorer = RewardScorer(given.model, device=given.device, dtype=given.dtype)
-        _ = scorer.model
-        company = Company(scorer, given.wait_ms / 1000)
         options = {"unjudged": given.unjudged, "turns": given.turns, "end": given.end}
-        with RewardServer((given.host, given.port), company, **options) as server:
+        with RewardServer((given.host, given.port), None, **options) as server:
+            scorer = RewardScorer(given.model, device=given.device, dtype=given.dtype)
+            _ = scorer.model
+            server.open(Company(scorer, given.wait_ms / 1000))
             print(f"{scorer.name} on http://{given.host}:{server.server_port}", flush=True)
             server.serve_forever()
     except FastcompatError as error:

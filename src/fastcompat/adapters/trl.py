@@ -36,9 +36,11 @@ class CompatibilityCallback(TrainerCallback):  # type: ignore[misc]  # of a pack
     memory that the training leaves if not given.
 
     The metrics are `eval_loss/GENERATOR`, in nats per token, and `eval_car/GENERATOR` (`eval_car/REWARD/GENERATOR`
-    where rows carry several rewards), also for `metric_for_best_model`. They are those that `Scorer` gives for the
-    checkpoint of that moment. No weight is copied, and the training goes on as without the callback. Of several
-    processes the main one computes. Raises UsageError for weights that are spread over processes and for rewards
+    where rows carry several rewards), also for `metric_for_best_model`. They begin with eval_ whatever the evaluation's
+    own prefix is, and where several sets are evaluated they are computed and logged once. A generator of which a
+    response has no finite loss any more has NaN. They are those that `Scorer` gives for the checkpoint of that moment.
+    No weight is copied, and the training goes on as without the callback. Of several processes the main one computes.
+    Raises UsageError for weights that are spread over processes, for rows of which none can be scored and for rewards
     without a CAR, and ModelError for a model that cannot be packed.
     """
 
@@ -60,6 +62,8 @@ class CompatibilityCallback(TrainerCallback):  # type: ignore[misc]  # of a pack
         with borrowed(self._name, full, probed=True):
             pass  # now, not after hours
         responses = rows_from_records(records(rows), overrides=mapping, columnar=is_table(rows))
+        if not responses:
+            raise UsageError("there are no rows: give responses of candidate generators to prompts that are held out")
         context_length, _ = model_lengths(full.config)
         tokenizer = _tokenizer(trainer, TokenizationSettings(**tokenization), context_length)
         self._sequences = tokenizer(responses)
@@ -68,11 +72,15 @@ class CompatibilityCallback(TrainerCallback):  # type: ignore[misc]  # of a pack
         self._rewards = {
             name: np.array([dict(row.rewards).get(name, np.nan) for row in responses], np.float64) for name in names
         }
-        has_loss = np.array([own.status in SCORED_STATUSES for own in self._sequences], np.bool_)
-        self._metrics(np.where(has_loss, 0.0, np.nan))  # refuses rewards without a CAR
+        self._has_loss = np.array([own.status in SCORED_STATUSES for own in self._sequences], np.bool_)
+        self._metrics(np.zeros(len(responses)))  # refuses rewards without a CAR
+        self._known: tuple[Any, dict[str, float]] = (None, {})  # of which weights, and their metrics
+        self._told = False
         absent = Counter(str(own.status) for own in self._sequences if own.status not in SCORED_STATUSES)
         if absent:
             listed = ", ".join(f"{number:,} {status}" for status, number in absent.items())
+            if not self._has_loss.any():
+                raise UsageError(f"none of {len(responses):,} responses can be scored: {listed}")
             logging.getLogger("fastcompat").warning(
                 f"{absent.total():,} of {len(responses):,} responses have no loss and count for no metric: {listed}"
             )
@@ -80,14 +88,26 @@ class CompatibilityCallback(TrainerCallback):  # type: ignore[misc]  # of a pack
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Score, and log under every process's evaluation."""
+        """Score, and log under every process's evaluation; once for several sets."""
         from accelerate.utils import broadcast_object_list
 
-        found = [self._score() if state.is_world_process_zero else {}]
-        broadcast_object_list(found)
+        said: list[Any] = [{}, False]
+        if state.is_world_process_zero:
+            weights = (state.global_step, self._versions())
+            is_new = weights != self._known[0]
+            if is_new:
+                self._known = weights, self._score()
+            said = [self._known[1], is_new]
+        broadcast_object_list(said)
+        found, is_new = said
         if metrics is not None:
-            metrics.update(found[0])  # the best model is chosen by these
-        self._trainer.log(dict(found[0]))
+            metrics.update(found)  # the best model is chosen by these
+        if is_new:
+            self._trainer.log(dict(found))
+
+    def _versions(self) -> int:
+        """Another number where weights were written or replaced, as at the end those of the best checkpoint are."""
+        return hash(tuple((own.data_ptr(), own._version) for own in self._full().parameters()))
 
     def _full(self) -> Any:
         """The transformers model in the trainer, with the layers that an adapter has put into it."""
@@ -109,14 +129,23 @@ class CompatibilityCallback(TrainerCallback):  # type: ignore[misc]  # of a pack
                 model.device, model.full.config, model.dtype, free_memory(model.device)
             )
             scores = score_sequences(model, self._sequences, token_budget=budget)
+        without = self._has_loss & np.isnan(scores.values)
+        if without.any() and not self._told:
+            self._told = True
+            listed = ", ".join(np.unique(self._generators[without]).tolist())
+            why = next(detail for detail, own in zip(scores.detail, without, strict=True) if own)
+            logging.getLogger("fastcompat").warning(
+                f"{without.sum():,} of {len(without):,} responses have lost their loss ({why}): the metrics of "
+                f"{listed} are NaN while that is so, because means over fewer responses would be no comparison"
+            )
         counts = np.array([sequence.n_tokens for sequence in self._sequences])
         return self._metrics(scores.values / np.maximum(counts, 1))
 
     def _metrics(self, loss: NDArray[np.float64]) -> dict[str, float]:
-        """Of the loss [N] of every response; NaN where there is none."""
+        """Of the loss [N] of every response, which is read of those that have one; one that is NaN makes means NaN."""
         found = {}
         for generator in np.unique(self._generators):
-            own = (self._generators == generator) & ~np.isnan(loss)
+            own = (self._generators == generator) & self._has_loss
             if own.any():
                 found[f"eval_loss/{generator}"] = float(loss[own].mean())
             for name, reward in self._rewards.items():

@@ -64,7 +64,7 @@ class Batches:
         known = len(prompts & self._prompts)
         if len(self._small) >= _FEW:
             self._warn(f"batches of {max(self._small)} rows: few of them share a prompt, and passes are small")
-        elif len(prompts) == len(rows) and 2 * known >= len(rows):
+        elif len(prompts) == len(rows) > 1 and 2 * known >= len(rows):  # one alone is what was left
             self._warn("no two rows of a batch share a prompt, but batches do: sort the rows by prompt")
         if len(rows) < SMALL_BATCH:
             self._small.append(len(rows))

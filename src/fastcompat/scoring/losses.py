@@ -189,13 +189,16 @@ def score_sequences(
     *,
     token_budget: int,
     extras: Extras = Extras(),  # noqa: B008  # frozen
+    ends_given: bool = True,
     then: Callable[[ResponseScores, PrefixForest], object] = lambda scores, forest: None,
 ) -> ResponseScores:
     """The losses of token sequences that are in memory, in the order given.
 
-    extras: what else is computed. then: called after each pack, whose sequences have their figures or a status.
+    extras: what else is computed. ends_given: as of `Scores`. then: called after each pack, whose sequences have their
+    figures or a status.
     """
     scores = ResponseScores(sequences, extras)
+    scores.ends_given = ends_given
     score_all(model, scores, token_budget=token_budget, then=partial(then, scores))
     return scores
 

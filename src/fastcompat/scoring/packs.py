@@ -265,7 +265,7 @@ def _smaller(model: Model, scores: Scores, chosen: Sequence[int], limit: PackLim
 def _pack(model: Model, scores: Scores, chosen: Sequence[int], token_budget: int) -> list[PrefixForest]:
     pairs = [scores.to_pack(n, model.rope_boundary) for n in chosen]
     ids, scored = [ids for ids, _ in pairs], [mask for _, mask in pairs]
-    return [
-        forest.renumbered(chosen)
-        for forest in pack_forest(ids, scored, token_budget=token_budget, alone_above=model.rope_boundary)
-    ]
+    forests = pack_forest(
+        ids, scored, token_budget=token_budget, alone_above=model.rope_boundary, ends_given=scores.ends_given
+    )
+    return [forest.renumbered(chosen) for forest in forests]

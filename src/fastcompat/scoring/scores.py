@@ -55,7 +55,13 @@ class Model(Protocol):
 
 
 class Scores(ABC):
-    """The figures of N sequences as they come in, in the caller's order."""
+    """The figures of N sequences as they come in, in the caller's order.
+
+    ends_given: whether a last token that is only predicted is given to models whose rotary frequencies depend on the
+    length, as a trainer gives it.
+    """
+
+    ends_given = True
 
     @property
     @abstractmethod

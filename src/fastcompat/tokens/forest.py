@@ -73,6 +73,7 @@ def pack_forest(
     *,
     token_budget: int,
     alone_above: int | None = None,
+    ends_given: bool = True,
 ) -> list[PrefixForest]:
     """Lay N sequences out as packs of at most `token_budget` tokens, in the order of their sequences' tokens.
 
@@ -81,7 +82,7 @@ def pack_forest(
     Groups with a common prefix are kept whole where they fit; a sequence that must be split from its group repeats
     its path from the root. A sequence longer than the budget gets a pack of its own; so does, without sharing, one
     longer than `alone_above` (models whose rotary frequencies depend on the longest sequence of a call), with all of
-    its tokens.
+    its tokens. ends_given False: there, too, a last token that is scored is not given, and does not count as length.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
@@ -90,8 +91,9 @@ def pack_forest(
     # come last that need their last token, so that the last one says whether it is packed.
     order = sorted(range(len(input_ids)), key=lambda n: (input_ids[n].astype(">u4").tobytes(), not scored[n][-1], n))
     place = {n: k for k, n in enumerate(order)}
-    alone = [n for n in order if alone_above is not None and len(input_ids[n]) > alone_above]
-    order = [n for n in order if alone_above is None or len(input_ids[n]) <= alone_above]
+    given = [len(ids) - (not ends_given and bool(mask[-1])) for ids, mask in zip(input_ids, scored, strict=True)]
+    alone = [n for n in order if alone_above is not None and given[n] > alone_above]
+    order = [n for n in order if alone_above is None or given[n] <= alone_above]
     shared = _shared_with_previous([input_ids[n] for n in order])
     packed = _packed_lengths([len(input_ids[n]) for n in order], [bool(scored[n][-1]) for n in order], shared)
     cuts = _cut_points(packed, np.minimum(shared, packed), token_budget)
@@ -100,7 +102,7 @@ def pack_forest(
     for begin, end in pairwise(cuts):
         groups.append(order[begin:end])
         prefixes.append(np.concatenate([[0], shared[begin + 1 : end]]))
-    whole = set(alone)
+    whole = set(alone) if ends_given else set()
     packs = [
         _lay_out(group, prefix, input_ids, scored, whole=group[0] in whole)
         for group, prefix in zip(groups, prefixes, strict=True)

@@ -77,9 +77,10 @@ def test_one_commit_a_command_that_load_dataset_reads(run, tmp_path):
             ["load_dataset", "me/other"],
             [*select, "hf://datasets/you/theirs"],
             [*select, "hf://datasets/you/none"],
-            [*select, "hf://datasets/me/best@none"],
+            [*select, "hf://datasets/me/best@refs%2Fpr%2F1"],
+            [*select, "hf://datasets/me/none@refs%2Fpr%2F1"],
         )
-    first, whole, second, three, third, beside, theirs, absent, branch = said
+    first, whole, second, three, third, beside, theirs, absent, *no_branch = said
     assert "12 responses in hf://datasets/me/best, described in hf://datasets/me/best/README.md" in first
     assert hub.private == {"me/best"}
     assert [len(rows) for rows in (whole, three, beside)] == [12, 3, 12]
@@ -102,10 +103,28 @@ def test_one_commit_a_command_that_load_dataset_reads(run, tmp_path):
     assert hub.repos["me/other"]["README.md"].endswith(b"Mine.\n")
     assert "described in hf://datasets/me/other/cards/data/some.jsonl/README.md" in third
     assert second.startswith(" ")
-    for refusal in (theirs, absent, branch):
+    assert "me/none" not in hub.repos
+    for refusal in (theirs, absent, *no_branch):
         assert refusal.startswith("RunError: hf://datasets/")
         assert "cannot be written: " in refusal
     assert "403" in theirs
+
+
+def test_a_branch_that_is_not_there_is_made(run, tmp_path):
+    select = ["select", str(run), "--by", "loss", "-o"]
+    fresh, there = "hf://datasets/me/fresh@dev/x.jsonl", "hf://datasets/me/there@dev"
+    with FakeHub() as hub:
+        hub.repos["me/there"] = {"README.md": b"Mine.\n"}
+        said = commanded(hub, tmp_path, [*select, fresh], [*select, fresh], [*select, there])
+    for told, address in zip(said, (fresh, fresh, there), strict=True):
+        assert f"12 responses in {address}" in told
+    assert [sorted(files) for files in (hub.repos["me/fresh"], hub.repos["me/there"])] == [
+        [".gitattributes"],
+        ["README.md"],
+    ]
+    assert {"README.md", "x.jsonl"} <= set(hub.repos["me/fresh@dev"])
+    assert hub.repos["me/there@dev"]["README.md"] == b"Mine.\n"
+    assert {"train.parquet", "cards/train.parquet/README.md"} <= set(hub.repos["me/there@dev"])
 
 
 def test_without_a_token_or_with_the_hub_off_it_says_what_to_do(run, monkeypatch):

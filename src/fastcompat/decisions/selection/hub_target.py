@@ -35,6 +35,7 @@ class HubTarget:
         self.branch = branch
         self.card = _README
         self.is_new = False
+        self.has_branch = True
 
     @classmethod
     def of(cls, location: str | os.PathLike[str]) -> Self | None:
@@ -61,33 +62,39 @@ class HubTarget:
     def look(self) -> None:
         """Find out what is there. Raises UsageError without a token, RunError where the hub refuses."""
         from huggingface_hub import get_token
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         if get_token() is None:
             raise UsageError(f"{self} needs a token of the hub that may write: `hf auth login`, or set HF_TOKEN")
         with self._telling():
             try:
-                path = self._api().hf_hub_download(self.repo, _README, repo_type="dataset", revision=self.branch)
-            # Two that are kinds of those after them: the hub was not reached, and its owner has to let one in.
-            except LocalEntryNotFoundError as error:
-                raise (error.__cause__ or error) from error
-            except GatedRepoError:
+                path = self._readme(self.branch)
+            except GatedRepoError:  # a kind of the one below: its owner has to let one in
                 raise
-            except EntryNotFoundError:
-                return
-            except RepositoryNotFoundError:
-                self.is_new = True
-                return
-        if self._front_matter().splitlines()[1] not in Path(path).read_text(encoding="utf-8").splitlines()[:2]:
+            except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+                if self.branch and self.branch.startswith("refs/"):
+                    raise  # the hub makes these itself
+                self.is_new = isinstance(error, RepositoryNotFoundError)
+                self.has_branch = self.branch is None
+                path = None if self.is_new else self._readme(None)  # a branch begins as what main is
+        if path is None:
+            return
+        if self._front_matter().splitlines()[1] not in path.read_text(encoding="utf-8").splitlines()[:2]:
             self.card = f"cards/{self.file}/{_README}"
 
+    def _readme(self, branch: str | None) -> Path | None:
+        """README.md as it is there, None where there is none."""
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return Path(self._api().hf_hub_download(self.repo, _README, repo_type="dataset", revision=branch))
+        except LocalEntryNotFoundError as error:  # a kind of the one below: the hub was not reached
+            raise (error.__cause__ or error) from error
+        except EntryNotFoundError:
+            return None
+
     def commit(self, file: Path, card: Path, *, title: str, description: str) -> None:
-        """Put the two there in one commit. A data set that is not there is made, and is private.
+        """Put the two there in one commit. A data set that is not there is made, and is private; so is a branch.
 
         Raises RunError where the hub refuses.
         """
@@ -99,6 +106,8 @@ class HubTarget:
             operations = [CommitOperationAdd(self.file, file), CommitOperationAdd(self.card, card)]
             if self.is_new:
                 self._api().create_repo(self.repo, repo_type="dataset", private=True, exist_ok=True)
+            if not self.has_branch:
+                self._api().create_branch(self.repo, branch=self.branch, repo_type="dataset", exist_ok=True)
             self._api().create_commit(
                 self.repo,
                 operations,
