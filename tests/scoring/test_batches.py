@@ -276,6 +276,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
     )
     settings |= dict(score_eos=False, bos="one", max_length=99, template_options={"x": [1]}, reasoning="drop")
     settings |= dict(tools="drop", turn_masks="ignore", token_ids="class", deterministic=True, extras=["n_bytes"])
+    settings |= dict(memory="resident", memory_limit=64_000_000_000)
     scorer = fc.Scorer("model", **settings)
     monkeypatch.chdir("/")
     # The pickle names places as any directory has them.
@@ -288,6 +289,7 @@ def test_every_setting_travels(tmp_path, monkeypatch):
     assert copy.given() == settings | located
     asked = dict(device="cpu", dtype="float32", token_budget=55, bos="one", max_length=50, truncate=True)
     asked |= dict(reasoning="drop", tools="drop", output=0, read_out="last", token_ids="class", deterministic=True)
+    asked |= dict(memory="stream", memory_limit=32_000_000_000)
     judge = fc.RewardScorer(str(reward_model_directory()), **asked)
     copy = pickle.loads(pickle.dumps(judge))
     assert copy.identity == judge.identity
