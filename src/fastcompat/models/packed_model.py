@@ -111,7 +111,7 @@ class PackedModel:
         passes = [ForwardPass(plan=plan.attention, needed=plan.last_attention) for plan in plans]
         journeys = [self.journey(plan, forward) for plan, forward in zip(plans, passes, strict=True)]
         for plan, forward, hidden in zip(plans, passes, self.each(journeys, given_up), strict=True):
-            yield self._read(plan, forward, hidden)
+            yield self.read(plan, forward, hidden)
 
     @property
     def tokens_at_once(self) -> int:
@@ -138,8 +138,8 @@ class PackedModel:
         """What each of the journeys gives, in their order."""
         return each(self.layers, journeys, given_up)
 
-    def _read(self, plan: PackPlan, forward: ForwardPass, hidden: Tensor) -> Tensor:
-        """[P, D] of what the body gave, [T, D] or [Q, D]."""
+    def read(self, plan: PackPlan, forward: ForwardPass, hidden: Tensor) -> Tensor:
+        """[P, D] of what the body gave, [T, D] or [Q, D]. ModelError where attention went another way."""
         if forward.n_calls != self.n_attention_layers:
             raise ModelError(f"{self.name}: {own_attention(forward.n_calls, self.n_attention_layers)}")
         if forward.n_windowed != self.n_windowed_layers:

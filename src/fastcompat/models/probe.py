@@ -113,11 +113,13 @@ def _packed_and_alone(model: PackedModel, vocabulary: int, *, whole: bool) -> _T
     plans = [model.plan(pack).to(model.device) for pack in packs]
     inputs = [torch.from_numpy(x)[None].to(model.device).long() for x in ids]
     # All on one way through the layers, where these come and go.
-    journeys = [model.journey(plan, ForwardPass(plan=plan.attention)) for plan in plans]
+    passes = [ForwardPass(plan=plan.attention) for plan in plans]
+    journeys = [model.journey(plan, forward) for plan, forward in zip(plans, passes, strict=True)]
     journeys += [Journey(run=partial(_alone, model, x, whole), within=partial(_own_attention, model)) for x in inputs]
     first, second, *alone = model.each(journeys)
     hidden, outputs = [states for states, _ in alone], [output for _, output in alone]
-    for pack, states in zip(packs, (first, second), strict=True):
+    given = [model.read(*both) for both in zip(plans, passes, (first, second), strict=True)]
+    for pack, states in zip(packs, given, strict=True):
         for k, n in enumerate(pack.sequences.tolist()):
             _compare_hidden(model, states[pack.path(k)], hidden[n])
     return _Tried(ids, forest, hidden, outputs if whole else [])
@@ -143,6 +145,8 @@ def _alone(model: PackedModel, input_ids: torch.Tensor, whole: bool) -> tuple[to
         outputs = model.full(input_ids, use_cache=False).logits[0]
     finally:
         hook.remove()
+    if not hidden:  # the class calls a part of its body (OPT, Whisper)
+        hidden = [model.body(input_ids, use_cache=False).last_hidden_state[0]]
     return hidden[-1], outputs
 
 

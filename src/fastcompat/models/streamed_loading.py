@@ -50,6 +50,9 @@ def load_streamed(
     needed = bones.rest.n_bytes + 2 * bones.layer_bytes + STAGING_BYTES
     needed += max(streaming.work_bytes, _compared_bytes(bones))
     if needed > streaming.free():
+        everything = bones.rest.n_bytes + sum(layout.n_bytes for layout in bones.layouts)
+        if not streaming.required and everything + streaming.work_bytes <= needed:
+            raise NotStreamable("it is so small that it takes no more memory with all of them")
         raise streaming.refuse(needed)
     files = Files([tensor.path for tensor in stored.values()], streaming.cache())
     try:
