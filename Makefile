@@ -45,14 +45,14 @@ test-long: install
 # The plug-ins inside of their packages, which are too heavy for .venv; `make test` skips what it has not.
 ADAPTERS := .venv-adapters/bin
 test-adapters: .venv-adapters/.installed
-	OMP_NUM_THREADS=1 $(ADAPTERS)/python -m pytest -p no:benchmark tests/adapters
+	OMP_NUM_THREADS=1 $(ADAPTERS)/python -m pytest -p no:benchmark tests/adapters tests/study/test_training.py
 
 .venv-adapters/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-adapters
 	# Data-Juicer asks for exactly these in older versions.
 	grep -v -E '^(dill|multiprocess|emoji)==' constraints.txt > .venv-adapters/constraints.txt
 	$(ADAPTERS)/python -m pip install --quiet --constraint .venv-adapters/constraints.txt --editable \
-	    '.[dev,lm-eval,data-juicer,datatrove]'
+	    '.[dev,lm-eval,data-juicer,datatrove,study]'
 	touch $@
 
 check: install

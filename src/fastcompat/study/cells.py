@@ -59,7 +59,7 @@ def work_off(
         record = json.loads((directory / MODEL / RECORD).read_text(encoding="utf-8"))
     except Exception as error:
         status, detail = _reason(error)
-        rows = [_row(study, cell, one, status=status, detail=f"training: {detail}") for one in study.evaluations]
+        rows = [outcome_row(study, cell, one, status=status, detail=f"training: {detail}") for one in study.evaluations]
         _commit(place, rows, record, time.perf_counter() - began)
         return
     tuned = Tuned(study, cell, directory / MODEL, place, tokenizer, judges, stop)
@@ -72,10 +72,10 @@ def work_off(
             found = measure(tuned, one)
             figures = {"value": found.value, "n": found.n, "standard_error": _number(found.standard_error)}
             figures |= {"length_bias": found.length_bias}
-            row = _row(study, cell, one, status=OK, detail=found.detail, **figures)
+            row = outcome_row(study, cell, one, status=OK, detail=found.detail, **figures)
         except Exception as error:
             status, detail = _reason(error)
-            row = _row(study, cell, one, status=status, detail=detail)
+            row = outcome_row(study, cell, one, status=status, detail=detail)
         rows.append(row | {"seconds": round(time.perf_counter() - started, 3)})
     _commit(place, rows, record, time.perf_counter() - began, model_kept=keep_model)
     if not keep_model:
@@ -113,9 +113,10 @@ def _reason(error: Exception) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {first_sentence(error)}"
 
 
-def _row(
+def outcome_row(
     study: Study, cell: Cell, evaluation: Evaluation, *, status: str, detail: str, **figures: Any
 ) -> dict[str, Any]:
+    """Of `STUDY_SCHEMA`; a figure that is not given is null."""
     judge = study.record["judges"].get(evaluation.reward_model, {"name": None, "circular": False})
     return {
         "base_model": cell.base_model,

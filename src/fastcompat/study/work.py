@@ -12,12 +12,13 @@ import pyarrow as pa
 from fastcompat.decisions import OUTCOMES, STUDY_SCHEMA
 from fastcompat.errors import Interrupted
 from fastcompat.store import TRIES, Claims, forget_dead
-from fastcompat.study.cells import OUTCOME, is_finished, remove_left_model, work_off
-from fastcompat.study.evaluations import Judges, lower_is_better
+from fastcompat.study.cells import OUTCOME, is_finished, outcome_row, remove_left_model, work_off
+from fastcompat.study.evaluations import Judges
 from fastcompat.study.plan import Cell, Study, open_study, plan
 from fastcompat.study.settings import Settings
 
 CLAIMS = "claims"
+_DIED = f"{TRIES} processes died over it, perhaps for lack of memory; study run tries again"
 
 
 def run(
@@ -86,28 +87,12 @@ def write_outcomes(study: Study) -> pa.Table:
             if cell in finished:
                 rows += study.cell_place(cell).read_json(OUTCOME)["rows"]
             elif (study.place / CLAIMS).has(f"{cell.name}.aside.json"):
-                rows += [_died(study, cell, label) for label in (one.label for one in study.evaluations)]
+                rows += [outcome_row(study, cell, one, status="died", detail=_DIED) for one in study.evaluations]
         table = pa.Table.from_pylist(rows, STUDY_SCHEMA)
         study.place.put_table(OUTCOMES, table)
         # Another process may have finished a cell and written before: whoever writes last looks again.
         if len(finished) == sum(is_finished(study, cell) for cell in study.cells):
             return table
-
-
-def _died(study: Study, cell: Cell, label: str) -> dict[str, object]:
-    one = next(own for own in study.evaluations if own.label == label)
-    judge = study.record["judges"].get(one.reward_model, {"name": None, "circular": False})
-    return {
-        "base_model": cell.base_model,
-        "generator": cell.generator,
-        "seed": cell.seed,
-        "evaluation": label,
-        "lower_is_better": lower_is_better(one.name),
-        "reward_model": judge["name"],
-        "circular": judge["circular"],
-        "status": "died",
-        "detail": f"{TRIES} processes died over it, perhaps for lack of memory; study run tries again",
-    }
 
 
 def forget_failures(study: Study) -> None:
